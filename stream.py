@@ -1,0 +1,578 @@
+"""Audio in, words out: the streaming loop, greedy and beam search, captions, and what they score.
+
+A stream is cut into chunks of C encoder frames. As soon as the samples of one more chunk are there, it goes
+
+    samples -> log-mel -> encoder (keys and values of earlier chunks are cached) -> search -> tokens -> words
+
+and whatever is less waits. So the same computations on the same shapes run however the audio is cut into packets, and
+the result is the same to the last bit. The first thing to read is `step`, which is the whole loop; then the searches;
+then captions; measuring comes last.
+
+`python stream.py` streams noise in several packet sizes and prints that nothing changes; `--help` has the rest.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import time
+import unicodedata
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model import HOP, PRESETS, SAMPLE_RATE, WINDOW, State, Transducer, load, log_mel, pad_samples
+from serialize import StreamParser, Tokenizer, read_manifest
+
+BLANK = 0
+LIMITS = (20, 500)  # symbols in one frame, and in the last one, where a whole translation may still have to come
+PER_MS = SAMPLE_RATE / 1000
+
+
+# ---- The loop -------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Word:
+    stream: str        # the tag of the stream it belongs to
+    text: str
+    delay_ms: float    # the audio that the model needed: the end of the last sample of the chunk that wrote it
+    frame_s: float     # the end of the encoder frame that wrote its last token
+    elapsed_ms: float  # when it was there, had the audio come in real time: waiting and computing included
+
+
+class Streamer:
+    """One audio stream. Many of them may share a model, and `accept_many` steps them in one batch."""
+
+    def __init__(self, model, tokenizer, *, chunk=None, beam=1, limits=LIMITS):
+        config = model.config
+        self.model, self.limits = model, limits
+        self.chunk = config.chunks[0] if chunk is None else chunk  # frames; 0: everything at once, at the end
+        if self.chunk < 0 or beam < 1:
+            raise ValueError(f"chunk {self.chunk} must not be negative and beam {beam} must be 1 or more")
+        if len(tokenizer) != config.vocab:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab}")
+        self.samples_per_frame = HOP * config.subsampling
+        self.waiting, self.n_waiting = [], 0  # samples not yet used up by a chunk
+        self.received = self.frames = 0       # samples got, encoder frames done
+        self.clock_ms = 0.0                   # end of the previous step, by the clock of `elapsed_ms`
+        self.closed = False
+        self.encoder_state = model.encoder.initial_state(1, self.chunk)
+        self.search = Beam(model, beam, limits) if beam > 1 else None
+        self.labels = None if self.search else Labels.start(model, 1)
+        self.parser = StreamParser(tokenizer)
+        self.score, self.capped = 0.0, 0      # log-probability of the path taken; frames cut off by `limits`
+
+    def accept(self, samples):
+        """Samples (N,) at 16 kHz in -1..1, any number of them; returns the words that they finish."""
+        return accept_many([self], [samples])[0]
+
+    def flush(self):
+        """The audio has ended: run what is left of it and release every word."""
+        return flush_many([self])[0]
+
+    def ready(self):
+        return self.chunk and self.n_waiting >= self.chunk * self.samples_per_frame + WINDOW - HOP
+
+    def push(self, samples):
+        samples = np.asarray(samples, np.float32)
+        if self.closed:
+            raise ValueError("this stream was flushed: a new one starts with a new Streamer")
+        if samples.ndim != 1 or not np.isfinite(samples).all():
+            raise ValueError(f"samples must be finite numbers in one dimension, not {samples.dtype} {samples.shape}"
+                             f" with {np.count_nonzero(~np.isfinite(samples))} NaN or infinite")
+        self.waiting.append(samples)
+        self.n_waiting += len(samples)
+        self.received += len(samples)
+
+    def take(self, n_frames):
+        """The samples of the next frames, with the tail that the last window needs; zeros beyond the end."""
+        used, needed = n_frames * self.samples_per_frame, n_frames * self.samples_per_frame + WINDOW - HOP
+        samples = np.concatenate(self.waiting) if self.waiting else np.zeros(0, np.float32)
+        self.waiting, self.n_waiting = [samples[used:].copy()], max(0, len(samples) - used)
+        self.frames += n_frames
+        return np.pad(samples[:needed], (0, max(0, needed - len(samples))))
+
+
+def accept_many(streamers, packets):
+    """A packet for each stream; chunks that are complete at the same time run as one batch."""
+    words = {streamer: [] for streamer in streamers}
+    for streamer, packet in zip(streamers, packets, strict=True):
+        streamer.push(packet)
+    while ready := [streamer for streamer in streamers if streamer.ready()]:
+        for chunk in sorted({streamer.chunk for streamer in ready}):
+            group = [streamer for streamer in ready if streamer.chunk == chunk]
+            for streamer, new in zip(group, step(group, chunk)):
+                words[streamer] += new
+    return list(words.values())
+
+
+def flush_many(streamers):
+    """The rest of each stream: a whole chunk where there is still one, then the shorter last one as it is."""
+    words = {}
+    for streamer in streamers:
+        streamer.closed, words[streamer] = True, []
+        left = streamer.model.config.frames(streamer.received) - streamer.frames
+        while left > 0:
+            n_frames = min(left, streamer.chunk or left)
+            left -= n_frames
+            words[streamer] += step([streamer], n_frames, last=left == 0)[0]
+    return list(words.values())
+
+
+@torch.inference_mode()
+def step(streamers, n_frames, last=False):
+    """Run the next `n_frames` encoder frames of every stream in one batch; returns the words of each."""
+    began, model = time.perf_counter(), streamers[0].model
+    first = [streamer.frames for streamer in streamers]
+    samples = torch.from_numpy(np.stack([streamer.take(n_frames) for streamer in streamers]))
+    mel = log_mel(samples.to(model.joint.output.weight), model.config.n_mels)           # (B, F, 80)
+    frames, state = model.encoder(mel, state=State.join([s.encoder_state for s in streamers]))
+    frames = model.joint.encoder_proj(frames)                                           # (B, T, J)
+    for b, streamer in enumerate(streamers):
+        streamer.encoder_state = state.select(slice(b, b + 1))
+    if streamers[0].search:
+        tokens = [streamer.search.advance(frames[b], last) for b, streamer in enumerate(streamers)]
+    else:
+        tokens = _greedy_step(model, frames, streamers, last)
+    return [_words(s, path, start, last, began) for s, path, start in zip(streamers, tokens, first)]
+
+
+def _greedy_step(model, frames, streamers, last):
+    labels, (limit, last_limit) = Labels.join([streamer.labels for streamer in streamers]), streamers[0].limits
+    limits = (limit, last_limit if last else limit)
+    paths = []
+    for b, found in enumerate(greedy(model, frames, [frames.shape[1]] * len(streamers), labels, limits)):
+        streamer, (path, score, capped) = streamers[b], found
+        streamer.labels = labels.select(slice(b, b + 1))
+        streamer.score, streamer.capped = streamer.score + score, streamer.capped + capped
+        paths.append(path)
+    return paths
+
+
+def _words(streamer, path, first_frame, last, began):
+    """Tokens -> words with their times. Nothing here depends on packets but the computing time in `elapsed_ms`."""
+    config = streamer.model.config
+    offset = 0 if streamer.search else first_frame  # beam search counts frames from the start of the stream
+    delay_ms = chunk_delay_ms(config, streamer.frames, streamer.received)
+    done = [(tag, text, frame + offset) for token, frame in path for tag, text in streamer.parser.feed(token)]
+    if last:
+        done += [(tag, text, streamer.frames - 1) for tag, text in streamer.parser.flush()]
+    streamer.clock_ms = max(delay_ms, streamer.clock_ms) + (time.perf_counter() - began) * 1000
+    return [Word(tag, text, delay_ms, (frame + 1) * config.frame_s, streamer.clock_ms) for tag, text, frame in done]
+
+
+def chunk_delay_ms(config, n_frames, n_samples):
+    """The audio needed for the first `n_frames` encoder frames: up to the end of the window of their last mel frame."""
+    return min(n_samples, HOP * (n_frames * config.subsampling - 1) + WINDOW) / PER_MS
+
+
+# ---- Greedy search --------------------------------------------------------------------------------------------------
+
+@dataclass
+class Labels:
+    """What the label encoder made of the labels that each of B streams has written."""
+    proj: torch.Tensor  # (B, J), ready to be added to a projected encoder frame
+    state: object
+
+    @classmethod
+    def start(cls, model, batch):
+        none = torch.zeros(batch, 0, dtype=torch.long, device=model.joint.output.weight.device)
+        out, state = model.label_encoder(none)  # the start symbol alone
+        return cls(model.joint.label_proj(out[:, -1]), state)
+
+    def after(self, model, tokens):
+        """The states once every stream has written one more token."""
+        out, state = model.label_encoder(torch.tensor(tokens, device=self.proj.device)[:, None], self.state)
+        return Labels(model.joint.label_proj(out[:, -1]), state)
+
+    def select(self, rows):
+        return Labels(self.proj[rows], self.state.select(rows))
+
+    @staticmethod
+    def join(labels):
+        if len(labels) == 1:
+            return labels[0]
+        return Labels(torch.cat([one.proj for one in labels]), State.join([one.state for one in labels]))
+
+    def put(self, rows, new):
+        """These rows have moved on to `new`."""
+        if len(rows) == len(self.proj):
+            self.proj, self.state = new.proj, new.state
+            return
+        where = torch.arange(len(self.proj), device=self.proj.device)
+        where[rows] = len(self.proj) + torch.arange(len(rows), device=self.proj.device)
+        moved = Labels.join([self, new]).select(where)
+        self.proj, self.state = moved.proj, moved.state
+
+
+def greedy(model, frames, lengths, labels, limits, window=8):
+    """Follow the best arc at every node of the lattice; returns ([(token, frame)], score, capped) for each stream.
+
+    frames (B, T, J) are projected; limits: symbols allowed in a frame and in the last one, after which blank is taken.
+    Only a label moves the label encoder, never blank. So until a label comes, the joint needs nothing from the search
+    and `window` frames can be looked at in one call; the search stops at the first that is not blank.
+    `labels` is brought up to date in place.
+    """
+    paths, scores, capped = [[] for _ in lengths], [0.0] * len(lengths), [0] * len(lengths)
+    at, symbols = [0] * len(lengths), [0] * len(lengths)  # the frame each stream stands at, labels written in it
+    ahead = torch.arange(window, device=frames.device)
+    while rows := [b for b, length in enumerate(lengths) if at[b] < length]:
+        here = torch.tensor([at[b] for b in rows], device=frames.device)
+        index = (here[:, None] + ahead).clamp(max=frames.shape[1] - 1)                          # (R, W)
+        pick = torch.tensor(rows, device=frames.device)
+        nodes = torch.tanh(frames[pick[:, None], index] + labels.proj[pick][:, None])           # (R, W, J)
+        log_probs = model.joint.output(nodes).log_softmax(-1)                                   # (R, W, V)
+        best, token = (part.tolist() for part in log_probs.max(-1))
+        blank = log_probs[..., BLANK].tolist()
+        wrote, new = [], []
+        for r, b in enumerate(rows):
+            for w in range(min(window, lengths[b] - at[b])):
+                last = at[b] == lengths[b] - 1
+                if token[r][w] != BLANK and symbols[b] < limits[last]:
+                    paths[b].append((token[r][w], at[b]))
+                    scores[b] += best[r][w]
+                    symbols[b] += 1
+                    wrote.append(b)
+                    new.append(token[r][w])
+                    break
+                capped[b] += token[r][w] != BLANK
+                scores[b] += blank[r][w]
+                at[b], symbols[b] = at[b] + 1, 0
+        if new:
+            labels.put(wrote, labels.select(wrote).after(model, new))
+    return list(zip(paths, scores, capped))
+
+
+@torch.inference_mode()
+def greedy_batch(model, mel, lengths, chunk=None, limits=LIMITS):
+    """Many whole utterances at once through the offline masked encoder: (ids, frames) of each.
+
+    mel (B, F, 80) padded, lengths (B,) in mel frames. The same search on the same frames as streaming: same tokens.
+    """
+    lengths = torch.as_tensor(lengths, device=mel.device)
+    out, _ = model.encoder(mel, lengths=lengths, chunk=chunk)
+    n_frames = [max(1, -(-n // model.config.subsampling)) for n in lengths.tolist()]
+    found = greedy(model, model.joint.encoder_proj(out), n_frames, Labels.start(model, len(mel)), limits)
+    return [([token for token, _ in path], [frame for _, frame in path]) for path, _, _ in found]
+
+
+# ---- Beam search ----------------------------------------------------------------------------------------------------
+
+@dataclass
+class Hypothesis:
+    tokens: tuple   # written since the last word that all hypotheses agree on
+    frames: tuple   # the encoder frame of each, counted from the start of the stream
+    score: float    # log of the summed probability of the paths found to these tokens
+    labels: Labels
+
+
+class Beam:
+    """Time-synchronous: all hypotheses stand at the same frame, and go on together once each has taken blank there.
+
+    In one symbol step every hypothesis that has not left the frame may leave it by blank or write any label; those
+    that left and those that wrote are pruned TOGETHER to the size of the beam, so a beam of one is greedy search.
+    Paths that reach the same labels are the same hypothesis and their probabilities add up.
+    """
+
+    def __init__(self, model, size, limits=LIMITS, hold=100):
+        self.model, self.size, self.limits, self.hold = model, size, limits, hold
+        self.hyps = [Hypothesis((), (), 0.0, Labels.start(model, 1))]
+        self.at = self.capped = 0
+
+    def advance(self, frames, last=False):
+        """frames (T, J), projected -> the tokens that are now certain, as [(token, frame)]."""
+        for k, frame in enumerate(frames):
+            self._frame(frame, self.limits[last and k == len(frames) - 1])
+            self.at += 1
+        return self._commit(last)
+
+    def _frame(self, frame, limit):
+        active, left = self.hyps, {}  # left: by tokens, those that took blank
+        for symbols in range(limit + 1):
+            nodes = torch.tanh(frame + torch.cat([hyp.labels.proj for hyp in active]))
+            log_probs = self.model.joint.output(nodes).log_softmax(-1)                          # (A, V)
+            for hyp, blank in zip(active, log_probs[:, BLANK].tolist()):
+                self._leave(left, Hypothesis(hyp.tokens, hyp.frames, hyp.score + blank, hyp.labels))
+            if symbols == limit:
+                self.capped += log_probs[0].argmax().item() != BLANK
+                break
+            active = self._extend(active, log_probs, left)
+            if not active:
+                break
+        self.hyps = sorted(left.values(), key=lambda hyp: -hyp.score)[:self.size]
+
+    def _leave(self, left, hyp):
+        """Add a hypothesis to those that left the frame; the times are those of the more probable path."""
+        twin = left.get(hyp.tokens, hyp)
+        if twin is not hyp:
+            total = float(np.logaddexp(twin.score, hyp.score))
+            hyp = Hypothesis(hyp.tokens, max(twin, hyp, key=lambda h: h.score).frames, total, hyp.labels)
+        left[hyp.tokens] = hyp
+
+    def _extend(self, active, log_probs, left):
+        """Write a label: prune with those that left (in place), return the hypotheses that survive with a new label."""
+        scores = log_probs + torch.tensor([hyp.score for hyp in active]).to(log_probs)[:, None]
+        scores[:, BLANK] = -math.inf
+        best, index = scores.flatten().topk(min(self.size, scores.numel()))
+        pool = [(score, None, tokens) for tokens, score in ((hyp.tokens, hyp.score) for hyp in left.values())]
+        pool += [(score, *divmod(i, scores.shape[1])) for score, i in zip(best.tolist(), index.tolist())
+                 if score > -math.inf]
+        pool = sorted(pool, key=lambda entry: -entry[0])[:self.size]
+        kept = {tokens for _, parent, tokens in pool if parent is None}
+        for tokens in set(left) - kept:
+            del left[tokens]
+        grown = [(score, active[parent], token) for score, parent, token in pool if parent is not None]
+        if not grown:
+            return []
+        labels = Labels.join([hyp.labels for _, hyp, _ in grown]).after(self.model, [token for *_, token in grown])
+        rows = [labels.select(slice(k, k + 1)) for k in range(len(grown))]
+        return [Hypothesis(hyp.tokens + (token,), hyp.frames + (self.at,), score, own)
+                for (score, hyp, token), own in zip(grown, rows)]
+
+    def _commit(self, last):
+        """Tokens that all hypotheses share are certain. One that stays open for `hold` tokens is decided by score."""
+        best = self.hyps[0]
+        if last or len(best.tokens) > self.hold:
+            n = len(best.tokens) if last else len(best.tokens) - self.hold
+            self.hyps = [hyp for hyp in self.hyps if hyp.tokens[:n] == best.tokens[:n]]
+        n = len(best.tokens) if last else len(os.path.commonprefix([hyp.tokens for hyp in self.hyps]))
+        certain = list(zip(best.tokens[:n], best.frames[:n]))
+        self.hyps = [Hypothesis(h.tokens[n:], h.frames[n:], h.score, h.labels) for h in self.hyps]
+        return certain
+
+
+# ---- Audio ----------------------------------------------------------------------------------------------------------
+
+class AudioError(ValueError):
+    """Audio that cannot be used; the message names the file."""
+
+
+def read_audio(path, start=0.0, duration=None):
+    """A file, or a piece of it in seconds -> float32 samples (N,), mono, 16 kHz. Channels are averaged."""
+    import soundfile
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate, first = file.samplerate, round(start * file.samplerate)
+            wanted = file.frames - first if duration is None else round(duration * rate)
+            if first < 0 or wanted <= 0 or first + wanted > file.frames + rate // 20:
+                until = "the end" if duration is None else f"{start + duration:.2f} s"
+                raise AudioError(f"{path}: holds {file.frames / rate:.2f} s, nothing from {start:.2f} s to {until}"
+                                 if file.frames else f"{path}: holds no samples")
+            file.seek(first)
+            samples = file.read(wanted, dtype="float32", always_2d=True).mean(axis=1)
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
+        raise AudioError(f"{path}: not a readable audio file ({error})") from None
+    if len(samples) < wanted - rate // 20:
+        raise AudioError(f"{path}: truncated, {len(samples) / rate:.2f} s of {wanted / rate:.2f} s could be read")
+    check_audio(samples, path)
+    return resample(samples, rate, SAMPLE_RATE)
+
+
+def check_audio(samples, path):
+    """Refuse what no model can make sense of, before it becomes words."""
+    bad = np.count_nonzero(~np.isfinite(samples))
+    if bad:
+        raise AudioError(f"{path}: {bad} of {len(samples)} samples are NaN or infinite")
+    if not samples.any():
+        raise AudioError(f"{path}: silent, all {len(samples)} samples are zero")
+    clipped = np.mean(np.abs(samples) >= 0.999)
+    if clipped > 0.1:
+        raise AudioError(f"{path}: clipped, {clipped:.0%} of the samples lie at or beyond full scale")
+
+
+def resample(samples, rate, to, crossings=32):
+    """Band-limited interpolation: a windowed sinc, one short filter for each of the phases that a ratio has."""
+    if rate == to:
+        return samples
+    up, down = to // math.gcd(rate, to), rate // math.gcd(rate, to)
+    cutoff = 0.95 * min(1.0, up / down)              # of the half sampling rate of the input
+    half = math.ceil(crossings / cutoff)
+    out = np.zeros(math.ceil(len(samples) * up / down), np.float32)
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(samples, half), 2 * half)
+    taps = np.arange(1 - half, half + 1)
+    for phase in range(min(up, len(out))):
+        base, fraction = divmod(phase * down, up)    # output sample `phase` lies at base + fraction / up of the input
+        at = taps - fraction / up
+        kernel = cutoff * np.sinc(cutoff * at) * np.cos(np.pi * np.clip(at / (2 * half), -0.5, 0.5)) ** 2
+        count = len(out[phase::up])
+        out[phase::up] = windows[base + 1::down][:count] @ kernel.astype(np.float32)
+    return out
+
+
+# ---- Measuring: decode a set, then compare words and delays with the references ------------------------------------
+
+def evaluate(model, tokenizer, items, *, chunk=None, beam=1, batch_size=16, progress=False, bootstrap=0):
+    """items: [(row, samples)] -> (metrics by stream, one record by utterance).
+
+    A batch size of 1 streams the utterances one after the other, as a listener would hear them, and measures computing
+    time; larger ones run the offline encoder, which writes the same words with the same delays, only sooner.
+    """
+    training = model.training
+    model.eval()
+    try:
+        records = list(decode(model, tokenizer, items, chunk, beam, batch_size, progress))
+    finally:
+        model.train(training)
+    return summarise(records, tokenizer.tags, bootstrap), records
+
+
+def decode(model, tokenizer, items, chunk, beam, batch_size, progress):
+    """One record per utterance, in the order of the items: what was said, what was written, and when."""
+    order = sorted(range(len(items)), key=lambda i: len(items[i][1]))
+    size = 1 if beam > 1 else batch_size
+    found = {}
+    if progress:
+        from tqdm import tqdm
+        bar = tqdm(total=len(items), unit="utt", desc="streaming", leave=False)
+    for first in range(0, len(order), size):
+        group = order[first:first + size]
+        audio = [items[i][1] for i in group]
+        results = ([stream_one(model, tokenizer, audio[0], chunk, beam)] if size == 1
+                   else stream_batch(model, tokenizer, audio, chunk))
+        for i, result in zip(group, results):
+            found[i] = {"id": items[i][0].id, "audio": items[i][0].audio, "references": references(items[i][0]),
+                        "duration_ms": len(items[i][1]) / PER_MS, **result}
+        if progress:
+            bar.update(len(group))
+    return [found[i] for i in range(len(items))]
+
+
+def references(row):
+    """The words of each stream that the row knows, by tag."""
+    texts = {"<asr>": row.asr, **{f"<st:{lang}>": text for lang, text in row.st.items()}}
+    return {tag: text.split() for tag, text in texts.items() if text is not None}
+
+
+def stream_one(model, tokenizer, samples, chunk, beam):
+    began, streamer = time.perf_counter(), Streamer(model, tokenizer, chunk=chunk, beam=beam)
+    words = streamer.accept(samples) + streamer.flush()
+    return {"words": words, "capped": streamer.capped, "invalid": streamer.parser.invalid, "score": streamer.score,
+            "seconds": time.perf_counter() - began}
+
+
+def stream_batch(model, tokenizer, audio, chunk):
+    """The words and delays that streaming each of these would give; computing time cannot be known this way."""
+    config, weight = model.config, model.joint.output.weight
+    chunk = config.chunks[0] if chunk is None else chunk
+    mels = [log_mel(pad_samples(torch.as_tensor(samples).to(weight), config.subsampling), config.n_mels)
+            for samples in audio]
+    mel = torch.nn.utils.rnn.pad_sequence(mels, batch_first=True)
+    for samples, (ids, frames) in zip(audio, greedy_batch(model, mel, [len(one) for one in mels], chunk)):
+        parser, n_frames, words = StreamParser(tokenizer), config.frames(len(samples)), []
+        pairs = [(pair, frame) for token, frame in zip(ids, frames) for pair in parser.feed(token)]
+        for (tag, text), frame in pairs + [(pair, n_frames - 1) for pair in parser.flush()]:
+            end = min(n_frames, (frame // chunk + 1) * chunk) if chunk else n_frames  # of the chunk
+            delay = chunk_delay_ms(config, end, len(samples))
+            words.append(Word(tag, text, delay, (frame + 1) * config.frame_s, math.nan))
+        yield {"words": words, "invalid": parser.invalid}
+
+
+def summarise(records, tags, bootstrap=0):
+    """Metrics by stream, flat and plain, from the records of `decode`."""
+    metrics = {}
+    for tag in tags:
+        rows = [row for row in records if tag in row["references"]]
+        if rows:
+            metrics[tag] = score_stream(rows, tag, bootstrap)
+    return metrics
+
+
+def score_stream(rows, tag, bootstrap):
+    references = [row["references"][tag] for row in rows]
+    written = [[word for word in row["words"] if word.stream == tag] for row in rows]
+    texts = [[word.text for word in words] for words in written]
+    metrics = {"utterances": len(rows), "silent": sum(not words for words in texts)}
+    for suffix, clean in (("", list), ("_norm", normalise)):
+        pairs = [(clean(ref), clean(hyp)) for ref, hyp in zip(references, texts)]
+        metrics["wer" + suffix] = error_rate(pairs)
+        metrics["cer" + suffix] = error_rate([(" ".join(ref), " ".join(hyp)) for ref, hyp in pairs])
+    metrics |= sacre([" ".join(hyp) for hyp in texts], [" ".join(ref) for ref in references])
+    for suffix, of in (("", "delay_ms"), ("_ca", "elapsed_ms")):
+        lags = [latency([getattr(word, of) for word in words], row["duration_ms"], len(ref))
+                for row, words, ref in zip(rows, written, references) if words]
+        for k, name in enumerate(("al", "laal")):
+            mean = sum(lag[k] for lag in lags) / len(lags) if lags else math.nan
+            metrics[f"{name}{suffix}_ms"] = None if math.isnan(mean) else mean
+    return metrics
+
+
+def edit_distance(a, b):
+    """Substitutions, insertions and deletions that turn one sequence into the other (Levenshtein).
+
+    One row of the table at a time: cost[j] = min(above[j] + 1, above[j-1] + (a[i] != b[j]), cost[j-1] + 1), where the
+    last choice, along the row, is a running minimum of cost[j] - j.
+    """
+    number = {item: k for k, item in enumerate(dict.fromkeys([*a, *b]))}
+    b = np.array([number[item] for item in b], np.int64)
+    steps = np.arange(len(b) + 1)
+    cost = steps.copy()
+    for i, item in enumerate(a):
+        new = cost + 1
+        new[1:] = np.minimum(new[1:], cost[:-1] + (b != number[item]))
+        cost = np.minimum.accumulate(new - steps) + steps
+    return int(cost[-1])
+
+
+def error_rate(pairs):
+    """Edits over the length of the references, in percent, over the whole set."""
+    return 100 * sum(edit_distance(ref, hyp) for ref, hyp in pairs) / max(1, sum(len(ref) for ref, _ in pairs))
+
+
+def normalise(words):
+    """Lower-cased, without punctuation."""
+    kept = ("".join(c for c in word.lower() if unicodedata.category(c)[0] != "P") for word in words)
+    return [word for word in kept if word]
+
+
+def latency(delays, source_ms, n_ref):
+    """Average lagging behind an ideal that spreads its words evenly over the source: (AL, LAAL), in ms.
+
+    AL    = 1/tau sum over i <= tau of d_i - (i-1) S / n_ref,  tau the first word that needed the whole source
+    LAAL  the same with max(n_hyp, n_ref), so that writing too much does not look fast
+    """
+    if delays[0] > source_ms:
+        return delays[0], delays[0]
+    tau = next((i + 1 for i, d in enumerate(delays) if d >= source_ms), len(delays))
+    d = np.array(delays[:tau])
+    return tuple(float(np.mean(d - np.arange(tau) * source_ms / max(1, n))) for n in (n_ref, max(len(delays), n_ref)))
+
+
+def sacre(hypotheses, references):
+    """BLEU with its signature, and chrF."""
+    try:
+        from sacrebleu.metrics import BLEU, CHRF
+    except ImportError:
+        print("BLEU and chrF are left out: pip install sacrebleu", file=sys.stderr)
+        return {"bleu": None, "chrf": None}
+    bleu, chrf = BLEU(), CHRF()
+    return {"bleu": bleu.corpus_score(hypotheses, [references]).score,
+            "chrf": chrf.corpus_score(hypotheses, [references]).score, "bleu_signature": str(bleu.get_signature())}
+
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
+
+def demonstration():
+    """Random weights, a second of noise: whatever the packets, the words and their times do not change."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train(["la la la"], 262, tags=("<asr>", "<st:en>"))
+    model = Transducer(replace(PRESETS["tiny"], vocab=len(tokenizer), dropout=0.0)).eval()
+    samples = np.random.default_rng(0).normal(0, 0.1, 2 * SAMPLE_RATE + 123).astype(np.float32)
+    results = []
+    for packet in (1, 700, 4000, len(samples)):
+        streamer, words = Streamer(model, tokenizer, limits=(3, 10)), []
+        for start in range(0, len(samples), packet):
+            words += streamer.accept(samples[start:start + packet])
+        words += streamer.flush()
+        results.append((streamer.score, [(word.stream, word.text, word.delay_ms, word.frame_s) for word in words]))
+        print(f"packets of {packet:6} samples: {len(words)} words, log-probability {streamer.score!r}")
+    print("match" if all(result == results[0] for result in results) else "NO MATCH")
+
+
+def main(argv=None):
+    demonstration()
+
+
+if __name__ == "__main__":
+    main()
