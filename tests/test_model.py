@@ -1,0 +1,434 @@
+"""model.py: what each part promises, and above all that streaming is the offline computation and nothing else."""
+
+import math
+import pickle
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import model as m  # noqa: E402
+
+SMALL = m.Config(vocab=40, dim=32, heads=4, layers=3, ff=48, subsampling=4, chunks=(4, 1, 16), left_frames=10,
+                 dropout=0.1, label_encoder="transformer", label_layers=2, label_context=5, joint_dim=24, ctc_vocab=7)
+KINDS = [SMALL, replace(SMALL, label_encoder="lstm", subsampling=8), replace(SMALL, subsampling=2, max_distance=3)]
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def make(config=SMALL, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    model = m.Transducer(config).to(dtype).eval()
+    model.encoder.set_statistics(torch.full((config.n_mels,), -8.0), torch.full((config.n_mels,), 3.0))
+    with torch.no_grad():  # steeper than the initial values: every distance tells
+        model.encoder.stack.distance_bias.normal_(std=2.0)
+    return model
+
+
+def speech(n, dtype=torch.float64, seed=0):
+    """Not speech, but as uneven: noise whose level changes every 20 ms."""
+    generator = torch.Generator().manual_seed(seed)
+    level = torch.randn(n // 320 + 1, generator=generator, dtype=dtype).exp().repeat_interleave(320)[:n]
+    return 0.1 * level * torch.randn(n, generator=generator, dtype=dtype)
+
+
+def mel_of(config, n, dtype=torch.float64, seed=0):
+    return m.log_mel(m.pad_samples(speech(n, dtype, seed), config.subsampling))
+
+
+def stream(model, mel, chunk, **options):
+    """mel (B, F, 80) through the encoder one chunk at a time."""
+    state = model.encoder.initial_state(mel.shape[0], chunk)
+    step = chunk * model.config.subsampling or mel.shape[1]
+    frames = []
+    for start in range(0, mel.shape[1], step):
+        out, state = model.encoder(mel[:, start:start + step], state=state, **options)
+        frames.append(out)
+    return torch.cat(frames, 1), state
+
+
+# --------------------------------------------------------------------------------------------------------- features
+
+def test_mel_frame_against_the_definition():
+    """Frame 3 from its own 400 samples, with a sum over cosines and sines instead of a fast transform."""
+    samples = speech(1600)
+    piece = samples[480:880] * torch.hann_window(400, periodic=False, dtype=torch.float64)
+    angle = 2 * torch.pi * torch.arange(257)[:, None] * torch.arange(400) / 512
+    power = (piece * angle.cos()).sum(1) ** 2 + (piece * angle.sin()).sum(1) ** 2
+    mel = lambda hz: 1127 * math.log(1 + hz / 700)
+    edges = torch.linspace(mel(20), mel(8000), 82, dtype=torch.float64)
+    bands = torch.zeros(80, dtype=torch.float64)
+    for band in range(80):
+        low, peak, high = edges[band:band + 3].tolist()
+        for k in range(257):
+            at = mel(31.25 * k)
+            weight = (at - low) / (peak - low) if at <= peak else (high - at) / (high - peak)
+            bands[band] += max(0.0, weight) * power[k]
+    assert torch.allclose(m.log_mel(samples)[3], bands.log(), atol=1e-10)
+
+
+def test_mel_frame_is_made_of_its_own_samples_only():
+    samples = speech(3200)
+    mel = m.log_mel(samples)
+    assert mel.shape == ((3200 - 400) // 160 + 1, 80)
+    other = samples.clone()
+    other[:480] = 0.3
+    other[880:] = -0.2
+    assert torch.equal(m.log_mel(other)[3], mel[3])
+    assert not torch.equal(m.log_mel(other)[2], mel[2]) and not torch.equal(m.log_mel(other)[4], mel[4])
+
+
+def test_mel_of_batches_short_and_silent_input():
+    both = torch.stack([speech(2000, seed=1), speech(2000, seed=2)])
+    assert torch.allclose(m.log_mel(both)[1], m.log_mel(both[1]), atol=1e-12)
+    assert m.log_mel(torch.zeros(399)).shape == (0, 80) and m.log_mel(torch.zeros(2, 0)).shape == (2, 0, 80)
+    assert m.log_mel(torch.zeros(400)).isfinite().all()
+    assert m.log_mel(torch.ones(400)).dtype == torch.float32
+
+
+def test_every_band_hears_its_tone():
+    """A tone raises the bands around its own frequency above all others; no band is deaf."""
+    for hz in (150, 440, 1000, 3000, 7000):
+        tone = torch.sin(2 * torch.pi * hz * torch.arange(400, dtype=torch.float64) / 16000)
+        mels = 1127 * torch.log1p(torch.tensor([20., hz, 8000.]) / 700)
+        expected = float((mels[1] - mels[0]) / (mels[2] - mels[0])) * 81 - 1
+        assert abs(m.log_mel(tone)[0].argmax().item() - expected) <= 1.5
+    click = torch.zeros(400, dtype=torch.float64)
+    click[200] = 1
+    assert m.log_mel(click).min() > -3  # the floor is log(1e-8)
+
+
+@pytest.mark.parametrize("subsampling", [2, 4, 8])
+@pytest.mark.parametrize("n", [0, 1, 399, 640, 641, 1280, 16000, 16001])
+def test_padding_gives_whole_frames(n, subsampling):
+    config = replace(SMALL, subsampling=subsampling)
+    T = max(1, -(-n // (160 * subsampling)))
+    padded = m.pad_samples(torch.ones(n), subsampling)
+    assert config.frames(n) == T and m.log_mel(padded).shape == (T * subsampling, 80)
+    assert padded.shape == (160 * T * subsampling + 240,) and padded[:n].all() and not padded[n:].any()
+    assert config.frame_s == 0.01 * subsampling
+
+
+# ---------------------------------------------------------------------------------------------------------- encoder
+
+@pytest.mark.parametrize("config", KINDS[:2])
+@pytest.mark.parametrize("chunk", [1, 4, 0])
+def test_what_a_frame_depends_on(config, chunk):
+    """By derivative: frame t needs no mel frame after its own chunk, in spite of three layers, and none from before
+    what `left` chunks in each layer and the convolutions reach."""
+    model, s, T, t = make(config), config.subsampling, 40, 26
+    mel = torch.randn(1, T * s, 80, dtype=torch.float64, requires_grad=True)
+    frames, _ = model.encoder(mel, chunk=chunk)
+    gradient, = torch.autograd.grad((frames[0, t] * torch.randn(config.dim, dtype=torch.float64)).sum(), mel)
+    used = gradient[0].abs().sum(1).nonzero()[:, 0]
+    if chunk == 0:
+        assert used.min() == 0 and used.max() == T * s - 1
+        return
+    first = t // chunk - config.layers * -(-config.left_frames // chunk)  # chunk
+    assert used.max() == (t // chunk + 1) * chunk * s - 1
+    assert used.min() == max(0, first * chunk * s - (s - 1))
+
+
+def test_attention_against_loops():
+    """One layer, one query and one head at a time, looking at exactly the frames that it is meant to see."""
+    config = replace(SMALL, layers=1, max_distance=6)
+    encoder, T, chunk = make(config).encoder, 19, 4
+    block, left = encoder.stack.blocks[0], 3  # ceil(10 / 4) chunks
+    x = torch.randn(1, T, config.dim, dtype=torch.float64)
+    q, k, v = block.qkv(block.norm1(x))[0].view(T, 3, 4, 8).unbind(1)  # (T, H, D / H)
+    seen = torch.zeros(T, 4, 8, dtype=torch.float64)
+    for t in range(T):
+        keys = [j for j in range(T) if t // chunk - left <= j // chunk <= t // chunk]
+        for head in range(4):
+            distance = torch.tensor([max(-6, min(6, t - j)) + 6 for j in keys])
+            score = k[keys, head] @ q[t, head] / 8 ** 0.5 + encoder.stack.distance_bias[head, distance]
+            seen[t, head] = score.softmax(0) @ v[keys, head]
+    y = x + block.out(seen.reshape(1, T, -1))
+    y = y + block.ff2(torch.relu(block.ff1(block.norm2(y))))
+    assert torch.allclose(encoder.stack(x, chunk, left)[0], encoder.stack.norm(y), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("config", KINDS, ids=["x4", "x8", "x2"])
+@torch.no_grad()
+def test_streaming_is_the_offline_forward(config, dtype):
+    model = make(config, dtype)
+    for chunk in (1, 4, 16, 0):
+        for n in (1, 5000, 16000, 33333, 40960):
+            mel = mel_of(config, n, dtype)[None]
+            offline, none = model.encoder(mel, chunk=chunk)
+            streamed, _ = stream(model, mel, chunk)
+            assert none is None and offline.shape == (1, config.frames(n), config.dim)
+            assert (streamed - offline).abs().max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+@torch.no_grad()
+def test_streaming_is_the_offline_forward_for_the_presets(name):
+    config = m.PRESETS[name]
+    model = make(config, torch.float32)
+    mel = mel_of(config, 20 * 16000, torch.float32)[None]
+    for chunk in config.chunks:
+        difference = (stream(model, mel, chunk)[0] - model.encoder(mel, chunk=chunk)[0]).abs().max()
+        assert difference < 1e-5, (chunk, difference)
+
+
+@torch.no_grad()
+def test_a_wrong_context_is_noticed():
+    """The negative control: one frame more to the left, or chunks one frame longer, is not within the tolerance."""
+    model = make()
+    mel = mel_of(SMALL, 40000)[None]
+    for chunk, other, left in ((1, 1, 11), (4, 5, 10), (4, 4, 13)):
+        wrong = make(replace(SMALL, left_frames=left))
+        difference = (stream(wrong, mel, other)[0] - model.encoder(mel, chunk=chunk)[0]).abs().max()
+        assert difference > 1e-4, (chunk, other, left)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("chunk", [1, 4, 16, 0])
+@torch.no_grad()
+def test_batch_is_single(dtype, chunk):
+    """Ragged utterances padded with garbage, each equal to itself alone."""
+    model = make(dtype=dtype)
+    mels = [mel_of(SMALL, n, dtype, seed=n) for n in (20000, 700, 31000, 16001)]
+    lengths = torch.tensor([len(mel) for mel in mels])
+    batch = torch.full((4, int(lengths.max()), 80), 1e3, dtype=dtype)
+    for row, mel in zip(batch, mels):
+        row[:len(mel)] = mel
+    frames, _ = model.encoder(batch, lengths, chunk=chunk)
+    for row, mel in zip(frames, mels):
+        alone, _ = model.encoder(mel[None], chunk=chunk)
+        assert (row[:alone.shape[1]] - alone[0]).abs().max() < TOLERANCE[dtype]
+
+
+@torch.no_grad()
+def test_streams_of_different_age_in_one_batch():
+    """Streams that began at different times are joined, stepped together, one is taken out, the others go on;
+    the last chunks, of different length, are stepped together too."""
+    model, step = make(), 16
+    mels = [mel_of(SMALL, n, seed=n) for n in (26000, 30000, 31900)]
+    alone = [stream(model, mel[None], 4)[0][0] for mel in mels]
+    states, parts, at = [], [[], [], []], [0, 2 * step, 5 * step]
+    for mel, begun, part in zip(mels, at, parts):
+        state = model.encoder.initial_state(1, 4)
+        for start in range(0, begun, step):
+            frames, state = model.encoder(mel[None, start:start + step], state=state)
+            part.append(frames[0])
+        states.append(state)
+    rows, state = [0, 1, 2], m.State.join(states)
+    while rows:
+        pieces = [mels[row][at[row]:at[row] + step] for row in rows]
+        lengths = torch.tensor([len(piece) for piece in pieces])
+        mel = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=50.0)
+        frames, state = model.encoder(mel, lengths, state)
+        for i, row in enumerate(rows):
+            parts[row].append(frames[i, :lengths[i] // 4])
+            at[row] += step
+        kept = [i for i, row in enumerate(rows) if at[row] < len(mels[row])]
+        rows, state = [rows[i] for i in kept], state.select(kept)
+    for part, whole in zip(parts, alone):
+        assert (torch.cat(part) - whole).abs().max() < 1e-10
+
+
+@torch.no_grad()
+def test_state_keeps_its_shape():
+    model = make()
+    for chunk in (1, 4, 16):
+        state = model.encoder.initial_state(2, chunk)
+        shapes = {name: x.shape for name, x in state.tensors().items()}
+        assert shapes["keys"] == (2, 3, 4, -(-10 // chunk) * chunk, 8)
+        for _ in range(40):
+            _, state = model.encoder(torch.randn(2, chunk * 4, 80, dtype=torch.float64), state=state)
+            assert {name: x.shape for name, x in state.tensors().items()} == shapes and state.chunk == chunk
+            assert all(x.untyped_storage().nbytes() == x.numel() * x.element_size() for x in state.tensors().values())
+
+
+def test_encoder_refuses_what_it_cannot_take():
+    model = make()
+    with pytest.raises(ValueError, match="7 mel frames .* multiple of 4"):
+        model.encoder(torch.zeros(1, 7, 80, dtype=torch.float64))
+    with pytest.raises(ValueError, match="0 mel frames"):
+        model.encoder(torch.zeros(1, 0, 80, dtype=torch.float64))
+    with pytest.raises(ValueError, match="16 mel frames, not 20"):
+        model.encoder(torch.zeros(1, 20, 80, dtype=torch.float64), state=model.encoder.initial_state(1, 4))
+    with pytest.raises(ValueError, match="-3"):
+        model.encoder(torch.zeros(1, 8, 80, dtype=torch.float64), chunk=-3)
+
+
+# ---------------------------------------------------------------------------------------------------- label encoder
+
+@pytest.mark.parametrize("kind", ["transformer", "lstm"])
+@torch.no_grad()
+def test_labels_in_any_pieces(kind):
+    encoder = make(replace(SMALL, label_encoder=kind)).label_encoder
+    labels = torch.randint(1, 40, (3, 30))
+    whole, after = encoder(labels)
+    assert whole.shape == (3, 31, 32)
+    for cuts in ([0, 1, 2, 3, 30], [0, 12, 30], [7, 8, 30], list(range(31))):
+        out, state = encoder(labels[:, :cuts[0]])
+        parts = [out]
+        for a, b in zip(cuts, cuts[1:]):
+            out, state = encoder(labels[:, a:b], state)
+            parts.append(out)
+        assert (torch.cat(parts, 1) - whole).abs().max() < 1e-10
+        for name, x in state.tensors().items():
+            assert torch.allclose(x, after.tensors()[name], atol=1e-10)
+
+
+@torch.no_grad()
+def test_label_context_is_bounded():
+    """Two layers that see 5 labels each: the output moves with the last 9 labels and with no other."""
+    encoder = make().label_encoder
+    labels = torch.randint(1, 40, (1, 25))
+    whole, state = encoder(labels)
+    assert state.keys.shape == (1, 2, 4, 4, 8)
+    for u in range(25):
+        other = labels.clone()
+        other[0, u] = labels[0, u] % 39 + 1
+        changed = (encoder(other)[0] - whole)[0].abs().amax(1) > 0  # output u + 1 is the first that has read label u
+        assert changed.nonzero()[:, 0].tolist() == list(range(u + 1, min(26, u + 1 + 9)))
+
+
+@pytest.mark.parametrize("kind", ["transformer", "lstm"])
+@torch.no_grad()
+def test_hypotheses_part_and_meet(kind):
+    """Beam search: rows of one state go on with different labels, then in another order."""
+    encoder = make(replace(SMALL, label_encoder=kind)).label_encoder
+    _, state = encoder(torch.tensor([[3, 4]]))
+    _, state = encoder(torch.tensor([[5], [6], [7]]), state.select([0, 0, 0]))
+    out, _ = encoder(torch.tensor([[8], [9]]), state.select(torch.tensor([2, 0])))
+    expected, _ = encoder(torch.tensor([[3, 4, 7, 8], [3, 4, 5, 9]]))
+    assert (out[:, 0] - expected[:, -1]).abs().max() < 1e-10
+
+
+# ------------------------------------------------------------------------------------------------- joint and training
+
+@torch.no_grad()
+def test_joint_against_loops():
+    model = make()
+    frames, labels = torch.randn(2, 5, 32, dtype=torch.float64), torch.randn(2, 3, 32, dtype=torch.float64)
+    logits, joint = model.joint(frames, labels), model.joint
+    assert logits.shape == (2, 5, 3, 40)
+    for b, t, u in [(0, 0, 0), (1, 4, 2), (0, 3, 1)]:
+        hidden = torch.tanh(joint.encoder_proj(frames[b, t]) + joint.label_proj(labels[b, u]))
+        assert torch.allclose(logits[b, t, u], joint.output(hidden), atol=1e-12)
+    assert model.ctc(frames).shape == (2, 5, 7) and make(replace(SMALL, ctc_vocab=0)).ctc is None
+
+
+@pytest.mark.parametrize("kind", ["transformer", "lstm"])
+def test_gradients_reach_every_parameter_and_padding_none(kind):
+    model = make(replace(SMALL, label_encoder=kind)).train()
+    mel = torch.randn(2, 120, 80, dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([120, 16])  # whole chunks of the second utterance are padding, and see padding only
+    frames, _ = model.encoder(mel, lengths, chunk=4)
+    labels, _ = model.label_encoder(torch.randint(1, 40, (2, 6)))
+    logits = model.joint(frames, labels)
+    (logits[0].square().sum() + logits[1, :4].square().sum() + model.ctc(frames[1, :4]).sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+    assert not mel.grad[1, 16:].any() and mel.grad[1, :16].any(1).all()
+
+
+def test_half_precision_stays_finite():
+    model = make(dtype=torch.float32).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        frames, _ = model.encoder(torch.randn(2, 120, 80), torch.tensor([120, 16]))
+        logits = model.joint(frames, model.label_encoder(torch.randint(1, 40, (2, 6)))[0])
+    logits.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_random_numbers_are_those_of_the_seed():
+    a, b, c = make(seed=1), make(seed=1), make(seed=2)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    assert not torch.equal(a.joint.output.weight, c.joint.output.weight) and not a.joint.output.bias.any()
+
+
+# ------------------------------------------------------------------------------------------------ options and files
+
+@pytest.mark.parametrize("wrong, words", [
+    ({"dim": 30}, "dim 30 .* heads 4"), ({"layers": 0}, "layers .* 0"), ({"vocab": "9"}, "vocab .* '9'"),
+    ({"subsampling": 3}, "subsampling .* 3"), ({"chunks": ()}, r"chunks .* \(\)"), ({"chunks": (4, -1)}, "chunks .* -1"),
+    ({"left_frames": -5}, "left_frames -5"), ({"dropout": 1.0}, r"dropout .* 1\.0"),
+    ({"label_encoder": "gru"}, "label_encoder .* 'gru'"), ({"ctc_vocab": -1}, "ctc_vocab -1")])
+def test_options_are_validated(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        replace(SMALL, **wrong)
+
+
+@pytest.mark.parametrize("config", KINDS[:2], ids=["transformer", "lstm"])
+@torch.no_grad()
+def test_checkpoint_round_trip(tmp_path, config):
+    model, path = make(config, torch.float32), tmp_path / "model.pt"
+    m.save(path, model, mode="align", tokenizer={"tags": ["<asr>"]}, moments=torch.arange(3))
+    other, beside = m.load(path)
+    assert other.config == config and not other.training
+    assert beside["mode"] == "align" and beside["tokenizer"] == {"tags": ["<asr>"]}
+    assert torch.equal(beside["moments"], torch.arange(3))
+    mel = mel_of(config, 8000, torch.float32)[None]
+    assert torch.equal(model.encoder(mel)[0], other.encoder(mel)[0])
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "model.pt"
+    m.save(path, make(), step=1)
+    with pytest.raises(Exception, match="pickle"):
+        m.save(path, make(), step=2, bad=lambda: None)
+    assert m.load(path)[1] == {"step": 1} and [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+
+
+class Code:
+    def __reduce__(self):
+        return (Path.touch, (Path(self.path),))
+
+
+def test_what_is_not_a_checkpoint_is_refused(tmp_path):
+    good, path, ran = tmp_path / "good.pt", tmp_path / "bad.pt", tmp_path / "ran"
+    m.save(good, make())
+    content = torch.load(good)
+    code = Code()
+    code.path = str(ran)
+
+    def refused(words):
+        with pytest.raises(ValueError, match=words) as caught:
+            m.load(path)
+        assert str(path) in str(caught.value)
+
+    refused("no such file")
+    path.write_text("hello")
+    refused("not a checkpoint")
+    path.write_bytes(b"")
+    refused("not a checkpoint")
+    path.write_bytes(good.read_bytes()[:-500])
+    refused("not a checkpoint")
+    path.write_bytes(pickle.dumps(code))
+    refused("not a checkpoint")
+    torch.save({**content, "beside": code}, path)
+    refused("refused")
+    assert not ran.exists()
+    torch.save([1, 2], path)
+    refused("not a checkpoint")
+    torch.save({**content, "version": 99}, path)
+    refused("version 99")
+    torch.save({**content, "config": {**content["config"], "wings": 2}}, path)
+    refused("wings")
+    torch.save({**content, "config": asdict(replace(SMALL, dim=64))}, path)
+    refused("damaged")
+    torch.save({key: value for key, value in content.items() if key != "model"}, path)
+    refused("damaged.*model")
+
+
+def test_the_demonstration_prints_the_mask_it_uses():
+    out = subprocess.run([sys.executable, ROOT / "model.py"], capture_output=True, text=True, check=True).stdout
+    assert all(name in out for name in m.PRESETS) and "320 (280) ms" in out
+    rows = [line.split() for line in out.splitlines() if line.strip() and set(line) <= set(" .#")]
+    assert len(rows) == 16
+    for t, row in enumerate(rows):
+        assert row == ["#" if 0 <= t // 4 - j // 4 <= 2 else "." for j in range(16)]
