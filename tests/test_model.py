@@ -58,7 +58,7 @@ def test_mel_frame_against_the_definition():
     """Frame 3 from its own 400 samples, with a sum over cosines and sines instead of a fast transform."""
     samples = speech(1600)
     piece = samples[480:880] * torch.hann_window(400, periodic=False, dtype=torch.float64)
-    angle = 2 * torch.pi * torch.arange(257)[:, None] * torch.arange(400, dtype=torch.float64) / 512
+    angle = torch.arange(257, dtype=torch.float64)[:, None] * torch.arange(400) * 2 * torch.pi / 512
     power = (piece * angle.cos()).sum(1) ** 2 + (piece * angle.sin()).sum(1) ** 2
     mel = lambda hz: 1127 * math.log(1 + hz / 700)
     edges = torch.linspace(mel(20), mel(8000), 82, dtype=torch.float64)
