@@ -59,10 +59,8 @@ class Streamer:
         self.clock_ms = 0.0                   # end of the previous step, by the clock of `elapsed_ms`
         self.closed = False
         self.encoder_state = model.encoder.initial_state(1, self.chunk)
-        self.search = Beam(model, beam, limits) if beam > 1 else None
-        self.labels = None if self.search else Labels.start(model, 1)
+        self.search = Beam(model, beam, limits) if beam > 1 else Greedy(Labels.start(model, 1))
         self.parser = StreamParser(tokenizer)
-        self.score, self.capped = 0.0, 0      # log-probability of the path taken; frames cut off by `limits`
 
     def accept(self, samples):
         """Samples (N,) at 16 kHz in -1..1, any number of them; returns the words that they finish."""
@@ -132,7 +130,7 @@ def step(streamers, n_frames, last=False):
     frames = model.joint.encoder_proj(frames)                                           # (B, T, J)
     for b, streamer in enumerate(streamers):
         streamer.encoder_state = state.select(slice(b, b + 1))
-    if streamers[0].search:
+    if isinstance(streamers[0].search, Beam):
         tokens = [streamer.search.advance(frames[b], last) for b, streamer in enumerate(streamers)]
     else:
         tokens = _greedy_step(model, frames, streamers, last)
@@ -140,21 +138,20 @@ def step(streamers, n_frames, last=False):
 
 
 def _greedy_step(model, frames, streamers, last):
-    labels, (limit, last_limit) = Labels.join([streamer.labels for streamer in streamers]), streamers[0].limits
+    searches = [streamer.search for streamer in streamers]
+    labels, (limit, last_limit) = Labels.join([search.labels for search in searches]), streamers[0].limits
     limits = (limit, last_limit if last else limit)
-    paths = []
-    for b, found in enumerate(greedy(model, frames, [frames.shape[1]] * len(streamers), labels, limits)):
-        streamer, (path, score, capped) = streamers[b], found
-        streamer.labels = labels.select(slice(b, b + 1))
-        streamer.score, streamer.capped = streamer.score + score, streamer.capped + capped
-        paths.append(path)
-    return paths
+    found = greedy(model, frames, [frames.shape[1]] * len(streamers), labels, limits)
+    for b, (search, (_, score, capped)) in enumerate(zip(searches, found)):
+        search.labels = labels.select(slice(b, b + 1))
+        search.score, search.capped = search.score + score, search.capped + capped
+    return [path for path, _, _ in found]
 
 
 def _words(streamer, path, first_frame, last, began):
     """Tokens -> words with their times. Nothing here depends on packets but the computing time in `elapsed_ms`."""
     config = streamer.model.config
-    offset = 0 if streamer.search else first_frame  # beam search counts frames from the start of the stream
+    offset = 0 if isinstance(streamer.search, Beam) else first_frame  # beam search counts frames from the start of the stream
     delay_ms = chunk_delay_ms(config, streamer.frames, streamer.received)
     done = [(tag, text, frame + offset) for token, frame in path for tag, text in streamer.parser.feed(token)]
     if last:
@@ -207,6 +204,13 @@ class Labels:
         self.proj, self.state = moved.proj, moved.state
 
 
+@dataclass
+class Greedy:
+    labels: Labels
+    score: float = 0.0  # log-probability of the path taken
+    capped: int = 0     # frames that wanted to write more than the limit
+
+
 def greedy(model, frames, lengths, labels, limits, window=8):
     """Follow the best arc at every node of the lattice; returns ([(token, frame)], score, capped) for each stream.
 
@@ -241,7 +245,7 @@ def greedy(model, frames, lengths, labels, limits, window=8):
                 scores[b] += blank[r][w]
                 at[b], symbols[b] = at[b] + 1, 0
         if new:
-            labels.put(wrote, labels.select(wrote).after(model, new))
+            labels.put(wrote, (labels if len(new) == len(lengths) else labels.select(wrote)).after(model, new))
     return list(zip(paths, scores, capped))
 
 
@@ -279,7 +283,11 @@ class Beam:
     def __init__(self, model, size, limits=LIMITS, hold=100):
         self.model, self.size, self.limits, self.hold = model, size, limits, hold
         self.hyps = [Hypothesis((), (), 0.0, Labels.start(model, 1))]
-        self.at = self.capped = 0
+        self.at = self.capped = 0  # the frame it stands at; how often the best wanted to write more than the limit
+
+    @property
+    def score(self):
+        return self.hyps[0].score
 
     def advance(self, frames, last=False):
         """frames (T, J), projected -> the tokens that are now certain, as [(token, frame)]."""
@@ -448,7 +456,7 @@ def references(row):
 def stream_one(model, tokenizer, samples, chunk, beam):
     began, streamer = time.perf_counter(), Streamer(model, tokenizer, chunk=chunk, beam=beam)
     words = streamer.accept(samples) + streamer.flush()
-    return {"words": words, "capped": streamer.capped, "invalid": streamer.parser.invalid, "score": streamer.score,
+    return {"words": words, "capped": streamer.search.capped, "invalid": streamer.parser.invalid, "score": streamer.search.score,
             "seconds": time.perf_counter() - began}
 
 
@@ -565,8 +573,8 @@ def demonstration():
         for start in range(0, len(samples), packet):
             words += streamer.accept(samples[start:start + packet])
         words += streamer.flush()
-        results.append((streamer.score, [(word.stream, word.text, word.delay_ms, word.frame_s) for word in words]))
-        print(f"packets of {packet:6} samples: {len(words)} words, log-probability {streamer.score!r}")
+        results.append((streamer.search.score, [(word.stream, word.text, word.delay_ms, word.frame_s) for word in words]))
+        print(f"packets of {packet:6} samples: {len(words)} words, log-probability {streamer.search.score!r}")
     print("match" if all(result == results[0] for result in results) else "NO MATCH")
 
 
