@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import sys
 import time
 import unicodedata
@@ -409,7 +410,91 @@ def resample(samples, rate, to, crossings=32):
     return out
 
 
-# ---- Measuring: decode a set, then compare words and delays with the references ------------------------------------
+# ---- Captions -------------------------------------------------------------------------------------------------------
+
+def packets(source, realtime):
+    """The audio of a file, or 16-bit PCM from standard input as it comes."""
+    if source == "-":
+        rest, received, loud = b"", 0, False
+        while data := sys.stdin.buffer.read1(4096):
+            data = rest + data
+            rest = data[len(data) // 2 * 2:]  # half a sample waits for its other half
+            samples = np.frombuffer(data[:len(data) // 2 * 2], "<i2").astype(np.float32) / 32768
+            received, loud = received + len(samples), loud or samples.any()
+            yield samples
+        if not loud:
+            raise AudioError(f"standard input: silent, {received} samples of 16-bit PCM and none but zeros")
+        return
+    samples, began, size = read_audio(source), time.perf_counter(), SAMPLE_RATE // 10
+    for start in range(0, len(samples), size):
+        if realtime:
+            time.sleep(max(0.0, began + min(start + size, len(samples)) / SAMPLE_RATE - time.perf_counter()))
+        yield samples[start:start + size]
+
+
+class Plain:
+    """Lines are only ever appended: one for each stream that has new words."""
+
+    def __init__(self, tags):
+        self.tags = tags
+
+    def show(self, words):
+        for tag in self.tags:
+            if mine := [word for word in words if word.stream == tag]:
+                print(f"{mine[0].delay_ms / 1000:8.2f} s  {tag:8} {' '.join(word.text for word in mine)}", flush=True)
+
+
+class Json(Plain):
+    def show(self, words):
+        for word in words:
+            print(json.dumps(asdict(word), ensure_ascii=False), flush=True)
+
+
+class Terminal(Plain):
+    """One line for each stream, growing in place. When one is full they all scroll up and a fresh block begins."""
+
+    def __init__(self, tags):
+        self.lines, self.drawn = dict.fromkeys(tags, ""), False
+        self.show([])
+
+    def show(self, words):
+        for word in words:
+            text = "".join(c if c.isprintable() else "\ufffd" for c in word.text)  # a model may write any byte
+            grown = f"{self.lines[word.stream]} {text}"
+            if columns(f"{word.stream:8}{grown}") > shutil.get_terminal_size().columns - 1:
+                self.draw()
+                self.lines, self.drawn, grown = dict.fromkeys(self.lines, ""), False, f" {text}"
+            self.lines[word.stream] = grown
+        self.draw()
+
+    def draw(self):
+        up = f"\x1b[{len(self.lines)}F" if self.drawn else ""  # back to the first line of the block
+        width = shutil.get_terminal_size().columns - 9
+        rows = (f"\x1b[2K\x1b[2m{tag:8}\x1b[0m{line[:width]}\n" for tag, line in self.lines.items())
+        print(up + "".join(rows), end="", flush=True)
+        self.drawn = True
+
+
+def columns(text):
+    """How wide a terminal shows it: accents stand on the letter before, East Asian letters are two wide."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def caption(model, tokenizer, options):
+    kind = Json if options.json else Terminal if sys.stdout.isatty() else Plain
+    captions, streamer = kind(tokenizer.tags), Streamer(model, tokenizer, chunk=options.chunk, beam=options.beam)
+    try:
+        for packet in packets(options.audio, options.realtime):
+            captions.show(streamer.accept(packet))
+    except KeyboardInterrupt:
+        pass  # the usual end of a microphone: what was heard so far still has its last words to come
+    if streamer.received:
+        captions.show(streamer.flush())
+    if streamer.search.capped:
+        print(f"{streamer.search.capped} frames wanted more than {LIMITS} symbols and were cut off", file=sys.stderr)
+
+
+# ---- Evaluation: stream a set, then compare words and delays with the references -----------------------------------
 
 def evaluate(model, tokenizer, items, *, chunk=None, beam=1, batch_size=16, progress=False, bootstrap=0):
     """items: [(row, samples)] -> (metrics by stream, one record by utterance).
@@ -420,43 +505,38 @@ def evaluate(model, tokenizer, items, *, chunk=None, beam=1, batch_size=16, prog
     training = model.training
     model.eval()
     try:
-        records = list(decode(model, tokenizer, items, chunk, beam, batch_size, progress))
+        records = decode(model, tokenizer, items, (chunk, beam, batch_size, progress))
     finally:
         model.train(training)
     return summarise(records, tokenizer.tags, bootstrap), records
 
 
-def decode(model, tokenizer, items, chunk, beam, batch_size, progress):
+def decode(model, tokenizer, items, options):
     """One record per utterance, in the order of the items: what was said, what was written, and when."""
+    chunk, beam, batch_size, progress = options
     order = sorted(range(len(items)), key=lambda i: len(items[i][1]))
-    size = 1 if beam > 1 else batch_size
-    found = {}
+    size, found = 1 if beam > 1 else batch_size, {}
+    groups = [order[first:first + size] for first in range(0, len(order), size)]
     if progress:
         from tqdm import tqdm
-        bar = tqdm(total=len(items), unit="utt", desc="streaming", leave=False)
-    for first in range(0, len(order), size):
-        group = order[first:first + size]
+        groups = tqdm(groups, unit="batch" if size > 1 else "utt", desc="evaluating", leave=False)
+    for group in groups:
         audio = [items[i][1] for i in group]
         results = ([stream_one(model, tokenizer, audio[0], chunk, beam)] if size == 1
                    else stream_batch(model, tokenizer, audio, chunk))
         for i, result in zip(group, results):
-            found[i] = {"id": items[i][0].id, "audio": items[i][0].audio, "references": references(items[i][0]),
-                        "duration_ms": len(items[i][1]) / PER_MS, **result}
-        if progress:
-            bar.update(len(group))
+            row, samples = items[i]
+            texts = {"<asr>": row.asr, **{f"<st:{lang}>": text for lang, text in row.st.items()}}
+            references = {tag: text.split() for tag, text in texts.items() if text is not None}
+            found[i] = {"id": row.id, "audio": row.audio, "references": references,
+                        "duration_ms": len(samples) / PER_MS, **result}
     return [found[i] for i in range(len(items))]
-
-
-def references(row):
-    """The words of each stream that the row knows, by tag."""
-    texts = {"<asr>": row.asr, **{f"<st:{lang}>": text for lang, text in row.st.items()}}
-    return {tag: text.split() for tag, text in texts.items() if text is not None}
 
 
 def stream_one(model, tokenizer, samples, chunk, beam):
     began, streamer = time.perf_counter(), Streamer(model, tokenizer, chunk=chunk, beam=beam)
     words = streamer.accept(samples) + streamer.flush()
-    return {"words": words, "capped": streamer.search.capped, "invalid": streamer.parser.invalid, "score": streamer.search.score,
+    return {"words": words, "capped": streamer.search.capped, "score": streamer.search.score,
             "seconds": time.perf_counter() - began}
 
 
@@ -474,11 +554,49 @@ def stream_batch(model, tokenizer, audio, chunk):
             end = min(n_frames, (frame // chunk + 1) * chunk) if chunk else n_frames  # of the chunk
             delay = chunk_delay_ms(config, end, len(samples))
             words.append(Word(tag, text, delay, (frame + 1) * config.frame_s, math.nan))
-        yield {"words": words, "invalid": parser.invalid}
+        yield {"words": words}
+
+
+def join_items(items, seconds):
+    """Utterances one after the other in streams of at least `seconds` -> [(row, samples)], [the items of each]."""
+    groups, length = [[]], 0
+    for item in items:
+        if length >= seconds * SAMPLE_RATE:
+            groups, length = [*groups, []], 0
+        groups[-1].append(item)
+        length += len(item[1])
+    joined = []
+    for group in groups:
+        rows = [row for row, _ in group]
+        st = {lang: " ".join(row.st.get(lang, "") for row in rows) for lang in rows[0].st}
+        asr = None if rows[0].asr is None else " ".join(row.asr or "" for row in rows)
+        joined.append((replace(rows[0], asr=asr, st=st), np.concatenate([samples for _, samples in group])))
+    return joined, groups
+
+
+def cut_back(record, items, tags):
+    """The record of a joined stream -> one for each utterance in it, with delays from the start of that utterance.
+
+    Each word goes where the word of the reference lies that the best alignment (fewest edits) puts it at.
+    """
+    starts = np.cumsum([0] + [len(samples) / PER_MS for _, samples in items])
+    singles = [{"id": row.id, "audio": row.audio, "references": {}, "words": [], "seconds": record["seconds"] / len(items),
+                "duration_ms": len(samples) / PER_MS} for row, samples in items]
+    for tag in record["references"]:
+        texts = [(row.asr if tag == "<asr>" else row.st.get(tag[4:-1]) or "").split() for row, _ in items]
+        owner = [k for k, text in enumerate(texts) for _ in text]
+        mine = [word for word in record["words"] if word.stream == tag]
+        for single, text in zip(singles, texts):
+            single["references"][tag] = text
+        for word, at in zip(mine, align_edits(record["references"][tag], [word.text for word in mine])):
+            k = owner[min(at, len(owner) - 1)] if owner else 0
+            singles[k]["words"].append(replace(word, delay_ms=word.delay_ms - starts[k],
+                                               elapsed_ms=word.elapsed_ms - starts[k]))
+    return singles
 
 
 def summarise(records, tags, bootstrap=0):
-    """Metrics by stream, flat and plain, from the records of `decode`."""
+    """Metrics by stream, flat and plain, from the records of `decode`; name_95 are 95 % intervals."""
     metrics = {}
     for tag in tags:
         rows = [row for row in records if tag in row["references"]]
@@ -492,40 +610,65 @@ def score_stream(rows, tag, bootstrap):
     written = [[word for word in row["words"] if word.stream == tag] for row in rows]
     texts = [[word.text for word in words] for words in written]
     metrics = {"utterances": len(rows), "silent": sum(not words for words in texts)}
+
+    def ratio(name, above, below):
+        if below and not any(map(math.isnan, above)):
+            metrics[name] = sum(above) / sum(below) if any(below) else math.nan
+            if bootstrap:  # over utterances
+                drawn = np.random.default_rng(0).integers(len(above), size=(bootstrap, len(above)))
+                values = np.array(above)[drawn].sum(1) / np.maximum(1e-9, np.array(below)[drawn].sum(1))
+                metrics[f"{name}_95"] = np.quantile(values, [0.025, 0.975]).tolist()
+        else:
+            metrics[name] = None
+
     for suffix, clean in (("", list), ("_norm", normalise)):
         pairs = [(clean(ref), clean(hyp)) for ref, hyp in zip(references, texts)]
-        metrics["wer" + suffix] = error_rate(pairs)
-        metrics["cer" + suffix] = error_rate([(" ".join(ref), " ".join(hyp)) for ref, hyp in pairs])
-    metrics |= sacre([" ".join(hyp) for hyp in texts], [" ".join(ref) for ref in references])
-    for suffix, of in (("", "delay_ms"), ("_ca", "elapsed_ms")):
+        for name, of in (("wer", list), ("cer", " ".join)):
+            edits = [100 * edit_distance(of(ref), of(hyp)) for ref, hyp in pairs]
+            ratio(name + suffix, edits, [len(of(ref)) for ref, _ in pairs])
+    metrics |= sacre([" ".join(hyp) for hyp in texts], [" ".join(ref) for ref in references], bootstrap)
+    for suffix, of in (("", "delay_ms"), ("_ca", "elapsed_ms")):  # ca: computation-aware
         lags = [latency([getattr(word, of) for word in words], row["duration_ms"], len(ref))
                 for row, words, ref in zip(rows, written, references) if words]
         for k, name in enumerate(("al", "laal")):
-            mean = sum(lag[k] for lag in lags) / len(lags) if lags else math.nan
-            metrics[f"{name}{suffix}_ms"] = None if math.isnan(mean) else mean
+            ratio(f"{name}{suffix}_ms", [lag[k] for lag in lags], [1] * len(lags))
+    if all("seconds" in row for row in rows):
+        metrics["real_time_factor"] = sum(row["seconds"] for row in rows) * 1000 / sum(row["duration_ms"] for row in rows)
     return metrics
 
 
-def edit_distance(a, b):
-    """Substitutions, insertions and deletions that turn one sequence into the other (Levenshtein).
+def edit_table(a, b):
+    """cost[i, j]: substitutions, insertions and deletions that turn a[:i] into b[:j] (Levenshtein).
 
-    One row of the table at a time: cost[j] = min(above[j] + 1, above[j-1] + (a[i] != b[j]), cost[j-1] + 1), where the
-    last choice, along the row, is a running minimum of cost[j] - j.
+    cost[i, j] = min(cost[i-1, j] + 1, cost[i-1, j-1] + (a[i-1] != b[j-1]), cost[i, j-1] + 1), a row at a time: the last
+    choice, along the row, is a running minimum of cost - j.
     """
     number = {item: k for k, item in enumerate(dict.fromkeys([*a, *b]))}
-    b = np.array([number[item] for item in b], np.int64)
-    steps = np.arange(len(b) + 1)
-    cost = steps.copy()
+    codes = np.array([number[item] for item in b], np.int32)
+    steps = np.arange(len(b) + 1, dtype=np.int32)
+    table = np.empty((len(a) + 1, len(b) + 1), np.int32)
+    table[0] = steps
     for i, item in enumerate(a):
-        new = cost + 1
-        new[1:] = np.minimum(new[1:], cost[:-1] + (b != number[item]))
-        cost = np.minimum.accumulate(new - steps) + steps
-    return int(cost[-1])
+        row = table[i] + 1
+        row[1:] = np.minimum(row[1:], table[i, :-1] + (codes != number[item]))
+        table[i + 1] = np.minimum.accumulate(row - steps) + steps
+    return table
 
 
-def error_rate(pairs):
-    """Edits over the length of the references, in percent, over the whole set."""
-    return 100 * sum(edit_distance(ref, hyp) for ref, hyp in pairs) / max(1, sum(len(ref) for ref, _ in pairs))
+def edit_distance(a, b):
+    return int(edit_table(a, b)[-1, -1])
+
+
+def align_edits(reference, hypothesis):
+    """The index of the reference word that each word of the hypothesis stands for, or stands before."""
+    table, i, where = edit_table(reference, hypothesis), len(reference), []
+    for j in range(len(hypothesis), 0, -1):
+        while i and table[i, j] == table[i - 1, j] + 1:  # reference words that nothing stands for
+            i -= 1
+        if i and table[i, j] == table[i - 1, j - 1] + (reference[i - 1] != hypothesis[j - 1]):
+            i -= 1
+        where.append(i)
+    return where[::-1]
 
 
 def normalise(words):
@@ -547,19 +690,89 @@ def latency(delays, source_ms, n_ref):
     return tuple(float(np.mean(d - np.arange(tau) * source_ms / max(1, n))) for n in (n_ref, max(len(delays), n_ref)))
 
 
-def sacre(hypotheses, references):
+def sacre(hypotheses, references, bootstrap):
     """BLEU with its signature, and chrF."""
     try:
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError:
         print("BLEU and chrF are left out: pip install sacrebleu", file=sys.stderr)
         return {"bleu": None, "chrf": None}
-    bleu, chrf = BLEU(), CHRF()
-    return {"bleu": bleu.corpus_score(hypotheses, [references]).score,
-            "chrf": chrf.corpus_score(hypotheses, [references]).score, "bleu_signature": str(bleu.get_signature())}
+    metrics = {}
+    for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
+        score = metric.corpus_score(hypotheses, [references], n_bootstrap=bootstrap or 1)
+        metrics[name] = score.score
+        if bootstrap:
+            found = json.loads(score.format(width=4, is_json=True))
+            middle, half = found["confidence_mean"], found["confidence_var"]
+            metrics[f"{name}_95"] = [middle - half, middle + half]
+        metrics[f"{name}_signature"] = str(metric.get_signature())
+    return metrics
+
+
+def write_logs(folder, records, metrics):
+    """One folder for each stream in the format of SimulEval, which can score it again, and all the metrics."""
+    for tag in metrics:
+        path = Path(folder, tag.strip("<>").replace(":", "-"))
+        path.mkdir(parents=True, exist_ok=True)
+        rows = [row for row in records if tag in row["references"]]
+        with open(path / "instances.log", "w", encoding="utf-8") as file:
+            for index, row in enumerate(rows):
+                words = [word for word in row["words"] if word.stream == tag]
+                entry = {"index": index, "prediction": " ".join(word.text for word in words),
+                         "delays": [word.delay_ms for word in words], "elapsed": [word.elapsed_ms for word in words],
+                         "prediction_length": len(words), "reference": " ".join(row["references"][tag]),
+                         "source": [row["audio"]], "source_length": row["duration_ms"]}
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        (path / "config.yaml").write_text("source_type: speech\ntarget_type: text\n")
+    Path(folder, "metrics.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
+
+
+def report(metrics):
+    """A row for each figure, a column for each stream."""
+    print(f"{'':18}" + "".join(f"{tag:>28}" for tag in metrics))
+    for name in dict.fromkeys(name for columns in metrics.values() for name in columns):
+        if name.endswith("_95") or name.endswith("_signature"):
+            continue
+        cells = []
+        for figures in metrics.values():
+            value, digits = figures.get(name), 0 if name.endswith("_ms") else 3 if "factor" in name else 2
+            text = "-" if value is None else str(value) if isinstance(value, int) else f"{value:.{digits}f}"
+            if f"{name}_95" in figures:
+                text += " ({:.{d}f} .. {:.{d}f})".format(*figures[f"{name}_95"], d=digits)
+            cells.append(f"{text:>28}")
+        print(f"{name:18}" + "".join(cells))
+    for name in ("bleu_signature", "chrf_signature"):
+        print(f"{name}: {next(iter(metrics.values())).get(name)}")
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
+
+def evaluation(model, tokenizer, options):
+    items, skipped = [], 0
+    for row in read_manifest(options.eval, options.strict, allow_outside=options.allow_outside):
+        try:
+            items.append((row, read_audio(row.audio, row.start, row.duration)))
+        except AudioError as error:
+            if options.strict:
+                raise AudioError(f"{row.where}: {error}") from None
+            print(f"{row.where}: {error}", file=sys.stderr)
+            skipped += 1
+    if not items:
+        raise ValueError(f"{options.eval}: no row with usable audio")
+    how = {"chunk": options.chunk, "beam": options.beam, "batch_size": 1, "progress": True}
+    metrics, records = evaluate(model, tokenizer, items, **how, bootstrap=1000)
+    report(metrics)
+    if options.log:
+        write_logs(options.log, records, metrics)
+    if options.join:
+        joined, groups = join_items(items, options.join)
+        _, long = evaluate(model, tokenizer, joined, **how)
+        cut = [single for record, group in zip(long, groups) for single in cut_back(record, group, tokenizer.tags)]
+        print(f"\nthe same utterances joined into {len(joined)} streams of {options.join:g} s or more, cut back after")
+        report(summarise(cut, tokenizer.tags, 1000))
+    if skipped:
+        print(f"{skipped} rows were skipped because of their audio", file=sys.stderr)
+
 
 def demonstration():
     """Random weights, a second of noise: whatever the packets, the words and their times do not change."""
@@ -578,9 +791,48 @@ def demonstration():
     print("match" if all(result == results[0] for result in results) else "NO MATCH")
 
 
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(prog="stream.py", description="Live captions of a file or of standard input.")
+    parser.add_argument("checkpoint", nargs="?", help="model.pt of a run; without it, a demonstration")
+    parser.add_argument("audio", nargs="?", help="an audio file; - reads 16-bit mono PCM at 16 kHz from standard input")
+    parser.add_argument("--chunk", type=int, help="encoder frames per chunk (default: the model's first; 0: all)")
+    parser.add_argument("--beam", type=int, default=1, help="hypotheses in beam search (default 1: greedy)")
+    parser.add_argument("--json", action="store_true", help="one line of JSON for each word")
+    parser.add_argument("--realtime", action="store_true", help="play a file at its own pace")
+    parser.add_argument("--eval", metavar="MANIFEST", help="stream all of a manifest and compare with its texts")
+    parser.add_argument("--log", metavar="DIR", help="with --eval: write SimulEval logs and metrics.json there")
+    parser.add_argument("--join", metavar="S", type=float, help="with --eval: also joined into streams of S seconds")
+    parser.add_argument("--strict", action="store_true", help="with --eval: stop at the first bad row")
+    parser.add_argument("--allow-outside", action="store_true", help="with --eval: audio outside the manifest's folder")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
+    options = parser.parse_args(argv)
+    if options.checkpoint and bool(options.audio) == bool(options.eval):
+        parser.error("give one of an audio file, - for standard input, or --eval MANIFEST")
+    return options
+
+
 def main(argv=None):
-    demonstration()
+    options = parse_arguments(argv)
+    if not options.checkpoint:
+        return demonstration()
+    torch.set_num_threads(options.threads)
+    try:
+        model, beside = load(options.checkpoint, map_location=options.device)
+        if "tokenizer" not in beside:
+            raise ValueError(f"{options.checkpoint}: holds no tokenizer")
+        tokenizer = Tokenizer.from_dict(beside["tokenizer"])
+        (evaluation if options.eval else caption)(model, tokenizer, options)
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        print(f"stream.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
