@@ -1,0 +1,476 @@
+"""The RNN-T (transducer) loss: plain, fast on a CPU, fast on a GPU, and fused with the joint network.
+
+A transducer reads T encoder frames and writes U labels. At node (t, u) it has read t frames and written u labels, and
+it either writes a blank (go to the next frame) or the next label (stay on the frame):
+
+      u=2   o--o--o--o->      a path climbs from the lower left corner to the upper right one and ends
+            |  |  |  |        with a blank there; --> is a blank, | is the label y[u]
+      u=1   o--o--o--o        alpha(t,u) = log of the sum over the paths from the start to (t,u)
+            |  |  |  |        beta(t,u)  = log of the sum over the paths from (t,u) to the end
+      u=0   o--o--o--o
+           t=0  1  2  3       cost = -log P(labels | frames) = -beta(0,0)
+"""
+import math
+from collections import namedtuple
+
+import numba
+import numpy as np
+import torch
+from numba import njit, prange
+from numba.extending import overload
+
+SLAB_BYTES = 4 << 20      # half-precision logits are cast to float32 this much at a time
+TILE_BYTES = 48 << 20     # the fused joint holds at most about this much of the logits
+
+
+def rnnt_loss_reference(logits, targets, logit_lengths, target_lengths, *, blank, fused_log_softmax=True,
+                        delay_penalty=0.0):
+    """Costs (B,) in float64, by the definition and one utterance at a time; autograd gives the gradient."""
+    costs = []
+    for b in range(len(logits)):
+        T, U = int(logit_lengths[b]), int(target_lengths[b])
+        logp = logits[b].double()
+        logp = logp.log_softmax(-1) if fused_log_softmax else logp
+        alpha = {}
+        for t in range(T):
+            for u in range(U + 1):
+                arcs = []
+                if t > 0:
+                    arcs.append(alpha[t - 1, u] + logp[t - 1, u, blank])
+                if u > 0:
+                    delay = delay_penalty * ((T - 1) / 2 - t)
+                    arcs.append(alpha[t, u - 1] + logp[t, u - 1, int(targets[b, u - 1])] + delay)
+                alpha[t, u] = torch.stack(arcs).logsumexp(0) if arcs else logp.new_zeros(())
+        costs.append(-(alpha[T - 1, U] + logp[T - 1, U, blank]))
+    return torch.stack(costs)
+
+
+# A batch in the form the kernels take. Planes hold one number per node, in float64: the log-normaliser of the logits and
+# the log-probabilities of the two arcs, which the lattice replaces by the arcs' posteriors.
+Job = namedtuple("Job", "labels frames counts lse blank label costs blank_id fused fastemit delay clamp")
+
+
+# ---------------------------------------------------------------------------------------------------------------- CPU
+_HALF_LN2 = math.log(2) / 2
+_EXP = tuple(np.float32(c) for c in np.polynomial.chebyshev.Chebyshev.interpolate(np.exp, 6, [-_HALF_LN2, _HALF_LN2])
+             .convert(kind=np.polynomial.Polynomial).coef)
+_LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1 / math.log(2)), np.float32(0.693359375), np.float32(math.log(2) - 0.693359375)
+_ROUND = np.float32(1.5 * 2 ** 23)     # adding it leaves the nearest integer in the low bits of a float32
+_TINY = np.float32(-87.0)              # below, exp leaves the normal float32 numbers: it is zero here
+
+
+@njit(fastmath={"contract"}, cache=True)
+def _exp32(x):
+    """exp(x) for x <= 88 without a branch or a call, so that LLVM vectorises the loop around it; 1e-7 relative."""
+    y = _TINY if x < _TINY else x                          # NaN stays NaN
+    shifted = y * _LOG2E + _ROUND
+    n = shifted - _ROUND
+    r = (y - n * _LN2_HIGH) - n * _LN2_LOW                 # x = n ln 2 + r, |r| <= ln 2 / 2
+    p = ((((((_EXP[6] * r + _EXP[5]) * r + _EXP[4]) * r + _EXP[3]) * r + _EXP[2]) * r + _EXP[1]) * r + _EXP[0])
+    bits = np.int32(np.int32(np.float32(shifted).view(np.int32) << 23) + np.float32(p).view(np.int32))
+    return np.float32(0) if x < _TINY else np.int32(bits).view(np.float32)
+
+
+@njit(cache=True)
+def _max32(row):
+    """The largest float32 of a row, compared as integers: a loop over floats would not vectorise."""
+    bits = row.view(np.int32)
+    top = np.int32(-2 ** 31)
+    for k in range(bits.shape[0]):
+        v = bits[k]
+        v = np.int32(v ^ (np.int32(v >> 31) & np.int32(0x7fffffff)))     # negative floats sort backwards
+        top = max(top, v)
+    return np.int32(top ^ (np.int32(top >> 31) & np.int32(0x7fffffff))).view(np.float32)
+
+
+def _exp(x):
+    raise NotImplementedError("only inside a kernel")
+
+
+@overload(_exp)
+def _exp_overload(x):
+    return (lambda x: _exp32(x)) if x == numba.float32 else (lambda x: math.exp(x))
+
+
+def _max(row):
+    raise NotImplementedError("only inside a kernel")
+
+
+@overload(_max)
+def _max_overload(row):
+    return (lambda row: _max32(row)) if row.dtype == numba.float32 else (lambda row: row.max())
+
+
+@njit(fastmath={"reassoc", "contract", "nsz"}, cache=True)
+def _sum_exp(row, top):
+    total = row.dtype.type(0)
+    for k in range(row.shape[0]):
+        total += _exp(row[k] - top)
+    return total
+
+
+@njit(fastmath={"contract"}, cache=True)
+def _scaled_softmax(row, lse, factor, out):
+    for k in range(row.shape[0]):
+        out[k] = factor * _exp(row[k] - lse)
+
+
+@njit(cache=True)
+def _node(i, nodes, T, U1):
+    """Row i of the logits at hand belongs to node (b, t, u)."""
+    n = nodes[i] if nodes.shape[0] else i
+    return n // (T * U1), n // U1 % T, n % U1
+
+
+@njit(cache=True)
+def _log_probs_row(row, i, nodes, job):
+    T, U1 = job.lse.shape[1:]
+    b, t, u = _node(i, nodes, T, U1)
+    if t < job.frames[b] and u <= job.counts[b]:
+        lse = 0.0
+        if job.fused:
+            top = _max(row)
+            lse = top + math.log(_sum_exp(row, top))
+        job.lse[b, t, u] = lse
+        job.blank[b, t, u] = row[job.blank_id] - lse
+        if u < job.counts[b]:
+            job.label[b, t, u] = row[job.labels[b, u]] - lse + job.delay * ((job.frames[b] - 1) / 2 - t)
+
+
+@njit(cache=True)
+def _log_add(a, b):
+    if a < b:
+        a, b = b, a
+    return a if b == -math.inf else a + math.log1p(math.exp(b - a))
+
+
+@njit(cache=True)
+def _forward(blank, label, T, U, alpha):
+    for t in range(T):
+        for u in range(U + 1):
+            a = -math.inf if t or u else 0.0
+            if t:
+                a = alpha[t - 1, u] + blank[t - 1, u]
+            if u:
+                a = _log_add(a, alpha[t, u - 1] + label[t, u - 1])
+            alpha[t, u] = a
+
+
+@njit(cache=True)
+def _backward(blank, label, T, U, beta):
+    for t in range(T - 1, -1, -1):
+        for u in range(U, -1, -1):
+            b = blank[t, u] + (beta[t + 1, u] if t < T - 1 else 0.0 if u == U else -math.inf)
+            if u < U:
+                b = _log_add(b, label[t, u] + beta[t, u + 1])
+            beta[t, u] = b
+
+
+@njit(cache=True)
+def _sweep(i, job, alpha, beta):
+    """Even i: backward over utterance i // 2; odd i: forward."""
+    b = i // 2
+    if i % 2 == 0:
+        _backward(job.blank[b], job.label[b], job.frames[b], job.counts[b], beta[b])
+        job.costs[b] = -beta[b, 0, 0]
+    elif alpha.shape[0]:
+        _forward(job.blank[b], job.label[b], job.frames[b], job.counts[b], alpha[b])
+
+
+@njit(cache=True)
+def _posteriors(b, t, job, alpha, beta):
+    """Replace the arcs' log-probabilities at frame t by their posteriors; 0 where there is no path."""
+    last, U, logp = job.frames[b] - 1, job.counts[b], beta[b, 0, 0]
+    for u in range(U + 1 if t <= last else 0):
+        on, up = job.blank[b, t, u] + alpha[b, t, u] - logp, job.label[b, t, u] + alpha[b, t, u] - logp
+        on += beta[b, t + 1, u] if t < last else 0.0 if u == U else -math.inf
+        up += beta[b, t, u + 1] if u < U else -math.inf
+        job.blank[b, t, u] = 0.0 if logp == -math.inf else math.exp(on)
+        job.label[b, t, u] = 0.0 if logp == -math.inf or u == U else (1 + job.fastemit) * math.exp(up)
+
+
+@njit(cache=True)
+def _gradient_row(row, i, nodes, job, scale, grad):
+    T, U1 = job.lse.shape[1:]
+    b, t, u = _node(i, nodes, T, U1)
+    on, up = 0.0, 0.0
+    if t < job.frames[b] and u <= job.counts[b]:
+        on, up = job.blank[b, t, u], job.label[b, t, u]
+    if (on == 0 and up == 0) or not job.fused:
+        grad[:] = 0
+    if on == 0 and up == 0:
+        return
+    s = 1.0 if job.clamp > 0 else scale[b]
+    if job.fused:
+        _scaled_softmax(row, row.dtype.type(job.lse[b, t, u]), row.dtype.type(s * (on + up)), grad)
+    grad[job.blank_id] -= s * on
+    if up != 0:
+        grad[job.labels[b, u]] -= s * up
+    if job.clamp > 0:
+        for k in range(grad.shape[0]):
+            grad[k] = min(max(grad[k], -job.clamp), job.clamp) * scale[b]
+
+
+# The parallel loops call a function per row: numba would drop a store into a tuple's array from the loop itself.
+@njit(parallel=True, nogil=True, cache=True)
+def _cpu_log_probs(x, first, nodes, job):
+    for i in prange(x.shape[0]):
+        _log_probs_row(x[i], first + i, nodes, job)
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _cpu_lattice(job, alpha, beta):
+    B, T = job.lse.shape[:2]
+    for i in prange(2 * B):
+        _sweep(i, job, alpha, beta)
+    for i in prange(B * T if alpha.shape[0] else 0):
+        _posteriors(i // T, i % T, job, alpha, beta)
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _cpu_gradient(x, first, nodes, job, scale, out):
+    for i in prange(x.shape[0]):
+        _gradient_row(x[i], first + i, nodes, job, scale, out[i])
+
+
+class _Cpu:
+    """The three steps over numpy views of torch's memory."""
+    @staticmethod
+    def run(kernel, *args):
+        numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+        kernel(*(Job(*map(_numpy, a)) if isinstance(a, Job) else _numpy(a) for a in args))
+
+    @classmethod
+    def log_probs(cls, x, first, nodes, job):              # x (n,V): rows first, first+1, ... of nodes
+        for i, j in _slabs(x):
+            cls.run(_cpu_log_probs, _wide(x[i:j]), first + i, nodes, job)
+
+    @classmethod
+    def lattice(cls, job, want_gradient):
+        beta = torch.empty_like(job.lse)
+        cls.run(_cpu_lattice, job, torch.empty_like(beta) if want_gradient else beta[:0], beta)
+
+    @classmethod
+    def gradient(cls, x, first, nodes, job, scale, out):
+        for i, j in _slabs(x):
+            wide = _wide(x[i:j])
+            part = out[i:j] if wide.dtype == out.dtype else torch.empty_like(wide)
+            cls.run(_cpu_gradient, wide, first + i, nodes, job, scale, part)
+            if part.dtype != out.dtype:
+                out[i:j] = part
+
+
+def _numpy(a):
+    return a.detach().numpy() if isinstance(a, torch.Tensor) else a
+
+
+def _wide(x):
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _slabs(x):
+    step = len(x) if x.dtype in (torch.float32, torch.float64) else max(1, SLAB_BYTES // (4 * x.shape[1]))
+    return [(i, min(i + step, len(x))) for i in range(0, len(x), max(1, step))]
+
+
+def _empty(shape, dtype):
+    """Fresh CPU memory by way of numpy, which asks the system for huge pages: torch's costs more than the arithmetic."""
+    return torch.from_numpy(np.empty(shape, {torch.float32: np.float32, torch.float64: np.float64}[dtype])) \
+        if dtype in (torch.float32, torch.float64) else torch.empty(shape, dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ checking
+def _make_job(shape, device, targets, logit_lengths, target_lengths, blank, *, fused=True, fastemit=0.0, delay=0.0,
+              clamp=-1.0):
+    B, T, U1, V = shape
+    blank_id = blank + V if blank < 0 else blank
+    if not 0 <= blank_id < V:
+        raise ValueError(f"blank is {blank}, but there are {V} logits per node")
+    for name, tensor, dims in (("targets", targets, 2), ("logit_lengths", logit_lengths, 1),
+                               ("target_lengths", target_lengths, 1)):
+        if tensor.dim() != dims or len(tensor) != B:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but the batch has {B} utterances")
+        if tensor.is_floating_point():
+            raise ValueError(f"{name} must hold integers, not {tensor.dtype}")
+    _check_lengths("logit_lengths", logit_lengths, 1, T)
+    _check_lengths("target_lengths", target_lengths, 0, min(U1 - 1, targets.shape[1]))
+    targets, counts = targets.to(device, torch.int64), target_lengths.to(device, torch.int64)
+    labels = torch.full((B, U1), -1, dtype=torch.int64, device=device)
+    U = min(U1 - 1, targets.shape[1])
+    within = torch.arange(U, device=device) < counts[:, None]
+    wrong = within & ((targets[:, :U] < 0) | (targets[:, :U] >= V) | (targets[:, :U] == blank_id))
+    if device.type == "cpu" and wrong.any():
+        b, u = wrong.nonzero()[0].tolist()
+        raise ValueError(f"targets[{b}, {u}] is {targets[b, u]}: labels must lie in 0..{V - 1} and differ from blank "
+                         f"({blank_id})")
+    labels[:, :U] = torch.where(within, targets[:, :U], -1)
+    planes = [torch.empty((B, T, U1), dtype=torch.float64, device=device) for _ in range(3)]
+    return Job(labels, logit_lengths.to(device, torch.int64), counts, *planes,
+               torch.empty(B, dtype=torch.float64, device=device), blank_id, fused, float(fastemit), float(delay),
+               float(clamp))
+
+
+def _check_lengths(name, lengths, low, high):
+    if lengths.device.type == "cpu":
+        for b, n in enumerate(lengths.tolist()):
+            if not low <= n <= high:
+                raise ValueError(f"{name}[{b}] is {n}, outside {low}..{high}")
+
+
+def _reduce(costs, reduction):
+    if reduction == "none":
+        return costs
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}, not 'none', 'mean' or 'sum'")
+    return costs.sum() / max(1, len(costs)) if reduction == "mean" else costs.sum()
+
+
+_EVERY = torch.empty(0, dtype=torch.int64)     # no list of nodes: row i is node i
+
+
+def _backend(device):
+    return _Cpu
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, job, want):
+        ctx.job, ctx.backend = job, _backend(logits.device)
+        ctx.save_for_backward(logits)
+        ctx.backend.log_probs(logits.view(-1, logits.shape[-1]), 0, _EVERY, job)
+        ctx.backend.lattice(job, want)
+        return job.costs.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_costs):
+        logits, V = ctx.saved_tensors[0], ctx.saved_tensors[0].shape[-1]
+        grad = _empty(logits.shape, logits.dtype)
+        ctx.backend.gradient(logits.view(-1, V), 0, _EVERY, ctx.job, grad_costs.double().contiguous(), grad.view(-1, V))
+        return grad, None, None
+
+
+def rnnt_loss(logits, targets, logit_lengths, target_lengths, blank=-1, clamp=-1, reduction="mean",
+              fused_log_softmax=True, *, fastemit_lambda=0.0, delay_penalty=0.0):
+    """The cost -log P(targets | logits); arguments as torchaudio.functional.rnnt_loss.
+
+    logits (B,T,U1,V) float, targets (B,U), logit_lengths (B,), target_lengths (B,) integers.
+    """
+    job = _make_job(logits.shape, logits.device, targets, logit_lengths, target_lengths, blank,
+                    fused=fused_log_softmax, fastemit=fastemit_lambda, delay=delay_penalty, clamp=clamp)
+    costs = _Loss.apply(logits.contiguous(), job, torch.is_grad_enabled() and logits.requires_grad)
+    return _reduce(costs, reduction)
+
+
+# ----------------------------------------------------------------------------------------------- fused with the joint
+class _JointLoss(torch.autograd.Function):
+    """Tiles of packed nodes: joint -> (lse, blank, label) -> dropped; again for the gradient."""
+    @staticmethod
+    def forward(ctx, encoder_out, label_out, weight, bias, job, want, dtype):
+        ctx.job, ctx.backend, ctx.dtype = job, _backend(encoder_out.device), dtype
+        ctx.save_for_backward(encoder_out, label_out, weight, bias)
+        ctx.nodes = _valid_nodes(job)
+        for first, _, _, x in _joint_tiles(encoder_out, label_out, weight, bias, ctx):
+            ctx.backend.log_probs(x, first, ctx.nodes, job)
+        ctx.backend.lattice(job, want)
+        return job.costs.to(torch.float64 if dtype == torch.float64 else torch.float32)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_costs):
+        encoder_out, label_out, weight, bias = ctx.saved_tensors
+        wide = torch.float64 if ctx.dtype == torch.float64 else torch.float32
+        d_enc, d_lab, d_weight, d_bias = (torch.zeros_like(a, dtype=wide) for a in ctx.saved_tensors)
+        for first, (e, l), hidden, x in _joint_tiles(encoder_out, label_out, weight, bias, ctx):
+            grad = torch.empty_like(x)
+            ctx.backend.gradient(x, first, ctx.nodes, ctx.job, grad_costs.double().contiguous(), grad)
+            d_weight += (grad.T @ hidden)
+            d_bias += grad.sum(0)
+            d_pre = (grad @ weight.to(ctx.dtype)) * (1 - hidden * hidden)
+            d_enc.view(-1, d_enc.shape[-1]).index_add_(0, e, d_pre.to(wide))
+            d_lab.view(-1, d_lab.shape[-1]).index_add_(0, l, d_pre.to(wide))
+        return (*(g.to(a.dtype) for g, a in zip((d_enc, d_lab, d_weight, d_bias), ctx.saved_tensors)), None, None, None)
+
+
+def _valid_nodes(job):
+    B, T, U1 = job.lse.shape
+    grid = torch.arange(B * T * U1, device=job.lse.device).view(B, T, U1)
+    steps = torch.arange(max(T, U1), device=job.lse.device)
+    return grid[(steps[:T] < job.frames[:, None])[:, :, None] & (steps[:U1] <= job.counts[:, None])[:, None]]
+
+
+def _joint_tiles(encoder_out, label_out, weight, bias, ctx):
+    U1, T = ctx.job.labels.shape[1], ctx.job.lse.shape[1]
+    rows = max(1, TILE_BYTES // ((2 * len(weight) + 3 * weight.shape[1]) * 4))
+    flat_enc, flat_lab = encoder_out.reshape(-1, encoder_out.shape[-1]), label_out.reshape(-1, label_out.shape[-1])
+    weight, bias = weight.to(ctx.dtype), bias.to(ctx.dtype)
+    for first in range(0, len(ctx.nodes), rows):
+        n = ctx.nodes[first:first + rows]
+        e, l = n // U1, n // (T * U1) * U1 + n % U1
+        hidden = (flat_enc[e] + flat_lab[l]).tanh_().to(ctx.dtype)
+        yield first, (e, l), hidden, torch.addmm(bias, hidden, weight.T)
+
+
+def joint_rnnt_loss(encoder_out, label_out, weight, bias, targets, logit_lengths, target_lengths, *, blank,
+                    reduction="mean", fastemit_lambda=0.0, delay_penalty=0.0):
+    """rnnt_loss(tanh(encoder_out[:, :, None] + label_out[:, None]) @ weight.T + bias, ...) without its logits.
+
+    encoder_out (B,T,J) and label_out (B,U1,J) are already projected; weight (V,J), bias (V,).
+    """
+    shape = (*encoder_out.shape[:2], label_out.shape[1], len(weight))
+    job = _make_job(shape, encoder_out.device, targets, logit_lengths, target_lengths, blank,
+                    fastemit=fastemit_lambda, delay=delay_penalty)
+    inputs = (encoder_out, label_out, weight, bias)
+    kind = encoder_out.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else encoder_out.dtype
+    want = torch.is_grad_enabled() and any(a.requires_grad for a in inputs)
+    with torch.autocast(kind, enabled=False):
+        return _reduce(_JointLoss.apply(*inputs, job, want, dtype), reduction)
+
+
+# ------------------------------------------------------------------------------------------------------------- Viterbi
+@njit(nogil=True, cache=True)
+def _best_path(blank, label, T, U, frames):
+    """frames[u]: the frame at which the best path emits label u; -1 where there is no path."""
+    best = np.full((T + 1, U + 1), -np.inf)
+    best[T, U] = 0.0
+    for t in range(T - 1, -1, -1):
+        for u in range(U, -1, -1):
+            best[t, u] = blank[t, u] + best[t + 1, u]
+            if u < U:
+                best[t, u] = max(best[t, u], label[t, u] + best[t, u + 1])
+    t, u = 0, 0
+    while u < U and best[0, 0] > -np.inf:
+        if label[t, u] + best[t, u + 1] >= blank[t, u] + best[t + 1, u]:
+            frames[u] = t
+            u += 1
+        else:
+            t += 1
+
+
+def _align(job):
+    frames = torch.full((len(job.labels), job.labels.shape[1] - 1), -1, dtype=torch.int64)
+    blank, label, T, U = (_numpy(a.cpu()) for a in (job.blank, job.label, job.frames, job.counts))
+    for b in range(len(frames)):
+        _best_path(blank[b], label[b], T[b], U[b], frames[b].numpy())
+    return frames.to(job.labels.device)
+
+
+@torch.no_grad()
+def rnnt_align(logits, targets, logit_lengths, target_lengths, *, blank):
+    """The frame (B,U) at which the best path emits each label; -1 beyond the target's length."""
+    job = _make_job(logits.shape, logits.device, targets, logit_lengths, target_lengths, blank)
+    _backend(logits.device).log_probs(logits.contiguous().view(-1, logits.shape[-1]), 0, _EVERY, job)
+    return _align(job)
+
+
+@torch.no_grad()
+def joint_rnnt_align(encoder_out, label_out, weight, bias, targets, logit_lengths, target_lengths, *, blank):
+    """rnnt_align without the logits; arguments as joint_rnnt_loss."""
+    shape = (*encoder_out.shape[:2], label_out.shape[1], len(weight))
+    ctx = namedtuple("Context", "job nodes dtype")
+    job = _make_job(shape, encoder_out.device, targets, logit_lengths, target_lengths, blank)
+    ctx = ctx(job, _valid_nodes(job), encoder_out.dtype)
+    for first, _, _, x in _joint_tiles(encoder_out, label_out, weight, bias, ctx):
+        _backend(encoder_out.device).log_probs(x, first, ctx.nodes, job)
+    return _align(job)
