@@ -322,7 +322,7 @@ class Beam:
 
     def _extend(self, active, log_probs, left):
         """Write a label: prune with those that left (in place), return the hypotheses that survive with a new label."""
-        scores = log_probs + torch.tensor([hyp.score for hyp in active]).to(log_probs)[:, None]
+        scores = log_probs.double() + log_probs.new_tensor([hyp.score for hyp in active], dtype=torch.double)[:, None]
         scores[:, BLANK] = -math.inf
         best, index = scores.flatten().topk(min(self.size, scores.numel()))
         pool = [(score, None, tokens) for tokens, score in ((hyp.tokens, hyp.score) for hyp in left.values())]
