@@ -1,14 +1,16 @@
-"""Audio in, words out: the streaming loop, greedy and beam search, captions, and what they score.
+"""Audio in, words out: the streaming loop, greedy and beam search, captions, and how good and how late the words are.
 
-A stream is cut into chunks of C encoder frames. As soon as the samples of one more chunk are there, it goes
+A stream is cut into chunks of C encoder frames. When the samples of one more chunk are there, it goes
 
     samples -> log-mel -> encoder (keys and values of earlier chunks are cached) -> search -> tokens -> words
 
-and whatever is less waits. So the same computations on the same shapes run however the audio is cut into packets, and
-the result is the same to the last bit. The first thing to read is `step`, which is the whole loop; then the searches;
-then captions; measuring comes last.
+and what is less than a chunk waits. So the same computations run on the same shapes however the audio is cut into
+packets, and the result is the same to the last bit. `step` is the whole loop; the searches follow, then audio files
+and captions; measuring comes last. What this file does not do: the network (model.py), tokens <-> words (serialize.py).
 
-`python stream.py` streams noise in several packet sizes and prints that nothing changes; `--help` has the rest.
+    python stream.py MODEL FILE            live captions; - instead of FILE: 16-bit PCM at 16 kHz from standard input
+    python stream.py MODEL --eval MANIFEST error rates, BLEU and latency of a whole set
+    python stream.py                       random weights hear noise in packets of several sizes: nothing changes
 """
 import argparse
 import json
@@ -18,7 +20,7 @@ import shutil
 import sys
 import time
 import unicodedata
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from serialize import StreamParser, Tokenizer, read_manifest
 
 BLANK = 0
 LIMITS = (20, 500)  # symbols in one frame, and in the last one, where a whole translation may still have to come
+OVERLAP = WINDOW - HOP  # samples that the last window of a chunk shares with the next chunk
 PER_MS = SAMPLE_RATE / 1000
 
 
@@ -36,7 +39,7 @@ PER_MS = SAMPLE_RATE / 1000
 
 @dataclass
 class Word:
-    stream: str        # the tag of the stream it belongs to
+    stream: str        # the tag of its stream
     text: str
     delay_ms: float    # the audio that the model needed: the end of the last sample of the chunk that wrote it
     frame_s: float     # the end of the encoder frame that wrote its last token
@@ -47,123 +50,114 @@ class Streamer:
     """One audio stream. Many of them may share a model, and `accept_many` steps them in one batch."""
 
     def __init__(self, model, tokenizer, *, chunk=None, beam=1, limits=LIMITS):
-        config = model.config
-        self.model, self.limits = model, limits
-        self.chunk = config.chunks[0] if chunk is None else chunk  # frames; 0: everything at once, at the end
+        self.model, self.config = model, model.config
+        self.chunk = self.config.chunks[0] if chunk is None else chunk  # frames; 0: everything at once, at the end
         if self.chunk < 0 or beam < 1:
-            raise ValueError(f"chunk {self.chunk} must not be negative and beam {beam} must be 1 or more")
-        if len(tokenizer) != config.vocab:
-            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab}")
-        self.samples_per_frame = HOP * config.subsampling
-        self.waiting, self.n_waiting = [], 0  # samples not yet used up by a chunk
+            raise ValueError(f"chunk {self.chunk} must not be negative, and beam {beam} must be 1 or more")
+        if len(tokenizer) != self.config.vocab:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {self.config.vocab}")
+        self.waiting, self.n_waiting = [], 0  # samples that no chunk has used up yet
         self.received = self.frames = 0       # samples got, encoder frames done
-        self.clock_ms = 0.0                   # end of the previous step, by the clock of `elapsed_ms`
+        self.clock_ms = 0.0                   # end of the previous step, as `elapsed_ms` counts
         self.closed = False
         self.encoder_state = model.encoder.initial_state(1, self.chunk)
-        self.search = Beam(model, beam, limits) if beam > 1 else Greedy(Labels.start(model, 1))
+        self.search = Greedy(model, limits) if beam == 1 else Beam(model, beam, limits)
         self.parser = StreamParser(tokenizer)
 
     def accept(self, samples):
-        """Samples (N,) at 16 kHz in -1..1, any number of them; returns the words that they finish."""
+        """Samples (N,) at 16 kHz in -1..1, any number of them -> the words that they finish."""
         return accept_many([self], [samples])[0]
 
     def flush(self):
         """The audio has ended: run what is left of it and release every word."""
         return flush_many([self])[0]
 
-    def ready(self):
-        return self.chunk and self.n_waiting >= self.chunk * self.samples_per_frame + WINDOW - HOP
-
     def push(self, samples):
         samples = np.asarray(samples, np.float32)
         if self.closed:
-            raise ValueError("this stream was flushed: a new one starts with a new Streamer")
+            raise ValueError("this stream was flushed; another one starts with a new Streamer")
         if samples.ndim != 1 or not np.isfinite(samples).all():
-            raise ValueError(f"samples must be finite numbers in one dimension, not {samples.dtype} {samples.shape}"
-                             f" with {np.count_nonzero(~np.isfinite(samples))} NaN or infinite")
+            bad = np.count_nonzero(~np.isfinite(samples))
+            raise ValueError(f"samples must be finite and in one dimension, not {samples.shape} with {bad} that are NaN"
+                             " or infinite")
         self.waiting.append(samples)
         self.n_waiting += len(samples)
         self.received += len(samples)
 
+    def due(self):
+        """What can run now, as (frames, whether they are the last), or None. After the end: a whole chunk where there
+        still is one, then the shorter last one as it is, zeros where its windows reach beyond the audio."""
+        if self.closed:
+            left = self.config.frames(self.received) - self.frames
+            n_frames = min(left, self.chunk or left)
+            return (n_frames, n_frames == left) if left else None
+        enough = self.chunk * HOP * self.config.subsampling + OVERLAP
+        return (self.chunk, False) if self.chunk and self.n_waiting >= enough else None
+
     def take(self, n_frames):
-        """The samples of the next frames, with the tail that the last window needs; zeros beyond the end."""
-        used, needed = n_frames * self.samples_per_frame, n_frames * self.samples_per_frame + WINDOW - HOP
+        """The samples of the next frames."""
+        used = n_frames * HOP * self.config.subsampling
         samples = np.concatenate(self.waiting) if self.waiting else np.zeros(0, np.float32)
         self.waiting, self.n_waiting = [samples[used:].copy()], max(0, len(samples) - used)
         self.frames += n_frames
-        return np.pad(samples[:needed], (0, max(0, needed - len(samples))))
+        return np.pad(samples[:used + OVERLAP], (0, max(0, used + OVERLAP - len(samples))))
+
+    def words(self, tokens, last, began):
+        """[(token, frame)] -> words. Nothing here depends on packets but the computing time in `elapsed_ms`."""
+        done = [(pair, frame) for token, frame in tokens for pair in self.parser.feed(token)]
+        if last:
+            done += [(pair, self.frames - 1) for pair in self.parser.flush()]
+        delay_ms = needed_ms(self.config, self.frames, self.received)
+        self.clock_ms = max(delay_ms, self.clock_ms) + (time.perf_counter() - began) * 1000
+        return [Word(tag, text, delay_ms, (frame + 1) * self.config.frame_s, self.clock_ms)
+                for (tag, text), frame in done]
+
+
+def needed_ms(config, n_frames, n_samples):
+    """The audio behind the first `n_frames` encoder frames: to the end of the window of their last mel frame."""
+    return min(n_samples, HOP * (n_frames * config.subsampling - 1) + WINDOW) / PER_MS
 
 
 def accept_many(streamers, packets):
-    """A packet for each stream; chunks that are complete at the same time run as one batch."""
-    words = {streamer: [] for streamer in streamers}
+    """A packet for each stream -> the words of each."""
     for streamer, packet in zip(streamers, packets, strict=True):
         streamer.push(packet)
-    while ready := [streamer for streamer in streamers if streamer.ready()]:
-        for chunk in sorted({streamer.chunk for streamer in ready}):
-            group = [streamer for streamer in ready if streamer.chunk == chunk]
-            for streamer, new in zip(group, step(group, chunk)):
-                words[streamer] += new
-    return list(words.values())
+    return advance(streamers)
 
 
 def flush_many(streamers):
-    """The rest of each stream: a whole chunk where there is still one, then the shorter last one as it is."""
-    words = {}
     for streamer in streamers:
-        streamer.closed, words[streamer] = True, []
-        left = streamer.model.config.frames(streamer.received) - streamer.frames
-        while left > 0:
-            n_frames = min(left, streamer.chunk or left)
-            left -= n_frames
-            words[streamer] += step([streamer], n_frames, last=left == 0)[0]
-    return list(words.values())
+        streamer.closed = True
+    return advance(streamers)
+
+
+def advance(streamers):
+    """Run all that can run. Chunks of the same size run as one batch."""
+    words = {streamer: [] for streamer in streamers}
+    while True:
+        groups = {}
+        for streamer in streamers:
+            if due := streamer.due():
+                groups.setdefault((due, streamer.chunk, type(streamer.search)), []).append(streamer)
+        if not groups:
+            return list(words.values())
+        for (due, *_), group in groups.items():
+            for streamer, new in zip(group, step(group, *due)):
+                words[streamer] += new
 
 
 @torch.inference_mode()
-def step(streamers, n_frames, last=False):
-    """Run the next `n_frames` encoder frames of every stream in one batch; returns the words of each."""
+def step(streamers, n_frames, last):
+    """The next `n_frames` encoder frames of every stream in one batch; returns the words of each."""
     began, model = time.perf_counter(), streamers[0].model
-    first = [streamer.frames for streamer in streamers]
-    samples = torch.from_numpy(np.stack([streamer.take(n_frames) for streamer in streamers]))
-    mel = log_mel(samples.to(model.joint.output.weight), model.config.n_mels)           # (B, F, 80)
-    frames, state = model.encoder(mel, state=State.join([s.encoder_state for s in streamers]))
-    frames = model.joint.encoder_proj(frames)                                           # (B, T, J)
+    samples = torch.from_numpy(np.stack([streamer.take(n_frames) for streamer in streamers]))  # (B, N)
+    mel = log_mel(samples.to(model.joint.output.weight), model.config.n_mels)                  # (B, F, 80)
+    frames, state = model.encoder(mel, state=State.join([streamer.encoder_state for streamer in streamers]))
     for b, streamer in enumerate(streamers):
         streamer.encoder_state = state.select(slice(b, b + 1))
-    if isinstance(streamers[0].search, Beam):
-        tokens = [streamer.search.advance(frames[b], last) for b, streamer in enumerate(streamers)]
-    else:
-        tokens = _greedy_step(model, frames, streamers, last)
-    return [_words(s, path, start, last, began) for s, path, start in zip(streamers, tokens, first)]
-
-
-def _greedy_step(model, frames, streamers, last):
     searches = [streamer.search for streamer in streamers]
-    labels, (limit, last_limit) = Labels.join([search.labels for search in searches]), streamers[0].limits
-    limits = (limit, last_limit if last else limit)
-    found = greedy(model, frames, [frames.shape[1]] * len(streamers), labels, limits)
-    for b, (search, (_, score, capped)) in enumerate(zip(searches, found)):
-        search.labels = labels.select(slice(b, b + 1))
-        search.score, search.capped = search.score + score, search.capped + capped
-    return [path for path, _, _ in found]
-
-
-def _words(streamer, path, first_frame, last, began):
-    """Tokens -> words with their times. Nothing here depends on packets but the computing time in `elapsed_ms`."""
-    config = streamer.model.config
-    offset = 0 if isinstance(streamer.search, Beam) else first_frame  # beam search counts frames from the start of the stream
-    delay_ms = chunk_delay_ms(config, streamer.frames, streamer.received)
-    done = [(tag, text, frame + offset) for token, frame in path for tag, text in streamer.parser.feed(token)]
-    if last:
-        done += [(tag, text, streamer.frames - 1) for tag, text in streamer.parser.flush()]
-    streamer.clock_ms = max(delay_ms, streamer.clock_ms) + (time.perf_counter() - began) * 1000
-    return [Word(tag, text, delay_ms, (frame + 1) * config.frame_s, streamer.clock_ms) for tag, text, frame in done]
-
-
-def chunk_delay_ms(config, n_frames, n_samples):
-    """The audio needed for the first `n_frames` encoder frames: up to the end of the window of their last mel frame."""
-    return min(n_samples, HOP * (n_frames * config.subsampling - 1) + WINDOW) / PER_MS
+    tokens = type(searches[0]).advance(searches, model.joint.encoder_proj(frames), last)       # frames: (B, T, J)
+    return [streamer.words(found, last, began) for streamer, found in zip(streamers, tokens)]
 
 
 # ---- Greedy search --------------------------------------------------------------------------------------------------
@@ -172,16 +166,16 @@ def chunk_delay_ms(config, n_frames, n_samples):
 class Labels:
     """What the label encoder made of the labels that each of B streams has written."""
     proj: torch.Tensor  # (B, J), ready to be added to a projected encoder frame
-    state: object
+    state: State
 
-    @classmethod
-    def start(cls, model, batch):
+    @staticmethod
+    def start(model, batch):
         none = torch.zeros(batch, 0, dtype=torch.long, device=model.joint.output.weight.device)
         out, state = model.label_encoder(none)  # the start symbol alone
-        return cls(model.joint.label_proj(out[:, -1]), state)
+        return Labels(model.joint.label_proj(out[:, -1]), state)
 
     def after(self, model, tokens):
-        """The states once every stream has written one more token."""
+        """One more token for every stream."""
         out, state = model.label_encoder(torch.tensor(tokens, device=self.proj.device)[:, None], self.state)
         return Labels(model.joint.label_proj(out[:, -1]), state)
 
@@ -189,167 +183,179 @@ class Labels:
         return Labels(self.proj[rows], self.state.select(rows))
 
     @staticmethod
-    def join(labels):
-        if len(labels) == 1:
-            return labels[0]
-        return Labels(torch.cat([one.proj for one in labels]), State.join([one.state for one in labels]))
-
-    def put(self, rows, new):
-        """These rows have moved on to `new`."""
-        if len(rows) == len(self.proj):
-            self.proj, self.state = new.proj, new.state
-            return
-        where = torch.arange(len(self.proj), device=self.proj.device)
-        where[rows] = len(self.proj) + torch.arange(len(rows), device=self.proj.device)
-        moved = Labels.join([self, new]).select(where)
-        self.proj, self.state = moved.proj, moved.state
+    def join(parts):
+        if len(parts) == 1:
+            return parts[0]
+        return Labels(torch.cat([part.proj for part in parts]), State.join([part.state for part in parts]))
 
 
 @dataclass
-class Greedy:
-    labels: Labels
-    score: float = 0.0  # log-probability of the path taken
+class Path:
+    """The way of one stream through the lattice: up by a label, on to the next frame by blank."""
+    at: int = 0         # the frame it stands at
+    symbols: int = 0    # labels written in that frame
+    score: float = 0.0  # log-probability
     capped: int = 0     # frames that wanted to write more than the limit
+    tokens: list = field(default_factory=list)  # [(token, frame)]
 
 
 def greedy(model, frames, lengths, labels, limits, window=8):
-    """Follow the best arc at every node of the lattice; returns ([(token, frame)], score, capped) for each stream.
+    """Take the best arc at every node; frames (B, T, J) are projected. Returns a Path for each stream, and its labels.
 
-    frames (B, T, J) are projected; limits: symbols allowed in a frame and in the last one, after which blank is taken.
-    Only a label moves the label encoder, never blank. So until a label comes, the joint needs nothing from the search
-    and `window` frames can be looked at in one call; the search stops at the first that is not blank.
-    `labels` is brought up to date in place.
+    limits: symbols allowed in a frame and in the last one; beyond them blank is taken. Only a label moves the label
+    encoder, never blank. So until a label comes, nothing in the joint depends on the search, and it can look at
+    `window` frames in one call: the path runs through the blanks among them and stops at the first label.
     """
-    paths, scores, capped = [[] for _ in lengths], [0.0] * len(lengths), [0] * len(lengths)
-    at, symbols = [0] * len(lengths), [0] * len(lengths)  # the frame each stream stands at, labels written in it
-    ahead = torch.arange(window, device=frames.device)
-    while rows := [b for b, length in enumerate(lengths) if at[b] < length]:
-        here = torch.tensor([at[b] for b in rows], device=frames.device)
-        index = (here[:, None] + ahead).clamp(max=frames.shape[1] - 1)                          # (R, W)
-        pick = torch.tensor(rows, device=frames.device)
-        nodes = torch.tanh(frames[pick[:, None], index] + labels.proj[pick][:, None])           # (R, W, J)
-        log_probs = model.joint.output(nodes).log_softmax(-1)                                   # (R, W, V)
-        best, token = (part.tolist() for part in log_probs.max(-1))
-        blank = log_probs[..., BLANK].tolist()
-        wrote, new = [], []
-        for r, b in enumerate(rows):
-            for w in range(min(window, lengths[b] - at[b])):
-                last = at[b] == lengths[b] - 1
-                if token[r][w] != BLANK and symbols[b] < limits[last]:
-                    paths[b].append((token[r][w], at[b]))
-                    scores[b] += best[r][w]
-                    symbols[b] += 1
-                    wrote.append(b)
-                    new.append(token[r][w])
-                    break
-                capped[b] += token[r][w] != BLANK
-                scores[b] += blank[r][w]
-                at[b], symbols[b] = at[b] + 1, 0
-        if new:
-            labels.put(wrote, (labels if len(new) == len(lengths) else labels.select(wrote)).after(model, new))
-    return list(zip(paths, scores, capped))
+    paths, ahead = [Path() for _ in lengths], torch.arange(window, device=frames.device)
+    while rows := [b for b, path in enumerate(paths) if path.at < lengths[b]]:
+        at = torch.tensor([paths[b].at for b in rows], device=frames.device)
+        index = (at[:, None] + ahead).clamp(max=frames.shape[1] - 1)                             # (R, W)
+        some = torch.tensor(rows, device=frames.device)
+        nodes = torch.tanh(frames[some[:, None], index] + labels.proj[some][:, None])            # (R, W, J)
+        log_probs = model.joint.output(nodes).log_softmax(-1)                                    # (R, W, V)
+        best, token = log_probs.max(-1)
+        table = zip(token.tolist(), best.tolist(), log_probs[..., BLANK].tolist())
+        wrote = [b for b, row in zip(rows, table) if _follow(paths[b], lengths[b], limits, zip(*row))]
+        if wrote:
+            new = [paths[b].tokens[-1][0] for b in wrote]
+            if len(wrote) == len(paths):
+                labels = labels.after(model, new)
+            else:  # only these rows change
+                where = torch.arange(len(paths), device=frames.device)
+                where[wrote] = len(paths) + torch.arange(len(wrote), device=frames.device)
+                labels = Labels.join([labels, labels.select(wrote).after(model, new)]).select(where)
+    return paths, labels
+
+
+def _follow(path, length, limits, nodes):
+    """Walk along (best token, its log-probability, that of blank) of successive frames; True if a label was written."""
+    for token, best, blank in nodes:
+        if path.at == length:
+            return False
+        if token != BLANK and path.symbols < limits[path.at == length - 1]:
+            path.tokens.append((token, path.at))
+            path.score, path.symbols = path.score + best, path.symbols + 1
+            return True
+        path.capped += token != BLANK
+        path.score, path.at, path.symbols = path.score + blank, path.at + 1, 0
+    return False
+
+
+class Greedy:
+    """The state of greedy search between chunks."""
+
+    def __init__(self, model, limits=LIMITS):
+        self.model, self.limits, self.labels = model, limits, Labels.start(model, 1)
+        self.score, self.capped, self.at = 0.0, 0, 0  # as in Path, since the start of the stream
+
+    @staticmethod
+    def advance(searches, frames, last):
+        """frames (B, T, J) -> the tokens of each stream, as [(token, frame)]."""
+        (limit, last_limit), n_frames = searches[0].limits, frames.shape[1]
+        labels = Labels.join([search.labels for search in searches])
+        paths, labels = greedy(searches[0].model, frames, [n_frames] * len(searches), labels,
+                               (limit, last_limit if last else limit))
+        tokens = [[(token, search.at + t) for token, t in path.tokens] for search, path in zip(searches, paths)]
+        for b, (search, path) in enumerate(zip(searches, paths)):
+            search.labels, search.at = labels.select(slice(b, b + 1)), search.at + n_frames
+            search.score, search.capped = search.score + path.score, search.capped + path.capped
+        return tokens
 
 
 @torch.inference_mode()
 def greedy_batch(model, mel, lengths, chunk=None, limits=LIMITS):
-    """Many whole utterances at once through the offline masked encoder: (ids, frames) of each.
+    """Many whole utterances at once through the offline masked encoder -> (ids, frames) of each, as streaming gives.
 
-    mel (B, F, 80) padded, lengths (B,) in mel frames. The same search on the same frames as streaming: same tokens.
+    mel (B, F, 80) padded, lengths (B,) in mel frames.
     """
     lengths = torch.as_tensor(lengths, device=mel.device)
     out, _ = model.encoder(mel, lengths=lengths, chunk=chunk)
     n_frames = [max(1, -(-n // model.config.subsampling)) for n in lengths.tolist()]
-    found = greedy(model, model.joint.encoder_proj(out), n_frames, Labels.start(model, len(mel)), limits)
-    return [([token for token, _ in path], [frame for _, frame in path]) for path, _, _ in found]
+    paths, _ = greedy(model, model.joint.encoder_proj(out), n_frames, Labels.start(model, len(mel)), limits)
+    return [([token for token, _ in path.tokens], [frame for _, frame in path.tokens]) for path in paths]
 
 
 # ---- Beam search ----------------------------------------------------------------------------------------------------
 
 @dataclass
 class Hypothesis:
-    tokens: tuple   # written since the last word that all hypotheses agree on
-    frames: tuple   # the encoder frame of each, counted from the start of the stream
-    score: float    # log of the summed probability of the paths found to these tokens
+    tokens: tuple  # since the last token that all hypotheses agree on
+    frames: tuple  # the frame of each, counted from the start of the stream
+    score: float   # log of the summed probability of the paths that write these tokens, as far as they were followed
     labels: Labels
 
 
 class Beam:
-    """Time-synchronous: all hypotheses stand at the same frame, and go on together once each has taken blank there.
+    """Time-synchronous: the hypotheses stand at the same frame and go on together, once each has taken blank there.
 
-    In one symbol step every hypothesis that has not left the frame may leave it by blank or write any label; those
+    In one symbol step, every hypothesis that has not left the frame may leave it by blank or write any label. Those
     that left and those that wrote are pruned TOGETHER to the size of the beam, so a beam of one is greedy search.
-    Paths that reach the same labels are the same hypothesis and their probabilities add up.
+    Paths that have written the same labels are one hypothesis and their probabilities add up.
     """
 
     def __init__(self, model, size, limits=LIMITS, hold=100):
         self.model, self.size, self.limits, self.hold = model, size, limits, hold
         self.hyps = [Hypothesis((), (), 0.0, Labels.start(model, 1))]
-        self.at = self.capped = 0  # the frame it stands at; how often the best wanted to write more than the limit
+        self.at = self.capped = 0
 
     @property
     def score(self):
         return self.hyps[0].score
 
-    def advance(self, frames, last=False):
-        """frames (T, J), projected -> the tokens that are now certain, as [(token, frame)]."""
-        for k, frame in enumerate(frames):
-            self._frame(frame, self.limits[last and k == len(frames) - 1])
-            self.at += 1
-        return self._commit(last)
+    @staticmethod
+    def advance(searches, frames, last):
+        """frames (B, T, J) -> the tokens of each stream that are certain now, as [(token, frame)]."""
+        for search, own in zip(searches, frames):
+            for t, frame in enumerate(own):
+                search.one_frame(frame, search.limits[last and t == len(own) - 1])
+        return [search.certain(last) for search in searches]
 
-    def _frame(self, frame, limit):
+    def one_frame(self, frame, limit):
         active, left = self.hyps, {}  # left: by tokens, those that took blank
         for symbols in range(limit + 1):
-            nodes = torch.tanh(frame + torch.cat([hyp.labels.proj for hyp in active]))
+            nodes = torch.tanh(frame + torch.cat([hyp.labels.proj for hyp in active]))          # (A, J)
             log_probs = self.model.joint.output(nodes).log_softmax(-1)                          # (A, V)
             for hyp, blank in zip(active, log_probs[:, BLANK].tolist()):
-                self._leave(left, Hypothesis(hyp.tokens, hyp.frames, hyp.score + blank, hyp.labels))
+                hyp = replace(hyp, score=hyp.score + blank)
+                if twin := left.get(hyp.tokens):  # the times are those of the more probable one
+                    first = max(twin, hyp, key=lambda h: h.score)
+                    hyp = replace(first, score=float(np.logaddexp(twin.score, hyp.score)))
+                left[hyp.tokens] = hyp
             if symbols == limit:
                 self.capped += log_probs[0].argmax().item() != BLANK
                 break
-            active = self._extend(active, log_probs, left)
+            active, left = self.prune(active, log_probs, left)
             if not active:
                 break
-        self.hyps = sorted(left.values(), key=lambda hyp: -hyp.score)[:self.size]
+        self.hyps, self.at = sorted(left.values(), key=lambda hyp: -hyp.score), self.at + 1
 
-    def _leave(self, left, hyp):
-        """Add a hypothesis to those that left the frame; the times are those of the more probable path."""
-        twin = left.get(hyp.tokens, hyp)
-        if twin is not hyp:
-            total = float(np.logaddexp(twin.score, hyp.score))
-            hyp = Hypothesis(hyp.tokens, max(twin, hyp, key=lambda h: h.score).frames, total, hyp.labels)
-        left[hyp.tokens] = hyp
-
-    def _extend(self, active, log_probs, left):
-        """Write a label: prune with those that left (in place), return the hypotheses that survive with a new label."""
+    def prune(self, active, log_probs, left):
+        """The best of those that left and of every active one with every label -> what is active and left now."""
         scores = log_probs.double() + log_probs.new_tensor([hyp.score for hyp in active], dtype=torch.double)[:, None]
-        scores[:, BLANK] = -math.inf
+        scores = scores[:, BLANK + 1:]
         best, index = scores.flatten().topk(min(self.size, scores.numel()))
-        pool = [(score, None, tokens) for tokens, score in ((hyp.tokens, hyp.score) for hyp in left.values())]
-        pool += [(score, *divmod(i, scores.shape[1])) for score, i in zip(best.tolist(), index.tolist())
-                 if score > -math.inf]
+        pool = [(hyp.score, hyp, None) for hyp in left.values()]
+        for score, k in zip(best.tolist(), index.tolist()):
+            parent, token = divmod(k, scores.shape[1])
+            pool.append((score, active[parent], token + BLANK + 1))
         pool = sorted(pool, key=lambda entry: -entry[0])[:self.size]
-        kept = {tokens for _, parent, tokens in pool if parent is None}
-        for tokens in set(left) - kept:
-            del left[tokens]
-        grown = [(score, active[parent], token) for score, parent, token in pool if parent is not None]
+        left = {hyp.tokens: hyp for _, hyp, token in pool if token is None}
+        grown = [entry for entry in pool if entry[2] is not None]
         if not grown:
-            return []
+            return [], left
         labels = Labels.join([hyp.labels for _, hyp, _ in grown]).after(self.model, [token for *_, token in grown])
-        rows = [labels.select(slice(k, k + 1)) for k in range(len(grown))]
-        return [Hypothesis(hyp.tokens + (token,), hyp.frames + (self.at,), score, own)
-                for (score, hyp, token), own in zip(grown, rows)]
+        return [Hypothesis(hyp.tokens + (token,), hyp.frames + (self.at,), score, labels.select(slice(k, k + 1)))
+                for k, (score, hyp, token) in enumerate(grown)], left
 
-    def _commit(self, last):
-        """Tokens that all hypotheses share are certain. One that stays open for `hold` tokens is decided by score."""
-        best = self.hyps[0]
-        if last or len(best.tokens) > self.hold:
-            n = len(best.tokens) if last else len(best.tokens) - self.hold
-            self.hyps = [hyp for hyp in self.hyps if hyp.tokens[:n] == best.tokens[:n]]
-        n = len(best.tokens) if last else len(os.path.commonprefix([hyp.tokens for hyp in self.hyps]))
-        certain = list(zip(best.tokens[:n], best.frames[:n]))
-        self.hyps = [Hypothesis(h.tokens[n:], h.frames[n:], h.score, h.labels) for h in self.hyps]
-        return certain
+    def certain(self, last):
+        """Tokens that all hypotheses share can be shown. Where they differ for `hold` tokens, the best one is right."""
+        best = self.hyps[0].tokens
+        decided = len(best) if last else max(0, len(best) - self.hold)
+        self.hyps = [hyp for hyp in self.hyps if hyp.tokens[:decided] == best[:decided]][:1 if last else None]
+        n = len(os.path.commonprefix([hyp.tokens for hyp in self.hyps]))  # works on any sequences
+        tokens = list(zip(best[:n], self.hyps[0].frames[:n]))
+        self.hyps = [replace(hyp, tokens=hyp.tokens[n:], frames=hyp.frames[n:]) for hyp in self.hyps]
+        return tokens
 
 
 # ---- Audio ----------------------------------------------------------------------------------------------------------
@@ -365,48 +371,38 @@ def read_audio(path, start=0.0, duration=None):
         with soundfile.SoundFile(path) as file:
             rate, first = file.samplerate, round(start * file.samplerate)
             wanted = file.frames - first if duration is None else round(duration * rate)
-            if first < 0 or wanted <= 0 or first + wanted > file.frames + rate // 20:
-                until = "the end" if duration is None else f"{start + duration:.2f} s"
-                raise AudioError(f"{path}: holds {file.frames / rate:.2f} s, nothing from {start:.2f} s to {until}"
-                                 if file.frames else f"{path}: holds no samples")
+            if wanted <= 0 or first + wanted > file.frames + rate // 20:  # manifests may round
+                piece = f", no {duration or 0:.2f} s from {start:.2f} s on" if start or duration is not None else ""
+                raise AudioError(f"{path}: holds {file.frames / rate:.2f} s of audio{piece}")
             file.seek(first)
             samples = file.read(wanted, dtype="float32", always_2d=True).mean(axis=1)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         raise AudioError(f"{path}: not a readable audio file ({error})") from None
     if len(samples) < wanted - rate // 20:
-        raise AudioError(f"{path}: truncated, {len(samples) / rate:.2f} s of {wanted / rate:.2f} s could be read")
-    check_audio(samples, path)
-    return resample(samples, rate, SAMPLE_RATE)
-
-
-def check_audio(samples, path):
-    """Refuse what no model can make sense of, before it becomes words."""
-    bad = np.count_nonzero(~np.isfinite(samples))
-    if bad:
+        raise AudioError(f"{path}: cut off, {len(samples) / rate:.2f} s of {wanted / rate:.2f} s could be read")
+    if bad := np.count_nonzero(~np.isfinite(samples)):
         raise AudioError(f"{path}: {bad} of {len(samples)} samples are NaN or infinite")
     if not samples.any():
         raise AudioError(f"{path}: silent, all {len(samples)} samples are zero")
-    clipped = np.mean(np.abs(samples) >= 0.999)
-    if clipped > 0.1:
-        raise AudioError(f"{path}: clipped, {clipped:.0%} of the samples lie at or beyond full scale")
+    if (clipped := np.mean(np.abs(samples) >= 0.999)) > 0.1:
+        raise AudioError(f"{path}: clipped, {clipped:.0%} of the samples lie at full scale or beyond")
+    return resample(samples, rate, SAMPLE_RATE)
 
 
 def resample(samples, rate, to, crossings=32):
-    """Band-limited interpolation: a windowed sinc, one short filter for each of the phases that a ratio has."""
+    """Band-limited interpolation: a windowed sinc, one short filter for each of the phases that the ratio has."""
     if rate == to:
         return samples
     up, down = to // math.gcd(rate, to), rate // math.gcd(rate, to)
-    cutoff = 0.95 * min(1.0, up / down)              # of the half sampling rate of the input
+    cutoff = 0.95 * min(1.0, up / down)  # as a part of the half sampling rate of the input
     half = math.ceil(crossings / cutoff)
     out = np.zeros(math.ceil(len(samples) * up / down), np.float32)
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(samples, half), 2 * half)
-    taps = np.arange(1 - half, half + 1)
     for phase in range(min(up, len(out))):
-        base, fraction = divmod(phase * down, up)    # output sample `phase` lies at base + fraction / up of the input
-        at = taps - fraction / up
+        base, rest = divmod(phase * down, up)  # output sample `phase` lies at base + rest / up of the input
+        at = np.arange(1 - half, half + 1) - rest / up
         kernel = cutoff * np.sinc(cutoff * at) * np.cos(np.pi * np.clip(at / (2 * half), -0.5, 0.5)) ** 2
-        count = len(out[phase::up])
-        out[phase::up] = windows[base + 1::down][:count] @ kernel.astype(np.float32)
+        out[phase::up] = windows[base + 1::down][:len(out[phase::up])] @ kernel.astype(np.float32)
     return out
 
 
@@ -415,61 +411,55 @@ def resample(samples, rate, to, crossings=32):
 def packets(source, realtime):
     """The audio of a file, or 16-bit PCM from standard input as it comes."""
     if source == "-":
-        rest, received, loud = b"", 0, False
+        rest, received, heard = b"", 0, False
         while data := sys.stdin.buffer.read1(4096):
             data = rest + data
             rest = data[len(data) // 2 * 2:]  # half a sample waits for its other half
             samples = np.frombuffer(data[:len(data) // 2 * 2], "<i2").astype(np.float32) / 32768
-            received, loud = received + len(samples), loud or samples.any()
+            received, heard = received + len(samples), heard or samples.any()
             yield samples
-        if not loud:
-            raise AudioError(f"standard input: silent, {received} samples of 16-bit PCM and none but zeros")
+        if not heard:
+            raise AudioError(f"standard input: {received} samples of 16-bit PCM and none but zeros")
         return
     samples, began, size = read_audio(source), time.perf_counter(), SAMPLE_RATE // 10
     for start in range(0, len(samples), size):
+        packet = samples[start:start + size]
         if realtime:
-            time.sleep(max(0.0, began + min(start + size, len(samples)) / SAMPLE_RATE - time.perf_counter()))
-        yield samples[start:start + size]
+            time.sleep(max(0.0, began + (start + len(packet)) / SAMPLE_RATE - time.perf_counter()))
+        yield packet
 
 
-class Plain:
+def show_json(words):
+    for word in words:
+        print(json.dumps(asdict(word), ensure_ascii=False), flush=True)
+
+
+def show_lines(words):
     """Lines are only ever appended: one for each stream that has new words."""
-
-    def __init__(self, tags):
-        self.tags = tags
-
-    def show(self, words):
-        for tag in self.tags:
-            if mine := [word for word in words if word.stream == tag]:
-                print(f"{mine[0].delay_ms / 1000:8.2f} s  {tag:8} {' '.join(word.text for word in mine)}", flush=True)
+    for tag in dict.fromkeys(word.stream for word in words):
+        text = " ".join(word.text for word in words if word.stream == tag)
+        print(f"{words[0].delay_ms / 1000:8.2f} s  {tag:8} {text}", flush=True)
 
 
-class Json(Plain):
-    def show(self, words):
-        for word in words:
-            print(json.dumps(asdict(word), ensure_ascii=False), flush=True)
-
-
-class Terminal(Plain):
-    """One line for each stream, growing in place. When one is full they all scroll up and a fresh block begins."""
+class Terminal:
+    """One line for each stream, growing in place. When one is full they all stay, and a fresh block begins below."""
 
     def __init__(self, tags):
         self.lines, self.drawn = dict.fromkeys(tags, ""), False
-        self.show([])
+        self([])
 
-    def show(self, words):
+    def __call__(self, words):
         for word in words:
             text = "".join(c if c.isprintable() else "\ufffd" for c in word.text)  # a model may write any byte
-            grown = f"{self.lines[word.stream]} {text}"
-            if columns(f"{word.stream:8}{grown}") > shutil.get_terminal_size().columns - 1:
+            if columns(f"{self.lines[word.stream]} {text}") > shutil.get_terminal_size().columns - 9:
                 self.draw()
-                self.lines, self.drawn, grown = dict.fromkeys(self.lines, ""), False, f" {text}"
-            self.lines[word.stream] = grown
+                self.lines, self.drawn = dict.fromkeys(self.lines, ""), False
+            self.lines[word.stream] += f" {text}"
         self.draw()
 
     def draw(self):
         up = f"\x1b[{len(self.lines)}F" if self.drawn else ""  # back to the first line of the block
-        width = shutil.get_terminal_size().columns - 9
+        width = shutil.get_terminal_size().columns - 9         # only a single longer word is cut
         rows = (f"\x1b[2K\x1b[2m{tag:8}\x1b[0m{line[:width]}\n" for tag, line in self.lines.items())
         print(up + "".join(rows), end="", flush=True)
         self.drawn = True
@@ -481,17 +471,18 @@ def columns(text):
 
 
 def caption(model, tokenizer, options):
-    kind = Json if options.json else Terminal if sys.stdout.isatty() else Plain
-    captions, streamer = kind(tokenizer.tags), Streamer(model, tokenizer, chunk=options.chunk, beam=options.beam)
+    show = show_json if options.json else Terminal(tokenizer.tags) if sys.stdout.isatty() else show_lines
+    streamer = Streamer(model, tokenizer, chunk=options.chunk, beam=options.beam)
     try:
         for packet in packets(options.audio, options.realtime):
-            captions.show(streamer.accept(packet))
+            show(streamer.accept(packet))
     except KeyboardInterrupt:
-        pass  # the usual end of a microphone: what was heard so far still has its last words to come
+        pass  # the usual end of a microphone: the last words of what was heard are still to come
     if streamer.received:
-        captions.show(streamer.flush())
+        show(streamer.flush())
     if streamer.search.capped:
-        print(f"{streamer.search.capped} frames wanted more than {LIMITS} symbols and were cut off", file=sys.stderr)
+        print(f"{streamer.search.capped} frames were cut off at {LIMITS[0]} symbols (the last: {LIMITS[1]})",
+              file=sys.stderr)
 
 
 # ---- Evaluation: stream a set, then compare words and delays with the references -----------------------------------
@@ -499,49 +490,41 @@ def caption(model, tokenizer, options):
 def evaluate(model, tokenizer, items, *, chunk=None, beam=1, batch_size=16, progress=False, bootstrap=0):
     """items: [(row, samples)] -> (metrics by stream, one record by utterance).
 
-    A batch size of 1 streams the utterances one after the other, as a listener would hear them, and measures computing
-    time; larger ones run the offline encoder, which writes the same words with the same delays, only sooner.
+    A batch size of 1 streams one utterance after the other, as a listener would hear them, and measures computing time;
+    larger ones run the offline encoder, which writes the same words with the same delays, only sooner.
     """
-    training = model.training
-    model.eval()
-    try:
-        records = decode(model, tokenizer, items, (chunk, beam, batch_size, progress))
-    finally:
-        model.train(training)
-    return summarise(records, tokenizer.tags, bootstrap), records
-
-
-def decode(model, tokenizer, items, options):
-    """One record per utterance, in the order of the items: what was said, what was written, and when."""
-    chunk, beam, batch_size, progress = options
+    training, records, size = model.training, {}, 1 if beam > 1 else batch_size
     order = sorted(range(len(items)), key=lambda i: len(items[i][1]))
-    size, found = 1 if beam > 1 else batch_size, {}
     groups = [order[first:first + size] for first in range(0, len(order), size)]
     if progress:
         from tqdm import tqdm
-        groups = tqdm(groups, unit="batch" if size > 1 else "utt", desc="evaluating", leave=False)
-    for group in groups:
-        audio = [items[i][1] for i in group]
-        results = ([stream_one(model, tokenizer, audio[0], chunk, beam)] if size == 1
-                   else stream_batch(model, tokenizer, audio, chunk))
-        for i, result in zip(group, results):
-            row, samples = items[i]
-            texts = {"<asr>": row.asr, **{f"<st:{lang}>": text for lang, text in row.st.items()}}
-            references = {tag: text.split() for tag, text in texts.items() if text is not None}
-            found[i] = {"id": row.id, "audio": row.audio, "references": references,
-                        "duration_ms": len(samples) / PER_MS, **result}
-    return [found[i] for i in range(len(items))]
+        groups = tqdm(groups, desc="evaluating", leave=False)
+    model.eval()
+    try:
+        for group in groups:
+            audio = [items[i][1] for i in group]
+            found = ([hear(model, tokenizer, audio[0], chunk, beam)] if size == 1
+                     else hear_batch(model, tokenizer, audio, chunk))
+            for i, result in zip(group, found):
+                row, samples = items[i]
+                texts = {"<asr>": row.asr, **{f"<st:{lang}>": text for lang, text in row.st.items()}}
+                records[i] = {"id": row.id, "audio": row.audio, "duration_ms": len(samples) / PER_MS, **result,
+                              "references": {tag: text.split() for tag, text in texts.items() if text is not None}}
+    finally:
+        model.train(training)
+    records = [records[i] for i in range(len(items))]
+    return summarise(records, tokenizer.tags, bootstrap), records
 
 
-def stream_one(model, tokenizer, samples, chunk, beam):
+def hear(model, tokenizer, samples, chunk, beam):
     began, streamer = time.perf_counter(), Streamer(model, tokenizer, chunk=chunk, beam=beam)
     words = streamer.accept(samples) + streamer.flush()
-    return {"words": words, "capped": streamer.search.capped, "score": streamer.search.score,
+    return {"words": words, "score": streamer.search.score, "capped": streamer.search.capped,
             "seconds": time.perf_counter() - began}
 
 
-def stream_batch(model, tokenizer, audio, chunk):
-    """The words and delays that streaming each of these would give; computing time cannot be known this way."""
+def hear_batch(model, tokenizer, audio, chunk):
+    """The words and delays that streaming each of these would give; computing times cannot be known this way."""
     config, weight = model.config, model.joint.output.weight
     chunk = config.chunks[0] if chunk is None else chunk
     mels = [log_mel(pad_samples(torch.as_tensor(samples).to(weight), config.subsampling), config.n_mels)
@@ -552,123 +535,61 @@ def stream_batch(model, tokenizer, audio, chunk):
         pairs = [(pair, frame) for token, frame in zip(ids, frames) for pair in parser.feed(token)]
         for (tag, text), frame in pairs + [(pair, n_frames - 1) for pair in parser.flush()]:
             end = min(n_frames, (frame // chunk + 1) * chunk) if chunk else n_frames  # of the chunk
-            delay = chunk_delay_ms(config, end, len(samples))
-            words.append(Word(tag, text, delay, (frame + 1) * config.frame_s, math.nan))
+            delay_ms = needed_ms(config, end, len(samples))
+            words.append(Word(tag, text, delay_ms, (frame + 1) * config.frame_s, math.nan))
         yield {"words": words}
 
 
-def join_items(items, seconds):
-    """Utterances one after the other in streams of at least `seconds` -> [(row, samples)], [the items of each]."""
-    groups, length = [[]], 0
-    for item in items:
-        if length >= seconds * SAMPLE_RATE:
-            groups, length = [*groups, []], 0
-        groups[-1].append(item)
-        length += len(item[1])
-    joined = []
-    for group in groups:
-        rows = [row for row, _ in group]
-        st = {lang: " ".join(row.st.get(lang, "") for row in rows) for lang in rows[0].st}
-        asr = None if rows[0].asr is None else " ".join(row.asr or "" for row in rows)
-        joined.append((replace(rows[0], asr=asr, st=st), np.concatenate([samples for _, samples in group])))
-    return joined, groups
-
-
-def cut_back(record, items, tags):
-    """The record of a joined stream -> one for each utterance in it, with delays from the start of that utterance.
-
-    Each word goes where the word of the reference lies that the best alignment (fewest edits) puts it at.
-    """
-    starts = np.cumsum([0] + [len(samples) / PER_MS for _, samples in items])
-    singles = [{"id": row.id, "audio": row.audio, "references": {}, "words": [], "seconds": record["seconds"] / len(items),
-                "duration_ms": len(samples) / PER_MS} for row, samples in items]
-    for tag in record["references"]:
-        texts = [(row.asr if tag == "<asr>" else row.st.get(tag[4:-1]) or "").split() for row, _ in items]
-        owner = [k for k, text in enumerate(texts) for _ in text]
-        mine = [word for word in record["words"] if word.stream == tag]
-        for single, text in zip(singles, texts):
-            single["references"][tag] = text
-        for word, at in zip(mine, align_edits(record["references"][tag], [word.text for word in mine])):
-            k = owner[min(at, len(owner) - 1)] if owner else 0
-            singles[k]["words"].append(replace(word, delay_ms=word.delay_ms - starts[k],
-                                               elapsed_ms=word.elapsed_ms - starts[k]))
-    return singles
-
-
 def summarise(records, tags, bootstrap=0):
-    """Metrics by stream, flat and plain, from the records of `decode`; name_95 are 95 % intervals."""
-    metrics = {}
-    for tag in tags:
-        rows = [row for row in records if tag in row["references"]]
-        if rows:
-            metrics[tag] = score_stream(rows, tag, bootstrap)
-    return metrics
+    """Metrics by stream, flat and plain; with `bootstrap` draws of the utterances, name_95 are 95 % intervals."""
+    return {tag: _score([row for row in records if tag in row["references"]], tag, bootstrap)
+            for tag in tags if any(tag in row["references"] for row in records)}
 
 
-def score_stream(rows, tag, bootstrap):
+def _score(rows, tag, bootstrap):
     references = [row["references"][tag] for row in rows]
-    written = [[word for word in row["words"] if word.stream == tag] for row in rows]
-    texts = [[word.text for word in words] for words in written]
-    metrics = {"utterances": len(rows), "silent": sum(not words for words in texts)}
+    words = [[word for word in row["words"] if word.stream == tag] for row in rows]
+    texts = [[word.text for word in own] for own in words]
+    metrics = {"utterances": len(rows), "silent": sum(not own for own in words)}
 
-    def ratio(name, above, below):
-        if below and not any(map(math.isnan, above)):
-            metrics[name] = sum(above) / sum(below) if any(below) else math.nan
-            if bootstrap:  # over utterances
-                drawn = np.random.default_rng(0).integers(len(above), size=(bootstrap, len(above)))
-                values = np.array(above)[drawn].sum(1) / np.maximum(1e-9, np.array(below)[drawn].sum(1))
-                metrics[f"{name}_95"] = np.quantile(values, [0.025, 0.975]).tolist()
-        else:
-            metrics[name] = None
+    def ratio(name, above, below):  # of two sums over the utterances
+        above, below = np.array(above, float), np.array(below, float)
+        metrics[name] = float(above.sum() / below.sum()) if below.sum() and np.isfinite(above).all() else None
+        if bootstrap and metrics[name] is not None:
+            drawn = np.random.default_rng(0).integers(len(above), size=(bootstrap, len(above)))
+            values = above[drawn].sum(1) / np.maximum(below[drawn].sum(1), 1e-9)
+            metrics[f"{name}_95"] = np.quantile(values, [0.025, 0.975]).tolist()
 
     for suffix, clean in (("", list), ("_norm", normalise)):
         pairs = [(clean(ref), clean(hyp)) for ref, hyp in zip(references, texts)]
-        for name, of in (("wer", list), ("cer", " ".join)):
-            edits = [100 * edit_distance(of(ref), of(hyp)) for ref, hyp in pairs]
-            ratio(name + suffix, edits, [len(of(ref)) for ref, _ in pairs])
+        for name, unit in (("wer", list), ("cer", " ".join)):
+            ratio(name + suffix, [100 * edit_distance(unit(ref), unit(hyp)) for ref, hyp in pairs],
+                  [len(unit(ref)) for ref, _ in pairs])
     metrics |= sacre([" ".join(hyp) for hyp in texts], [" ".join(ref) for ref in references], bootstrap)
-    for suffix, of in (("", "delay_ms"), ("_ca", "elapsed_ms")):  # ca: computation-aware
-        lags = [latency([getattr(word, of) for word in words], row["duration_ms"], len(ref))
-                for row, words, ref in zip(rows, written, references) if words]
-        for k, name in enumerate(("al", "laal")):
-            ratio(f"{name}{suffix}_ms", [lag[k] for lag in lags], [1] * len(lags))
+    for suffix, field_name in (("", "delay_ms"), ("_ca", "elapsed_ms")):  # ca: computation-aware
+        lags = [latency([getattr(word, field_name) for word in own], row["duration_ms"], len(ref))
+                for row, own, ref in zip(rows, words, references) if own]  # the silent ones are counted above
+        for name, lag in zip(("al", "laal"), zip(*lags) if lags else ([], [])):
+            ratio(f"{name}{suffix}_ms", lag, [1] * len(lag))
     if all("seconds" in row for row in rows):
-        metrics["real_time_factor"] = sum(row["seconds"] for row in rows) * 1000 / sum(row["duration_ms"] for row in rows)
+        ratio("real_time_factor", [row["seconds"] for row in rows], [row["duration_ms"] / 1000 for row in rows])
     return metrics
 
 
-def edit_table(a, b):
-    """cost[i, j]: substitutions, insertions and deletions that turn a[:i] into b[:j] (Levenshtein).
+def edit_distance(a, b):
+    """Substitutions, insertions and deletions that turn one sequence into the other (Levenshtein).
 
-    cost[i, j] = min(cost[i-1, j] + 1, cost[i-1, j-1] + (a[i-1] != b[j-1]), cost[i, j-1] + 1), a row at a time: the last
-    choice, along the row, is a running minimum of cost - j.
+    Row i of the table: cost[j] = min(above[j] + 1, above[j-1] + (a[i] != b[j-1]), cost[j-1] + 1). The last of these,
+    along the row, is a running minimum of cost[j] - j, so that each row is a handful of vector operations.
     """
     number = {item: k for k, item in enumerate(dict.fromkeys([*a, *b]))}
-    codes = np.array([number[item] for item in b], np.int32)
-    steps = np.arange(len(b) + 1, dtype=np.int32)
-    table = np.empty((len(a) + 1, len(b) + 1), np.int32)
-    table[0] = steps
-    for i, item in enumerate(a):
-        row = table[i] + 1
-        row[1:] = np.minimum(row[1:], table[i, :-1] + (codes != number[item]))
-        table[i + 1] = np.minimum.accumulate(row - steps) + steps
-    return table
-
-
-def edit_distance(a, b):
-    return int(edit_table(a, b)[-1, -1])
-
-
-def align_edits(reference, hypothesis):
-    """The index of the reference word that each word of the hypothesis stands for, or stands before."""
-    table, i, where = edit_table(reference, hypothesis), len(reference), []
-    for j in range(len(hypothesis), 0, -1):
-        while i and table[i, j] == table[i - 1, j] + 1:  # reference words that nothing stands for
-            i -= 1
-        if i and table[i, j] == table[i - 1, j - 1] + (reference[i - 1] != hypothesis[j - 1]):
-            i -= 1
-        where.append(i)
-    return where[::-1]
+    codes, steps = np.array([number[item] for item in b], int), np.arange(len(b) + 1)
+    cost = steps
+    for item in a:
+        row = cost + 1
+        row[1:] = np.minimum(row[1:], cost[:-1] + (codes != number[item]))
+        cost = np.minimum.accumulate(row - steps) + steps
+    return int(cost[-1])
 
 
 def normalise(words):
@@ -678,20 +599,20 @@ def normalise(words):
 
 
 def latency(delays, source_ms, n_ref):
-    """Average lagging behind an ideal that spreads its words evenly over the source: (AL, LAAL), in ms.
+    """How far the words lag behind an ideal that spreads them evenly over the source: (AL, LAAL) in ms.
 
-    AL    = 1/tau sum over i <= tau of d_i - (i-1) S / n_ref,  tau the first word that needed the whole source
+    AL    1/tau * sum over i <= tau of d_i - (i - 1) S / n_ref,  tau the first word that needed the whole source
     LAAL  the same with max(n_hyp, n_ref), so that writing too much does not look fast
     """
     if delays[0] > source_ms:
         return delays[0], delays[0]
     tau = next((i + 1 for i, d in enumerate(delays) if d >= source_ms), len(delays))
-    d = np.array(delays[:tau])
-    return tuple(float(np.mean(d - np.arange(tau) * source_ms / max(1, n))) for n in (n_ref, max(len(delays), n_ref)))
+    lag = lambda n: float(np.mean(np.array(delays[:tau]) - np.arange(tau) * source_ms / max(1, n)))
+    return lag(n_ref), lag(max(len(delays), n_ref))
 
 
 def sacre(hypotheses, references, bootstrap):
-    """BLEU with its signature, and chrF."""
+    """BLEU and chrF, with their signatures."""
     try:
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError:
@@ -700,29 +621,45 @@ def sacre(hypotheses, references, bootstrap):
     metrics = {}
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
         score = metric.corpus_score(hypotheses, [references], n_bootstrap=bootstrap or 1)
-        metrics[name] = score.score
+        metrics |= {name: score.score, f"{name}_signature": str(metric.get_signature())}
         if bootstrap:
             found = json.loads(score.format(width=4, is_json=True))
             middle, half = found["confidence_mean"], found["confidence_var"]
             metrics[f"{name}_95"] = [middle - half, middle + half]
-        metrics[f"{name}_signature"] = str(metric.get_signature())
     return metrics
 
 
+def join_records(records, items, seconds):
+    """Consecutive utterances as streams of `seconds` or more -> [(record of the words found in each alone, audio)]."""
+    joined, start_ms = [], math.inf
+    for record, (_, samples) in zip(records, items):
+        if start_ms >= seconds * 1000:
+            start_ms = 0.0
+            joined.append(({"id": record["id"], "audio": "", "words": [], "references": {}, "seconds": 0.0}, []))
+        whole, audio = joined[-1]
+        whole["words"] += [replace(word, delay_ms=word.delay_ms + start_ms, elapsed_ms=word.elapsed_ms + start_ms)
+                           for word in record["words"]]
+        for tag, text in record["references"].items():
+            whole["references"][tag] = whole["references"].get(tag, []) + text
+        audio.append(samples)
+        start_ms += record["duration_ms"]
+        whole |= {"seconds": whole["seconds"] + record["seconds"], "duration_ms": start_ms}
+    return [(whole, np.concatenate(audio)) for whole, audio in joined]
+
+
 def write_logs(folder, records, metrics):
-    """One folder for each stream in the format of SimulEval, which can score it again, and all the metrics."""
+    """All metrics, and a folder for each stream in the format of SimulEval, so that others can score it again."""
     for tag in metrics:
         path = Path(folder, tag.strip("<>").replace(":", "-"))
         path.mkdir(parents=True, exist_ok=True)
-        rows = [row for row in records if tag in row["references"]]
         with open(path / "instances.log", "w", encoding="utf-8") as file:
-            for index, row in enumerate(rows):
+            for index, row in enumerate(row for row in records if tag in row["references"]):
                 words = [word for word in row["words"] if word.stream == tag]
-                entry = {"index": index, "prediction": " ".join(word.text for word in words),
-                         "delays": [word.delay_ms for word in words], "elapsed": [word.elapsed_ms for word in words],
-                         "prediction_length": len(words), "reference": " ".join(row["references"][tag]),
-                         "source": [row["audio"]], "source_length": row["duration_ms"]}
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                file.write(json.dumps({
+                    "index": index, "prediction": " ".join(word.text for word in words),
+                    "delays": [word.delay_ms for word in words], "elapsed": [word.elapsed_ms for word in words],
+                    "prediction_length": len(words), "reference": " ".join(row["references"][tag]),
+                    "source": [row["audio"]], "source_length": row["duration_ms"]}, ensure_ascii=False) + "\n")
         (path / "config.yaml").write_text("source_type: speech\ntarget_type: text\n")
     Path(folder, "metrics.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
 
@@ -730,85 +667,82 @@ def write_logs(folder, records, metrics):
 def report(metrics):
     """A row for each figure, a column for each stream."""
     print(f"{'':18}" + "".join(f"{tag:>28}" for tag in metrics))
-    for name in dict.fromkeys(name for columns in metrics.values() for name in columns):
-        if name.endswith("_95") or name.endswith("_signature"):
-            continue
-        cells = []
-        for figures in metrics.values():
-            value, digits = figures.get(name), 0 if name.endswith("_ms") else 3 if "factor" in name else 2
-            text = "-" if value is None else str(value) if isinstance(value, int) else f"{value:.{digits}f}"
-            if f"{name}_95" in figures:
-                text += " ({:.{d}f} .. {:.{d}f})".format(*figures[f"{name}_95"], d=digits)
-            cells.append(f"{text:>28}")
-        print(f"{name:18}" + "".join(cells))
-    for name in ("bleu_signature", "chrf_signature"):
-        print(f"{name}: {next(iter(metrics.values())).get(name)}")
+    for name, first in next(iter(metrics.values())).items():
+        if name.endswith("_signature"):
+            print(f"{'':18}{first}")
+        elif not name.endswith("_95"):
+            digits = 0 if name.endswith("_ms") or isinstance(first, int) else 4 if "factor" in name else 2
+            cells = []
+            for figures in metrics.values():
+                values = [figures.get(name), *figures.get(f"{name}_95", [])]
+                text = ["-" if value is None else f"{value:.{digits}f}" for value in values]
+                cells.append(f"{text[0]} ({text[1]} .. {text[2]})" if text[1:] else text[0])
+            print(f"{name:18}" + "".join(f"{cell:>28}" for cell in cells))
 
-
-# ---- Command line ---------------------------------------------------------------------------------------------------
 
 def evaluation(model, tokenizer, options):
-    items, skipped = [], 0
-    for row in read_manifest(options.eval, options.strict, allow_outside=options.allow_outside):
+    items = []
+    rows = read_manifest(options.eval, options.strict, allow_outside=options.allow_outside)
+    for row in rows:
         try:
             items.append((row, read_audio(row.audio, row.start, row.duration)))
         except AudioError as error:
             if options.strict:
                 raise AudioError(f"{row.where}: {error}") from None
             print(f"{row.where}: {error}", file=sys.stderr)
-            skipped += 1
+    if len(items) < len(rows):
+        print(f"skipped {len(rows) - len(items)} of {len(rows)} rows because of their audio", file=sys.stderr)
     if not items:
         raise ValueError(f"{options.eval}: no row with usable audio")
-    how = {"chunk": options.chunk, "beam": options.beam, "batch_size": 1, "progress": True}
-    metrics, records = evaluate(model, tokenizer, items, **how, bootstrap=1000)
+    metrics, records = evaluate(model, tokenizer, items, chunk=options.chunk, beam=options.beam, batch_size=1,
+                                progress=True, bootstrap=1000)
     report(metrics)
     if options.log:
         write_logs(options.log, records, metrics)
     if options.join:
-        joined, groups = join_items(items, options.join)
-        _, long = evaluate(model, tokenizer, joined, **how)
-        cut = [single for record, group in zip(long, groups) for single in cut_back(record, group, tokenizer.tags)]
-        print(f"\nthe same utterances joined into {len(joined)} streams of {options.join:g} s or more, cut back after")
-        report(summarise(cut, tokenizer.tags, 1000))
-    if skipped:
-        print(f"{skipped} rows were skipped because of their audio", file=sys.stderr)
+        alone = join_records(records, items, options.join)
+        long = [{**whole, **hear(model, tokenizer, audio, options.chunk, options.beam)} for whole, audio in alone]
+        for title, whole in (("one by one, then joined", [whole for whole, _ in alone]), ("joined, then heard", long)):
+            print(f"\n{len(long)} streams of {options.join:g} s or more: {title}")
+            report(summarise(whole, tokenizer.tags))
 
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
 
 def demonstration():
-    """Random weights, a second of noise: whatever the packets, the words and their times do not change."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(["la la la"], 262, tags=("<asr>", "<st:en>"))
-    model = Transducer(replace(PRESETS["tiny"], vocab=len(tokenizer), dropout=0.0)).eval()
+    model = Transducer(replace(PRESETS["tiny"], vocab=len(tokenizer))).eval()
     samples = np.random.default_rng(0).normal(0, 0.1, 2 * SAMPLE_RATE + 123).astype(np.float32)
-    results = []
+    results = set()
     for packet in (1, 700, 4000, len(samples)):
-        streamer, words = Streamer(model, tokenizer, limits=(3, 10)), []
-        for start in range(0, len(samples), packet):
-            words += streamer.accept(samples[start:start + packet])
+        streamer = Streamer(model, tokenizer, limits=(3, 10))
+        words = [w for start in range(0, len(samples), packet) for w in streamer.accept(samples[start:start + packet])]
         words += streamer.flush()
-        results.append((streamer.search.score, [(word.stream, word.text, word.delay_ms, word.frame_s) for word in words]))
-        print(f"packets of {packet:6} samples: {len(words)} words, log-probability {streamer.search.score!r}")
-    print("match" if all(result == results[0] for result in results) else "NO MATCH")
+        print(f"packets of {packet:6} samples: log-probability {streamer.search.score!r}, {len(words)} words")
+        results.add(repr((streamer.search.score, [replace(word, elapsed_ms=0) for word in words])))
+    print("match" if len(results) == 1 else "NO MATCH")
 
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(prog="stream.py", description="Live captions of a file or of standard input.")
-    parser.add_argument("checkpoint", nargs="?", help="model.pt of a run; without it, a demonstration")
-    parser.add_argument("audio", nargs="?", help="an audio file; - reads 16-bit mono PCM at 16 kHz from standard input")
-    parser.add_argument("--chunk", type=int, help="encoder frames per chunk (default: the model's first; 0: all)")
-    parser.add_argument("--beam", type=int, default=1, help="hypotheses in beam search (default 1: greedy)")
-    parser.add_argument("--json", action="store_true", help="one line of JSON for each word")
-    parser.add_argument("--realtime", action="store_true", help="play a file at its own pace")
-    parser.add_argument("--eval", metavar="MANIFEST", help="stream all of a manifest and compare with its texts")
-    parser.add_argument("--log", metavar="DIR", help="with --eval: write SimulEval logs and metrics.json there")
-    parser.add_argument("--join", metavar="S", type=float, help="with --eval: also joined into streams of S seconds")
-    parser.add_argument("--strict", action="store_true", help="with --eval: stop at the first bad row")
-    parser.add_argument("--allow-outside", action="store_true", help="with --eval: audio outside the manifest's folder")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="model.pt of a run; without it, a demonstration")
+    add("audio", nargs="?", help="an audio file; - reads 16-bit mono PCM at 16 kHz from standard input")
+    add("--chunk", type=int, help="encoder frames per chunk (default: the model's first; 0: everything at the end)")
+    add("--beam", type=int, default=1, help="hypotheses in beam search (default 1: greedy)")
+    add("--json", action="store_true", help="one line of JSON for each word")
+    add("--realtime", action="store_true", help="play a file at its own pace")
+    add("--eval", metavar="MANIFEST", help="stream all of a manifest and compare with its texts")
+    add("--log", metavar="DIR", help="with --eval: write metrics.json and SimulEval logs there")
+    add("--join", metavar="S", type=float, help="with --eval: also join the utterances into streams of S seconds")
+    add("--strict", action="store_true", help="with --eval: stop at the first bad row instead of skipping it")
+    add("--allow-outside", action="store_true", help="with --eval: audio may lie outside the manifest's folder")
+    add("--device", default="cpu")
+    add("--threads", type=int, default=1, help="of torch (default 1)")
     options = parser.parse_args(argv)
     if options.checkpoint and bool(options.audio) == bool(options.eval):
-        parser.error("give one of an audio file, - for standard input, or --eval MANIFEST")
+        parser.error("give an audio file, - for standard input, or --eval MANIFEST")
     return options
 
 
@@ -823,10 +757,9 @@ def main(argv=None):
             raise ValueError(f"{options.checkpoint}: holds no tokenizer")
         tokenizer = Tokenizer.from_dict(beside["tokenizer"])
         (evaluation if options.eval else caption)(model, tokenizer, options)
-    except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
         print(f"stream.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
