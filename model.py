@@ -136,34 +136,44 @@ def pad_samples(samples: Tensor, subsampling: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ state
 
 class State:
-    """What a batch of streams remembers between two calls: tensors whose first dimension is the stream, so that
-    streams can be taken out of a batch and put together into one. Their shapes never change."""
+    """What a batch of streams remembers between two calls: tensors, or one tensor per layer, whose first dimension is
+    the stream, so that streams can be taken out of a batch and put together into one. Their shapes never change."""
 
     def select(self, rows) -> "State":
         """The state of some streams of the batch; rows is an index tensor, a list or a slice."""
-        return replace(self, **{name: x[rows] for name, x in self.tensors().items()})
+        return State._each([self], lambda same: same[0][rows])
 
     @staticmethod
     def join(states: list["State"]) -> "State":
         """One batch out of several."""
-        parts = [state.tensors() for state in states]
-        return replace(states[0], **{name: torch.cat([p[name] for p in parts]) for name in parts[0]})
+        return State._each(states, torch.cat)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        """All of them by name, layer after layer."""
+        layers = {name: value if isinstance(value, tuple) else (value,) for name, value in vars(self).items()}
+        return {f"{name}.{i}": x for name, values in layers.items() for i, x in enumerate(values)
+                if isinstance(x, Tensor)}
+
+    @staticmethod
+    def _each(states, function):
+        def apply(values):
+            if isinstance(values[0], tuple):
+                return tuple(function(layer) for layer in zip(*values))
+            return function(values) if isinstance(values[0], Tensor) else values[0]
+        return type(states[0])(*(apply([getattr(s, f.name) for s in states]) for f in fields(states[0])))
 
 
 @dataclass(frozen=True)
 class AttentionState(State):
-    keys: Tensor    # (B, layers, H, past, D / H)
-    values: Tensor  # (B, layers, H, past, D / H)
-    filled: Tensor  # (B,) how many of the past frames are real, the last ones
+    keys: tuple[Tensor, ...]    # (B, H, past, D / H) in each layer
+    values: tuple[Tensor, ...]  # (B, H, past, D / H)
+    filled: Tensor              # (B,) how many of the past frames are real, the last ones
 
 
 @dataclass(frozen=True)
 class EncoderState(AttentionState):
-    tails: Tensor   # (B, width of all convolution inputs) the last input frame of each convolution
-    chunk: int      # frames per call
+    tails: Tensor               # (B, widths of all convolution inputs) the last input frame of each convolution
+    chunk: int                  # frames per call
 
 
 @dataclass(frozen=True)
@@ -227,8 +237,8 @@ class Stack(nn.Module):
 
     def forward(self, x, chunk, left, state=None, lengths=None):
         """x (B, Q, D) beginning at a chunk's first frame; state: the frames before; lengths (B,): how many of the Q
-        are real. Returns (B, Q, D) and the keys and values of past and present, (B, layers, H, K, D / H)."""
-        Q, past = x.shape[1], state.keys.shape[3] if state else 0
+        are real. Returns (B, Q, D) and the keys and values of past and present, (B, H, K, D / H) per layer."""
+        Q, past = x.shape[1], state.keys[0].shape[2] if state else 0
         bias = self.bias(Q, past, chunk or Q, left)[None]
         if state is not None or lengths is not None:
             position = torch.arange(-past, Q, device=x.device)
@@ -238,7 +248,7 @@ class Stack(nn.Module):
             bias = bias.masked_fill(absent[:, None, None], MASKED)
         keys, values = [], []
         for i, block in enumerate(self.blocks):
-            x, k, v = block(x, bias, (state.keys[:, i], state.values[:, i]) if state else None)
+            x, k, v = block(x, bias, (state.keys[i], state.values[i]) if state else None)
             keys.append(k)
             values.append(v)
         return self.norm(x), keys, values
@@ -247,8 +257,7 @@ class Stack(nn.Module):
 def remember(keys, values, filled, past):
     """The last `past` frames of the keys and values of every layer, zeros in front where there are fewer."""
     def last(layers):
-        x = torch.stack([layer[:, :, max(0, layer.shape[2] - past):] for layer in layers], 1)
-        return F.pad(x, (0, 0, past - x.shape[3], 0))
+        return tuple(F.pad(x, (0, 0, max(0, past - x.shape[2]), 0))[:, :, max(0, x.shape[2] - past):] for x in layers)
     return {"keys": last(keys), "values": last(values), "filled": filled.clamp(max=past)}
 
 
@@ -277,9 +286,8 @@ class Encoder(nn.Module):
         c = self.config
         chunk = self._chunk(chunk)
         new = self.stack.distance_bias.new_zeros
-        shape = batch, c.layers, c.heads, c.left_chunks(chunk) * chunk, c.dim // c.heads
-        return EncoderState(new(shape), new(shape), new(batch, dtype=torch.long), new(batch, sum(self.tail_widths)),
-                            chunk)
+        past = tuple(new(batch, c.heads, c.left_chunks(chunk) * chunk, c.dim // c.heads) for _ in range(c.layers))
+        return EncoderState(past, past, new(batch, dtype=torch.long), new(batch, sum(self.tail_widths)), chunk)
 
     def subsample(self, mel, tails):  # (B, F, n_mels), (B, sum of widths) -> (B, T, D), new tails
         x, kept = (mel - self.mean) / self.std, []
