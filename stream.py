@@ -20,13 +20,13 @@ import shutil
 import sys
 import time
 import unicodedata
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from model import HOP, PRESETS, SAMPLE_RATE, WINDOW, State, Transducer, load, log_mel, pad_samples
+from model import HOP, PRESETS, SAMPLE_RATE, WINDOW, State, Transducer, load, log_mel
 from serialize import StreamParser, Tokenizer, read_manifest
 
 BLANK = 0
@@ -47,7 +47,7 @@ class Word:
 
 
 class Streamer:
-    """One audio stream. Many of them may share a model, and `accept_many` steps them in one batch."""
+    """One audio stream. Many may share a model: `push` to each of them, then `advance` steps them in one batch."""
 
     def __init__(self, model, tokenizer, *, chunk=None, beam=1, limits=LIMITS):
         self.model, self.config = model, model.config
@@ -56,7 +56,7 @@ class Streamer:
             raise ValueError(f"chunk {self.chunk} must not be negative, and beam {beam} must be 1 or more")
         if len(tokenizer) != self.config.vocab:
             raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {self.config.vocab}")
-        self.waiting, self.n_waiting = [], 0  # samples that no chunk has used up yet
+        self.waiting, self.n_waiting = [np.zeros(0, np.float32)], 0  # samples that no chunk has used up yet
         self.received = self.frames = 0       # samples got, encoder frames done
         self.clock_ms = 0.0                   # end of the previous step, as `elapsed_ms` counts
         self.closed = False
@@ -66,20 +66,20 @@ class Streamer:
 
     def accept(self, samples):
         """Samples (N,) at 16 kHz in -1..1, any number of them -> the words that they finish."""
-        return accept_many([self], [samples])[0]
+        self.push(samples)
+        return advance([self])[0]
 
     def flush(self):
         """The audio has ended: run what is left of it and release every word."""
-        return flush_many([self])[0]
+        self.closed = True
+        return advance([self])[0]
 
     def push(self, samples):
         samples = np.asarray(samples, np.float32)
         if self.closed:
             raise ValueError("this stream was flushed; another one starts with a new Streamer")
         if samples.ndim != 1 or not np.isfinite(samples).all():
-            bad = np.count_nonzero(~np.isfinite(samples))
-            raise ValueError(f"samples must be finite and in one dimension, not {samples.shape} with {bad} that are NaN"
-                             " or infinite")
+            raise ValueError(f"samples must be finite numbers in one dimension, not {samples!r:.200}")
         self.waiting.append(samples)
         self.n_waiting += len(samples)
         self.received += len(samples)
@@ -97,8 +97,8 @@ class Streamer:
     def take(self, n_frames):
         """The samples of the next frames."""
         used = n_frames * HOP * self.config.subsampling
-        samples = np.concatenate(self.waiting) if self.waiting else np.zeros(0, np.float32)
-        self.waiting, self.n_waiting = [samples[used:].copy()], max(0, len(samples) - used)
+        samples = np.concatenate(self.waiting) if len(self.waiting) > 1 else self.waiting[0]
+        self.waiting, self.n_waiting = [samples[used:]], max(0, len(samples) - used)
         self.frames += n_frames
         return np.pad(samples[:used + OVERLAP], (0, max(0, used + OVERLAP - len(samples))))
 
@@ -107,32 +107,15 @@ class Streamer:
         done = [(pair, frame) for token, frame in tokens for pair in self.parser.feed(token)]
         if last:
             done += [(pair, self.frames - 1) for pair in self.parser.flush()]
-        delay_ms = needed_ms(self.config, self.frames, self.received)
+        last_sample = HOP * (self.frames * self.config.subsampling - 1) + WINDOW  # of the chunk's last mel frame
+        delay_ms = min(last_sample, self.received) / PER_MS
         self.clock_ms = max(delay_ms, self.clock_ms) + (time.perf_counter() - began) * 1000
         return [Word(tag, text, delay_ms, (frame + 1) * self.config.frame_s, self.clock_ms)
                 for (tag, text), frame in done]
 
 
-def needed_ms(config, n_frames, n_samples):
-    """The audio behind the first `n_frames` encoder frames: to the end of the window of their last mel frame."""
-    return min(n_samples, HOP * (n_frames * config.subsampling - 1) + WINDOW) / PER_MS
-
-
-def accept_many(streamers, packets):
-    """A packet for each stream -> the words of each."""
-    for streamer, packet in zip(streamers, packets, strict=True):
-        streamer.push(packet)
-    return advance(streamers)
-
-
-def flush_many(streamers):
-    for streamer in streamers:
-        streamer.closed = True
-    return advance(streamers)
-
-
 def advance(streamers):
-    """Run all that can run. Chunks of the same size run as one batch."""
+    """Run all that can run, chunks of the same size as one batch -> the new words of each stream."""
     words = {streamer: [] for streamer in streamers}
     while True:
         groups = {}
@@ -169,8 +152,8 @@ class Labels:
     state: State
 
     @staticmethod
-    def start(model, batch):
-        none = torch.zeros(batch, 0, dtype=torch.long, device=model.joint.output.weight.device)
+    def start(model):
+        none = torch.zeros(1, 0, dtype=torch.long, device=model.joint.output.weight.device)
         out, state = model.label_encoder(none)  # the start symbol alone
         return Labels(model.joint.label_proj(out[:, -1]), state)
 
@@ -189,90 +172,69 @@ class Labels:
         return Labels(torch.cat([part.proj for part in parts]), State.join([part.state for part in parts]))
 
 
-@dataclass
-class Path:
-    """The way of one stream through the lattice: up by a label, on to the next frame by blank."""
-    at: int = 0         # the frame it stands at
-    symbols: int = 0    # labels written in that frame
-    score: float = 0.0  # log-probability
-    capped: int = 0     # frames that wanted to write more than the limit
-    tokens: list = field(default_factory=list)  # [(token, frame)]
-
-
-def greedy(model, frames, lengths, labels, limits, window=8):
-    """Take the best arc at every node; frames (B, T, J) are projected. Returns a Path for each stream, and its labels.
-
-    limits: symbols allowed in a frame and in the last one; beyond them blank is taken. Only a label moves the label
-    encoder, never blank. So until a label comes, nothing in the joint depends on the search, and it can look at
-    `window` frames in one call: the path runs through the blanks among them and stops at the first label.
-    """
-    paths, ahead = [Path() for _ in lengths], torch.arange(window, device=frames.device)
-    while rows := [b for b, path in enumerate(paths) if path.at < lengths[b]]:
-        at = torch.tensor([paths[b].at for b in rows], device=frames.device)
-        index = (at[:, None] + ahead).clamp(max=frames.shape[1] - 1)                             # (R, W)
-        some = torch.tensor(rows, device=frames.device)
-        nodes = torch.tanh(frames[some[:, None], index] + labels.proj[some][:, None])            # (R, W, J)
-        log_probs = model.joint.output(nodes).log_softmax(-1)                                    # (R, W, V)
-        best, token = log_probs.max(-1)
-        table = zip(token.tolist(), best.tolist(), log_probs[..., BLANK].tolist())
-        wrote = [b for b, row in zip(rows, table) if _follow(paths[b], lengths[b], limits, zip(*row))]
-        if wrote:
-            new = [paths[b].tokens[-1][0] for b in wrote]
-            if len(wrote) == len(paths):
-                labels = labels.after(model, new)
-            else:  # only these rows change
-                where = torch.arange(len(paths), device=frames.device)
-                where[wrote] = len(paths) + torch.arange(len(wrote), device=frames.device)
-                labels = Labels.join([labels, labels.select(wrote).after(model, new)]).select(where)
-    return paths, labels
-
-
-def _follow(path, length, limits, nodes):
-    """Walk along (best token, its log-probability, that of blank) of successive frames; True if a label was written."""
-    for token, best, blank in nodes:
-        if path.at == length:
-            return False
-        if token != BLANK and path.symbols < limits[path.at == length - 1]:
-            path.tokens.append((token, path.at))
-            path.score, path.symbols = path.score + best, path.symbols + 1
-            return True
-        path.capped += token != BLANK
-        path.score, path.at, path.symbols = path.score + blank, path.at + 1, 0
-    return False
-
-
 class Greedy:
-    """The state of greedy search between chunks."""
+    """One stream's way through the lattice: up by a label, on to the next frame by blank, the better one each time."""
 
     def __init__(self, model, limits=LIMITS):
-        self.model, self.limits, self.labels = model, limits, Labels.start(model, 1)
-        self.score, self.capped, self.at = 0.0, 0, 0  # as in Path, since the start of the stream
+        self.model, self.limits, self.labels = model, limits, Labels.start(model)
+        self.at = self.symbols = 0        # the frame it stands at, and the labels written there
+        self.score, self.capped = 0.0, 0  # log-probability of the path; frames that wanted more labels than the limit
 
     @staticmethod
-    def advance(searches, frames, last):
-        """frames (B, T, J) -> the tokens of each stream, as [(token, frame)]."""
-        (limit, last_limit), n_frames = searches[0].limits, frames.shape[1]
-        labels = Labels.join([search.labels for search in searches])
-        paths, labels = greedy(searches[0].model, frames, [n_frames] * len(searches), labels,
-                               (limit, last_limit if last else limit))
-        tokens = [[(token, search.at + t) for token, t in path.tokens] for search, path in zip(searches, paths)]
-        for b, (search, path) in enumerate(zip(searches, paths)):
-            search.labels, search.at = labels.select(slice(b, b + 1)), search.at + n_frames
-            search.score, search.capped = search.score + path.score, search.capped + path.capped
+    def advance(searches, frames, last, lengths=None, window=8):
+        """Projected frames (B, T, J), of which `lengths` are real -> the new tokens of each stream, [(token, frame)].
+
+        Only a label moves the label encoder, never blank. So until a label comes, nothing in the joint depends on the
+        search, and one call looks at `window` frames: the path runs through their blanks and stops at a label.
+        """
+        model, labels = searches[0].model, Labels.join([search.labels for search in searches])
+        starts, tokens = [search.at for search in searches], [[] for _ in searches]
+        ends = [start + n for start, n in zip(starts, lengths or [frames.shape[1]] * len(searches))]
+        while rows := [b for b, search in enumerate(searches) if search.at < ends[b]]:
+            at = torch.tensor([searches[b].at - starts[b] for b in rows])[:, None] + torch.arange(window)
+            some, at = torch.tensor(rows).to(frames.device), at.clamp(max=frames.shape[1] - 1).to(frames.device)
+            nodes = torch.tanh(frames[some[:, None], at] + labels.proj[some][:, None])           # (R, W, J)
+            log_probs = model.joint.output(nodes).log_softmax(-1)                                # (R, W, V)
+            best, token = log_probs.max(-1)
+            table = zip(token.tolist(), best.tolist(), log_probs[..., BLANK].tolist())
+            new = {b: searches[b].follow(zip(*row), ends[b], last) for b, row in zip(rows, table)}
+            wrote = [b for b in new if new[b]]
+            for b in wrote:
+                tokens[b].append(new[b])
+            if wrote:
+                moved = (labels if len(wrote) == len(searches) else labels.select(wrote)).after(
+                    model, [new[b][0] for b in wrote])
+                order = torch.arange(len(searches))
+                order[wrote] = len(searches) + torch.arange(len(wrote))
+                labels = moved if len(wrote) == len(searches) else Labels.join([labels, moved]).select(order)
+        for b, search in enumerate(searches):
+            search.labels = labels.select(slice(b, b + 1))
         return tokens
+
+    def follow(self, nodes, end, last):
+        """Walk along (best token, its log-probability, that of blank) of successive frames, to a label or the end."""
+        for token, best, blank in nodes:
+            if self.at == end:
+                return None
+            if token != BLANK and self.symbols < self.limits[last and self.at == end - 1]:
+                self.score, self.symbols = self.score + best, self.symbols + 1
+                return token, self.at
+            self.score, self.capped = self.score + blank, self.capped + (token != BLANK)
+            self.at, self.symbols = self.at + 1, 0
 
 
 @torch.inference_mode()
 def greedy_batch(model, mel, lengths, chunk=None, limits=LIMITS):
-    """Many whole utterances at once through the offline masked encoder -> (ids, frames) of each, as streaming gives.
+    """Whole utterances through the offline masked encoder -> (ids, frames) of each, the same as streaming gives.
 
     mel (B, F, 80) padded, lengths (B,) in mel frames.
     """
     lengths = torch.as_tensor(lengths, device=mel.device)
     out, _ = model.encoder(mel, lengths=lengths, chunk=chunk)
     n_frames = [max(1, -(-n // model.config.subsampling)) for n in lengths.tolist()]
-    paths, _ = greedy(model, model.joint.encoder_proj(out), n_frames, Labels.start(model, len(mel)), limits)
-    return [([token for token, _ in path.tokens], [frame for _, frame in path.tokens]) for path in paths]
+    searches = [Greedy(model, limits) for _ in n_frames]
+    found = Greedy.advance(searches, model.joint.encoder_proj(out), True, n_frames)
+    return [([token for token, _ in path], [frame for _, frame in path]) for path in found]
 
 
 # ---- Beam search ----------------------------------------------------------------------------------------------------
@@ -295,7 +257,7 @@ class Beam:
 
     def __init__(self, model, size, limits=LIMITS, hold=100):
         self.model, self.size, self.limits, self.hold = model, size, limits, hold
-        self.hyps = [Hypothesis((), (), 0.0, Labels.start(model, 1))]
+        self.hyps = [Hypothesis((), (), 0.0, Labels.start(model))]
         self.at = self.capped = 0
 
     @property
@@ -490,54 +452,40 @@ def caption(model, tokenizer, options):
 def evaluate(model, tokenizer, items, *, chunk=None, beam=1, batch_size=16, progress=False, bootstrap=0):
     """items: [(row, samples)] -> (metrics by stream, one record by utterance).
 
-    A batch size of 1 streams one utterance after the other, as a listener would hear them, and measures computing time;
-    larger ones run the offline encoder, which writes the same words with the same delays, only sooner.
+    `batch_size` utterances are streamed in step. That changes no word and no delay; the computation-aware figures
+    become those of a machine that serves as many listeners.
     """
-    training, records, size = model.training, {}, 1 if beam > 1 else batch_size
+    training, records = model.training, {}
     order = sorted(range(len(items)), key=lambda i: len(items[i][1]))
-    groups = [order[first:first + size] for first in range(0, len(order), size)]
+    groups = [order[first:first + batch_size] for first in range(0, len(order), batch_size)]
     if progress:
         from tqdm import tqdm
         groups = tqdm(groups, desc="evaluating", leave=False)
     model.eval()
     try:
         for group in groups:
-            audio = [items[i][1] for i in group]
-            found = ([hear(model, tokenizer, audio[0], chunk, beam)] if size == 1
-                     else hear_batch(model, tokenizer, audio, chunk))
-            for i, result in zip(group, found):
-                row, samples = items[i]
+            for i, heard in zip(group, hear(model, tokenizer, [items[i][1] for i in group], chunk, beam)):
+                row, _ = items[i]
                 texts = {"<asr>": row.asr, **{f"<st:{lang}>": text for lang, text in row.st.items()}}
-                records[i] = {"id": row.id, "audio": row.audio, "duration_ms": len(samples) / PER_MS, **result,
-                              "references": {tag: text.split() for tag, text in texts.items() if text is not None}}
+                references = {tag: text.split() for tag, text in texts.items() if text is not None}
+                records[i] = {"id": row.id, "audio": row.audio, "references": references, **heard}
     finally:
         model.train(training)
     records = [records[i] for i in range(len(items))]
     return summarise(records, tokenizer.tags, bootstrap), records
 
 
-def hear(model, tokenizer, samples, chunk, beam):
-    began, streamer = time.perf_counter(), Streamer(model, tokenizer, chunk=chunk, beam=beam)
-    words = streamer.accept(samples) + streamer.flush()
-    return {"words": words, "score": streamer.search.score, "capped": streamer.search.capped,
-            "seconds": time.perf_counter() - began}
-
-
-def hear_batch(model, tokenizer, audio, chunk):
-    """The words and delays that streaming each of these would give; computing times cannot be known this way."""
-    config, weight = model.config, model.joint.output.weight
-    chunk = config.chunks[0] if chunk is None else chunk
-    mels = [log_mel(pad_samples(torch.as_tensor(samples).to(weight), config.subsampling), config.n_mels)
-            for samples in audio]
-    mel = torch.nn.utils.rnn.pad_sequence(mels, batch_first=True)
-    for samples, (ids, frames) in zip(audio, greedy_batch(model, mel, [len(one) for one in mels], chunk)):
-        parser, n_frames, words = StreamParser(tokenizer), config.frames(len(samples)), []
-        pairs = [(pair, frame) for token, frame in zip(ids, frames) for pair in parser.feed(token)]
-        for (tag, text), frame in pairs + [(pair, n_frames - 1) for pair in parser.flush()]:
-            end = min(n_frames, (frame // chunk + 1) * chunk) if chunk else n_frames  # of the chunk
-            delay_ms = needed_ms(config, end, len(samples))
-            words.append(Word(tag, text, delay_ms, (frame + 1) * config.frame_s, math.nan))
-        yield {"words": words}
+def hear(model, tokenizer, audio, chunk, beam):
+    """Stream some recordings in one batch -> for each what was written, and when."""
+    began, streamers = time.perf_counter(), [Streamer(model, tokenizer, chunk=chunk, beam=beam) for _ in audio]
+    for streamer, samples in zip(streamers, audio):
+        streamer.push(samples)
+        streamer.closed = True
+    words = advance(streamers)
+    seconds = (time.perf_counter() - began) / len(audio)
+    return [{"words": own, "duration_ms": streamer.received / PER_MS, "seconds": seconds,
+             "score": streamer.search.score, "capped": streamer.search.capped}
+            for streamer, own in zip(streamers, words)]
 
 
 def summarise(records, tags, bootstrap=0):
@@ -554,7 +502,7 @@ def _score(rows, tag, bootstrap):
 
     def ratio(name, above, below):  # of two sums over the utterances
         above, below = np.array(above, float), np.array(below, float)
-        metrics[name] = float(above.sum() / below.sum()) if below.sum() and np.isfinite(above).all() else None
+        metrics[name] = float(above.sum() / below.sum()) if below.sum() else None
         if bootstrap and metrics[name] is not None:
             drawn = np.random.default_rng(0).integers(len(above), size=(bootstrap, len(above)))
             values = above[drawn].sum(1) / np.maximum(below[drawn].sum(1), 1e-9)
@@ -571,8 +519,7 @@ def _score(rows, tag, bootstrap):
                 for row, own, ref in zip(rows, words, references) if own]  # the silent ones are counted above
         for name, lag in zip(("al", "laal"), zip(*lags) if lags else ([], [])):
             ratio(f"{name}{suffix}_ms", lag, [1] * len(lag))
-    if all("seconds" in row for row in rows):
-        ratio("real_time_factor", [row["seconds"] for row in rows], [row["duration_ms"] / 1000 for row in rows])
+    ratio("real_time_factor", [row["seconds"] for row in rows], [row["duration_ms"] / 1000 for row in rows])
     return metrics
 
 
@@ -701,7 +648,7 @@ def evaluation(model, tokenizer, options):
         write_logs(options.log, records, metrics)
     if options.join:
         alone = join_records(records, items, options.join)
-        long = [{**whole, **hear(model, tokenizer, audio, options.chunk, options.beam)} for whole, audio in alone]
+        long = [{**whole, **hear(model, tokenizer, [audio], options.chunk, options.beam)[0]} for whole, audio in alone]
         for title, whole in (("one by one, then joined", [whole for whole, _ in alone]), ("joined, then heard", long)):
             print(f"\n{len(long)} streams of {options.join:g} s or more: {title}")
             report(summarise(whole, tokenizer.tags))

@@ -21,7 +21,7 @@ import stream
 from model import PRESETS, Transducer, log_mel, pad_samples, save
 from rnnt_loss import rnnt_loss_reference
 from serialize import Row, Tokenizer
-from stream import (AudioError, Streamer, Word, accept_many, edit_distance, evaluate, flush_many, greedy_batch, latency,
+from stream import (AudioError, Streamer, Word, advance, edit_distance, evaluate, greedy_batch, latency,
                     read_audio, resample)
 
 TOKENIZER = Tokenizer.train(["la le li lo lu"] * 3, 270, tags=("<asr>", "<st:en>"))
@@ -136,11 +136,13 @@ def test_many_streams_in_one_batch():
     while any(at[k] < len(audio[k]) for k in range(16)):
         cut = [a + int(rng.integers(0, 9000)) for a in at]
         packets = [x[a:b] for x, a, b in zip(audio, at, cut)]
-        for mine, new in zip(words, accept_many(streamers, packets)):
+        for streamer, packet in zip(streamers, packets):
+            streamer.push(packet)
+        for mine, new in zip(words, advance(streamers)):
             mine += new
         at = cut
-    for mine, new in zip(words, flush_many(streamers)):
-        mine += new
+    for streamer, mine in zip(streamers, words):
+        mine += streamer.flush()
     for (expected, score, _), mine, streamer in zip(alone, words, streamers):
         assert [(w.stream, w.text, w.delay_ms, w.frame_s) for w in mine] == expected
         assert streamer.search.score == pytest.approx(score, abs=1e-9)
