@@ -4,13 +4,13 @@ A stream is cut into chunks of C encoder frames. When the samples of one more ch
 
     samples -> log-mel -> encoder (keys and values of earlier chunks are cached) -> search -> tokens -> words
 
-and what is less than a chunk waits. So the same computations run on the same shapes however the audio is cut into
-packets, and the result is the same to the last bit. `step` is the whole loop; the searches follow, then audio files
-and captions; measuring comes last. What this file does not do: the network (model.py), tokens <-> words (serialize.py).
+and less than a chunk waits. So the same computations run on the same shapes however the audio is cut into packets, and
+the result is the same to the last bit. `step` is the whole loop; searches, audio files and captions follow, and
+measuring comes last. What this file does not do: the network (model.py), tokens <-> words (serialize.py).
 
-    python stream.py MODEL FILE            live captions; - instead of FILE: 16-bit PCM at 16 kHz from standard input
-    python stream.py MODEL --eval MANIFEST error rates, BLEU and latency of a whole set
-    python stream.py                       random weights hear noise in packets of several sizes: nothing changes
+    python stream.py MODEL FILE             live captions; - instead of FILE: 16-bit PCM at 16 kHz from standard input
+    python stream.py MODEL --eval MANIFEST  error rates, BLEU and latency of a whole set
+    python stream.py                        random weights hear noise in packets of several sizes: nothing changes
 """
 import argparse
 import json
@@ -31,8 +31,8 @@ from serialize import StreamParser, Tokenizer, read_manifest
 
 BLANK = 0
 LIMITS = (20, 500)  # symbols in one frame, and in the last one, where a whole translation may still have to come
-OVERLAP = WINDOW - HOP  # samples that the last window of a chunk shares with the next chunk
-PER_MS = SAMPLE_RATE / 1000
+PER_MS = SAMPLE_RATE / 1000  # samples
+NOTHING = torch.zeros(1, 0, dtype=torch.long)  # the labels of a stream that has just begun
 
 
 # ---- The loop -------------------------------------------------------------------------------------------------------
@@ -56,10 +56,9 @@ class Streamer:
             raise ValueError(f"chunk {self.chunk} must not be negative, and beam {beam} must be 1 or more")
         if len(tokenizer) != self.config.vocab:
             raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {self.config.vocab}")
-        self.waiting, self.n_waiting = [np.zeros(0, np.float32)], 0  # samples that no chunk has used up yet
-        self.received = self.frames = 0       # samples got, encoder frames done
-        self.clock_ms = 0.0                   # end of the previous step, as `elapsed_ms` counts
-        self.closed = False
+        self.waiting = [np.zeros(0, np.float32)]  # samples that no chunk has used up yet
+        self.received = self.frames = 0           # samples got, encoder frames done
+        self.clock_ms, self.closed = 0.0, False   # end of the previous step, as `elapsed_ms` counts
         self.encoder_state = model.encoder.initial_state(1, self.chunk)
         self.search = Greedy(model, limits) if beam == 1 else Beam(model, beam, limits)
         self.parser = StreamParser(tokenizer)
@@ -81,26 +80,25 @@ class Streamer:
         if samples.ndim != 1 or not np.isfinite(samples).all():
             raise ValueError(f"samples must be finite numbers in one dimension, not {samples!r:.200}")
         self.waiting.append(samples)
-        self.n_waiting += len(samples)
         self.received += len(samples)
 
     def due(self):
         """What can run now, as (frames, whether they are the last), or None. After the end: a whole chunk where there
-        still is one, then the shorter last one as it is, zeros where its windows reach beyond the audio."""
+        still is one, then the shorter last one as it is."""
         if self.closed:
             left = self.config.frames(self.received) - self.frames
             n_frames = min(left, self.chunk or left)
             return (n_frames, n_frames == left) if left else None
-        enough = self.chunk * HOP * self.config.subsampling + OVERLAP
-        return (self.chunk, False) if self.chunk and self.n_waiting >= enough else None
+        end = (self.frames + self.chunk) * HOP * self.config.subsampling + WINDOW - HOP
+        return (self.chunk, False) if self.chunk and self.received >= end else None
 
     def take(self, n_frames):
-        """The samples of the next frames."""
+        """The samples of the next frames and of the last window's tail, zeros beyond the end of the audio."""
         used = n_frames * HOP * self.config.subsampling
         samples = np.concatenate(self.waiting) if len(self.waiting) > 1 else self.waiting[0]
-        self.waiting, self.n_waiting = [samples[used:]], max(0, len(samples) - used)
-        self.frames += n_frames
-        return np.pad(samples[:used + OVERLAP], (0, max(0, used + OVERLAP - len(samples))))
+        self.waiting, self.frames = [samples[used:]], self.frames + n_frames
+        samples = samples[:used + WINDOW - HOP]
+        return np.pad(samples, (0, used + WINDOW - HOP - len(samples)))
 
     def words(self, tokens, last, began):
         """[(token, frame)] -> words. Nothing here depends on packets but the computing time in `elapsed_ms`."""
@@ -152,14 +150,8 @@ class Labels:
     state: State
 
     @staticmethod
-    def start(model):
-        none = torch.zeros(1, 0, dtype=torch.long, device=model.joint.output.weight.device)
-        out, state = model.label_encoder(none)  # the start symbol alone
-        return Labels(model.joint.label_proj(out[:, -1]), state)
-
-    def after(self, model, tokens):
-        """One more token for every stream."""
-        out, state = model.label_encoder(torch.tensor(tokens, device=self.proj.device)[:, None], self.state)
+    def read(model, tokens, state=None):  # tokens (B, 1); (B, 0) without a state: the start symbol alone
+        out, state = model.label_encoder(tokens.to(model.joint.output.weight.device), state)
         return Labels(model.joint.label_proj(out[:, -1]), state)
 
     def select(self, rows):
@@ -176,7 +168,7 @@ class Greedy:
     """One stream's way through the lattice: up by a label, on to the next frame by blank, the better one each time."""
 
     def __init__(self, model, limits=LIMITS):
-        self.model, self.limits, self.labels = model, limits, Labels.start(model)
+        self.model, self.limits, self.labels = model, limits, Labels.read(model, NOTHING)
         self.at = self.symbols = 0        # the frame it stands at, and the labels written there
         self.score, self.capped = 0.0, 0  # log-probability of the path; frames that wanted more labels than the limit
 
@@ -198,15 +190,14 @@ class Greedy:
             best, token = log_probs.max(-1)
             table = zip(token.tolist(), best.tolist(), log_probs[..., BLANK].tolist())
             new = {b: searches[b].follow(zip(*row), ends[b], last) for b, row in zip(rows, table)}
-            wrote = [b for b in new if new[b]]
+            wrote = {b: found for b, found in new.items() if found}
             for b in wrote:
-                tokens[b].append(new[b])
-            if wrote:
-                moved = (labels if len(wrote) == len(searches) else labels.select(wrote)).after(
-                    model, [new[b][0] for b in wrote])
-                order = torch.arange(len(searches))
-                order[wrote] = len(searches) + torch.arange(len(wrote))
-                labels = moved if len(wrote) == len(searches) else Labels.join([labels, moved]).select(order)
+                tokens[b].append(wrote[b])
+            if wrote:  # every row reads a label, and the rows that wrote none keep what they had
+                everyone = range(len(searches))
+                moved = Labels.read(model, torch.tensor([wrote.get(b, (BLANK,))[:1] for b in everyone]), labels.state)
+                labels = moved if len(wrote) == len(searches) else Labels.join([labels, moved]).select(
+                    [b + len(searches) * (b in wrote) for b in everyone])
         for b, search in enumerate(searches):
             search.labels = labels.select(slice(b, b + 1))
         return tokens
@@ -257,12 +248,8 @@ class Beam:
 
     def __init__(self, model, size, limits=LIMITS, hold=100):
         self.model, self.size, self.limits, self.hold = model, size, limits, hold
-        self.hyps = [Hypothesis((), (), 0.0, Labels.start(model))]
-        self.at = self.capped = 0
-
-    @property
-    def score(self):
-        return self.hyps[0].score
+        self.hyps = [Hypothesis((), (), 0.0, Labels.read(model, NOTHING))]
+        self.at = self.capped = self.score = 0
 
     @staticmethod
     def advance(searches, frames, last):
@@ -289,7 +276,8 @@ class Beam:
             active, left = self.prune(active, log_probs, left)
             if not active:
                 break
-        self.hyps, self.at = sorted(left.values(), key=lambda hyp: -hyp.score), self.at + 1
+        self.hyps = sorted(left.values(), key=lambda hyp: -hyp.score)[:self.size]
+        self.at, self.score = self.at + 1, self.hyps[0].score
 
     def prune(self, active, log_probs, left):
         """The best of those that left and of every active one with every label -> what is active and left now."""
@@ -305,7 +293,8 @@ class Beam:
         grown = [entry for entry in pool if entry[2] is not None]
         if not grown:
             return [], left
-        labels = Labels.join([hyp.labels for _, hyp, _ in grown]).after(self.model, [token for *_, token in grown])
+        labels = Labels.join([hyp.labels for _, hyp, _ in grown])
+        labels = Labels.read(self.model, torch.tensor([[token] for *_, token in grown]), labels.state)
         return [Hypothesis(hyp.tokens + (token,), hyp.frames + (self.at,), score, labels.select(slice(k, k + 1)))
                 for k, (score, hyp, token) in enumerate(grown)], left
 
@@ -404,27 +393,25 @@ def show_lines(words):
 
 
 class Terminal:
-    """One line for each stream, growing in place. When one is full they all stay, and a fresh block begins below."""
+    """One line for each stream, growing in place. When one is full they all stay, and fresh ones begin below."""
 
     def __init__(self, tags):
-        self.lines, self.drawn = dict.fromkeys(tags, ""), False
-        self([])
+        self.lines = dict.fromkeys(tags)
+        self.fresh()
+
+    def fresh(self):
+        self.lines = dict.fromkeys(self.lines, "")
+        print("\n" * len(self.lines), end="")
 
     def __call__(self, words):
+        width = shutil.get_terminal_size().columns - 9
         for word in words:
             text = "".join(c if c.isprintable() else "\ufffd" for c in word.text)  # a model may write any byte
-            if columns(f"{self.lines[word.stream]} {text}") > shutil.get_terminal_size().columns - 9:
-                self.draw()
-                self.lines, self.drawn = dict.fromkeys(self.lines, ""), False
+            if columns(f"{self.lines[word.stream]} {text}") > width and self.lines[word.stream]:
+                self.fresh()
             self.lines[word.stream] += f" {text}"
-        self.draw()
-
-    def draw(self):
-        up = f"\x1b[{len(self.lines)}F" if self.drawn else ""  # back to the first line of the block
-        width = shutil.get_terminal_size().columns - 9         # only a single longer word is cut
-        rows = (f"\x1b[2K\x1b[2m{tag:8}\x1b[0m{line[:width]}\n" for tag, line in self.lines.items())
-        print(up + "".join(rows), end="", flush=True)
-        self.drawn = True
+            rows = (f"\x1b[2K\x1b[2m{tag:8}\x1b[0m{line[:width]}\n" for tag, line in self.lines.items())
+            print(f"\x1b[{len(self.lines)}F" + "".join(rows), end="", flush=True)  # from the first line of the block
 
 
 def columns(text):
@@ -455,23 +442,18 @@ def evaluate(model, tokenizer, items, *, chunk=None, beam=1, batch_size=16, prog
     `batch_size` utterances are streamed in step. That changes no word and no delay; the computation-aware figures
     become those of a machine that serves as many listeners.
     """
-    training, records = model.training, {}
-    order = sorted(range(len(items)), key=lambda i: len(items[i][1]))
-    groups = [order[first:first + batch_size] for first in range(0, len(order), batch_size)]
+    training, records, starts = model.training, [], range(0, len(items), batch_size)
     if progress:
         from tqdm import tqdm
-        groups = tqdm(groups, desc="evaluating", leave=False)
+        starts = tqdm(starts, desc="evaluating", leave=False)
     model.eval()
-    try:
-        for group in groups:
-            for i, heard in zip(group, hear(model, tokenizer, [items[i][1] for i in group], chunk, beam)):
-                row, _ = items[i]
-                texts = {"<asr>": row.asr, **{f"<st:{lang}>": text for lang, text in row.st.items()}}
-                references = {tag: text.split() for tag, text in texts.items() if text is not None}
-                records[i] = {"id": row.id, "audio": row.audio, "references": references, **heard}
-    finally:
-        model.train(training)
-    records = [records[i] for i in range(len(items))]
+    for start in starts:
+        group = items[start:start + batch_size]
+        for (row, samples), heard in zip(group, hear(model, tokenizer, [x for _, x in group], chunk, beam)):
+            texts = {"<asr>": row.asr, **{f"<st:{lang}>": text for lang, text in row.st.items()}}
+            references = {tag: text.split() for tag, text in texts.items() if text is not None}
+            records.append({"id": row.id, "audio": row.audio, "samples": samples, "references": references, **heard})
+    model.train(training)
     return summarise(records, tokenizer.tags, bootstrap), records
 
 
@@ -482,9 +464,8 @@ def hear(model, tokenizer, audio, chunk, beam):
         streamer.push(samples)
         streamer.closed = True
     words = advance(streamers)
-    seconds = (time.perf_counter() - began) / len(audio)
-    return [{"words": own, "duration_ms": streamer.received / PER_MS, "seconds": seconds,
-             "score": streamer.search.score, "capped": streamer.search.capped}
+    return [{"words": own, "duration_ms": streamer.received / PER_MS, "score": streamer.search.score,
+             "capped": streamer.search.capped, "seconds": (time.perf_counter() - began) / len(audio)}
             for streamer, own in zip(streamers, words)]
 
 
@@ -576,22 +557,13 @@ def sacre(hypotheses, references, bootstrap):
     return metrics
 
 
-def join_records(records, items, seconds):
-    """Consecutive utterances as streams of `seconds` or more -> [(record of the words found in each alone, audio)]."""
-    joined, start_ms = [], math.inf
-    for record, (_, samples) in zip(records, items):
-        if start_ms >= seconds * 1000:
-            start_ms = 0.0
-            joined.append(({"id": record["id"], "audio": "", "words": [], "references": {}, "seconds": 0.0}, []))
-        whole, audio = joined[-1]
-        whole["words"] += [replace(word, delay_ms=word.delay_ms + start_ms, elapsed_ms=word.elapsed_ms + start_ms)
-                           for word in record["words"]]
-        for tag, text in record["references"].items():
-            whole["references"][tag] = whole["references"].get(tag, []) + text
-        audio.append(samples)
-        start_ms += record["duration_ms"]
-        whole |= {"seconds": whole["seconds"] + record["seconds"], "duration_ms": start_ms}
-    return [(whole, np.concatenate(audio)) for whole, audio in joined]
+def played_after(a, b):
+    """The record of recording b played right after recording a, each heard alone."""
+    late = [replace(word, delay_ms=word.delay_ms + a["duration_ms"], elapsed_ms=word.elapsed_ms + a["duration_ms"])
+            for word in b["words"]]
+    texts = {tag: a["references"].get(tag, []) + text for tag, text in b["references"].items()}
+    return {**a, "words": a["words"] + late, "references": texts, "samples": np.concatenate([a["samples"], b["samples"]]),
+            "duration_ms": a["duration_ms"] + b["duration_ms"], "seconds": a["seconds"] + b["seconds"]}
 
 
 def write_logs(folder, records, metrics):
@@ -611,47 +583,40 @@ def write_logs(folder, records, metrics):
     Path(folder, "metrics.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
 
 
-def report(metrics):
-    """A row for each figure, a column for each stream."""
-    print(f"{'':18}" + "".join(f"{tag:>28}" for tag in metrics))
-    for name, first in next(iter(metrics.values())).items():
-        if name.endswith("_signature"):
-            print(f"{'':18}{first}")
-        elif not name.endswith("_95"):
-            digits = 0 if name.endswith("_ms") or isinstance(first, int) else 4 if "factor" in name else 2
-            cells = []
-            for figures in metrics.values():
-                values = [figures.get(name), *figures.get(f"{name}_95", [])]
-                text = ["-" if value is None else f"{value:.{digits}f}" for value in values]
-                cells.append(f"{text[0]} ({text[1]} .. {text[2]})" if text[1:] else text[0])
-            print(f"{name:18}" + "".join(f"{cell:>28}" for cell in cells))
+def report(title, metrics):
+    for tag, figures in metrics.items():
+        print(f"\n{tag}  {title}")
+        for name, value in figures.items():
+            if isinstance(value, float):
+                low, high = figures.get(f"{name}_95", (math.nan, math.nan))
+                value = f"{value:10.3f}" + f"   95 %: {low:.3f} .. {high:.3f}" * (low == low)
+            if not isinstance(value, list):
+                print(f"  {name:18} {value}")
 
 
 def evaluation(model, tokenizer, options):
-    items = []
-    rows = read_manifest(options.eval, options.strict, allow_outside=options.allow_outside)
+    items, rows = [], read_manifest(options.eval, allow_outside=options.allow_outside)
     for row in rows:
         try:
             items.append((row, read_audio(row.audio, row.start, row.duration)))
         except AudioError as error:
-            if options.strict:
-                raise AudioError(f"{row.where}: {error}") from None
-            print(f"{row.where}: {error}", file=sys.stderr)
-    if len(items) < len(rows):
-        print(f"skipped {len(rows) - len(items)} of {len(rows)} rows because of their audio", file=sys.stderr)
+            print(f"{row.where}: skipped: {error}", file=sys.stderr)
     if not items:
         raise ValueError(f"{options.eval}: no row with usable audio")
-    metrics, records = evaluate(model, tokenizer, items, chunk=options.chunk, beam=options.beam, batch_size=1,
-                                progress=True, bootstrap=1000)
-    report(metrics)
+    how = {"chunk": options.chunk, "beam": options.beam}
+    metrics, records = evaluate(model, tokenizer, items, **how, batch_size=1, progress=True, bootstrap=1000)
+    report(f"{len(items)} utterances, {len(rows) - len(items)} skipped", metrics)
     if options.log:
         write_logs(options.log, records, metrics)
     if options.join:
-        alone = join_records(records, items, options.join)
-        long = [{**whole, **hear(model, tokenizer, [audio], options.chunk, options.beam)[0]} for whole, audio in alone]
-        for title, whole in (("one by one, then joined", [whole for whole, _ in alone]), ("joined, then heard", long)):
-            print(f"\n{len(long)} streams of {options.join:g} s or more: {title}")
-            report(summarise(whole, tokenizer.tags))
+        alone = []
+        for record in records:
+            if alone and alone[-1]["duration_ms"] < options.join * 1000:
+                record = played_after(alone.pop(), record)
+            alone.append(record)
+        joined = [{**whole, **hear(model, tokenizer, [whole["samples"]], **how)[0]} for whole in alone]
+        report(f"{len(alone)} joined streams, but each utterance heard alone", summarise(alone, tokenizer.tags))
+        report(f"{len(alone)} joined streams, each heard as a whole", summarise(joined, tokenizer.tags))
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -666,12 +631,12 @@ def demonstration():
         streamer = Streamer(model, tokenizer, limits=(3, 10))
         words = [w for start in range(0, len(samples), packet) for w in streamer.accept(samples[start:start + packet])]
         words += streamer.flush()
-        print(f"packets of {packet:6} samples: log-probability {streamer.search.score!r}, {len(words)} words")
         results.add(repr((streamer.search.score, [replace(word, elapsed_ms=0) for word in words])))
+        print(f"packets of {packet:6} samples: log-probability {streamer.search.score!r}, {len(words)} words")
     print("match" if len(results) == 1 else "NO MATCH")
 
 
-def parse_arguments(argv):
+def main(argv=None):
     parser = argparse.ArgumentParser(prog="stream.py", description="Live captions of a file or of standard input.")
     add = parser.add_argument
     add("checkpoint", nargs="?", help="model.pt of a run; without it, a demonstration")
@@ -683,20 +648,14 @@ def parse_arguments(argv):
     add("--eval", metavar="MANIFEST", help="stream all of a manifest and compare with its texts")
     add("--log", metavar="DIR", help="with --eval: write metrics.json and SimulEval logs there")
     add("--join", metavar="S", type=float, help="with --eval: also join the utterances into streams of S seconds")
-    add("--strict", action="store_true", help="with --eval: stop at the first bad row instead of skipping it")
     add("--allow-outside", action="store_true", help="with --eval: audio may lie outside the manifest's folder")
     add("--device", default="cpu")
     add("--threads", type=int, default=1, help="of torch (default 1)")
     options = parser.parse_args(argv)
-    if options.checkpoint and bool(options.audio) == bool(options.eval):
-        parser.error("give an audio file, - for standard input, or --eval MANIFEST")
-    return options
-
-
-def main(argv=None):
-    options = parse_arguments(argv)
     if not options.checkpoint:
         return demonstration()
+    if bool(options.audio) == bool(options.eval):
+        parser.error("give an audio file, - for standard input, or --eval MANIFEST")
     torch.set_num_threads(options.threads)
     try:
         model, beside = load(options.checkpoint, map_location=options.device)
