@@ -51,24 +51,24 @@ Job = namedtuple("Job", "labels frames counts lse blank label costs blank_id fus
 
 
 # ---------------------------------------------------------------------------------------------------------------- CPU
-_HALF_LN2 = math.log(2) / 2
-_EXP = tuple(np.float32(c) for c in np.polynomial.chebyshev.Chebyshev.interpolate(np.exp, 6, [-_HALF_LN2, _HALF_LN2])
-             .convert(kind=np.polynomial.Polynomial).coef)
-_LOG2E, _LN2_HIGH, _LN2_LOW = np.float32(1 / math.log(2)), np.float32(0.693359375), np.float32(math.log(2) - 0.693359375)
+# 2^f = 1 + f q(f) on [-1/2, 1/2]: q is interpolated, so that 2^0 is exactly 1; 1e-7 relative.
+_Q = np.polynomial.chebyshev.Chebyshev.interpolate(lambda f: np.expm1(f * math.log(2)) / f, 4, [-0.5, 0.5 + 1e-9])
+_Q = tuple(np.float32(c) for c in _Q.convert(kind=np.polynomial.Polynomial).coef)
+_LOG2E = np.float32(1 / math.log(2))
 _ROUND = np.float32(1.5 * 2 ** 23)     # adding it leaves the nearest integer in the low bits of a float32
-_TINY = np.float32(-87.0)              # below, exp leaves the normal float32 numbers: it is zero here
+_FLOOR = np.float32(-127)              # 2^-127 comes out as exactly 0: its exponent bits are 0
 
 
 @njit(fastmath={"contract"}, cache=True)
 def _exp32(x):
-    """exp(x) for x <= 88 without a branch or a call, so that LLVM vectorises the loop around it; 1e-7 relative."""
-    y = _TINY if x < _TINY else x                          # NaN stays NaN
-    shifted = y * _LOG2E + _ROUND
-    n = shifted - _ROUND
-    r = (y - n * _LN2_HIGH) - n * _LN2_LOW                 # x = n ln 2 + r, |r| <= ln 2 / 2
-    p = ((((((_EXP[6] * r + _EXP[5]) * r + _EXP[4]) * r + _EXP[3]) * r + _EXP[2]) * r + _EXP[1]) * r + _EXP[0])
-    bits = np.int32(np.int32(np.float32(shifted).view(np.int32) << 23) + np.float32(p).view(np.int32))
-    return np.float32(0) if x < _TINY else np.int32(bits).view(np.float32)
+    """exp(x) for x <= 88 without a branch or a call, so that LLVM vectorises the loop around it."""
+    y = x * _LOG2E
+    y = _FLOOR if y < _FLOOR else y                        # NaN stays NaN
+    shifted = y + _ROUND
+    f = y - (shifted - _ROUND)                             # x log2(e) = n + f, |f| <= 1/2
+    p = np.float32(1) + f * (_Q[0] + f * (_Q[1] + f * (_Q[2] + f * (_Q[3] + f * _Q[4]))))
+    bits = np.int32(np.float32(shifted).view(np.int32) << 23) + np.float32(p).view(np.int32)
+    return np.int32(bits).view(np.float32)
 
 
 @njit(cache=True)
@@ -138,55 +138,54 @@ def _log_probs_row(row, i, nodes, job):
 
 
 @njit(cache=True)
-def _log_add(a, b):
-    if a < b:
-        a, b = b, a
-    return a if b == -math.inf else a + math.log1p(math.exp(b - a))
+def _join(a, b):
+    """log(e^a + e^b) and the shares of the two in the sum."""
+    if a == -math.inf and b == -math.inf:
+        return a, 0.0, 0.0
+    e = math.exp(-abs(a - b))
+    large = 1 / (1 + e)
+    if a >= b:
+        return a + math.log1p(e), large, e * large
+    return b + math.log1p(e), e * large, large
 
 
 @njit(cache=True)
-def _forward(blank, label, T, U, alpha):
+def _lattice_of(blank, label, T, U, want):
+    """The cost of one utterance. The arcs' log-probabilities (T,U1) become, in place, their posteriors.
+
+    Forward, alpha(t,u) joins what comes over the blank from (t-1,u) and over the label from (t,u-1); on each of the two
+    arcs we leave the share that came over it. Backward, the probability gamma of passing through a node, 1 at the end,
+    is dealt out over the two arcs that enter it by those shares: no beta, no exp, and nothing to cancel in long audio.
+    """
+    alpha = np.empty(U + 1)                                # of the current frame up to u, of the one before beyond
     for t in range(T):
         for u in range(U + 1):
-            a = -math.inf if t or u else 0.0
+            on = alpha[u] + blank[t - 1, u] if t else 0.0 if u == 0 else -math.inf
+            up = alpha[u - 1] + label[t, u - 1] if u else -math.inf
+            alpha[u], share_on, share_up = _join(on, up)
             if t:
-                a = alpha[t - 1, u] + blank[t - 1, u]
+                blank[t - 1, u] = share_on
             if u:
-                a = _log_add(a, alpha[t, u - 1] + label[t, u - 1])
-            alpha[t, u] = a
+                label[t, u - 1] = share_up
+    logp = alpha[U] + blank[T - 1, U]
+    if want:
+        blank[T - 1] = 0                                   # no way out of the last frame but from the last label
+        label[:, U] = 0
+        blank[T - 1, U] = 0.0 if logp == -math.inf else math.exp(logp - logp)
+        for t in range(T - 1, -1, -1):
+            for u in range(U, -1, -1):
+                gamma = blank[t, u] + label[t, u]
+                if t:
+                    blank[t - 1, u] *= gamma
+                if u:
+                    label[t, u - 1] *= gamma
+    return -logp
 
 
 @njit(cache=True)
-def _backward(blank, label, T, U, beta):
-    for t in range(T - 1, -1, -1):
-        for u in range(U, -1, -1):
-            b = blank[t, u] + (beta[t + 1, u] if t < T - 1 else 0.0 if u == U else -math.inf)
-            if u < U:
-                b = _log_add(b, label[t, u] + beta[t, u + 1])
-            beta[t, u] = b
-
-
-@njit(cache=True)
-def _sweep(i, job, alpha, beta):
-    """Even i: backward over utterance i // 2; odd i: forward."""
-    b = i // 2
-    if i % 2 == 0:
-        _backward(job.blank[b], job.label[b], job.frames[b], job.counts[b], beta[b])
-        job.costs[b] = -beta[b, 0, 0]
-    elif alpha.shape[0]:
-        _forward(job.blank[b], job.label[b], job.frames[b], job.counts[b], alpha[b])
-
-
-@njit(cache=True)
-def _posteriors(b, t, job, alpha, beta):
-    """Replace the arcs' log-probabilities at frame t by their posteriors; 0 where there is no path."""
-    last, U, logp = job.frames[b] - 1, job.counts[b], beta[b, 0, 0]
-    for u in range(U + 1 if t <= last else 0):
-        on, up = job.blank[b, t, u] + alpha[b, t, u] - logp, job.label[b, t, u] + alpha[b, t, u] - logp
-        on += beta[b, t + 1, u] if t < last else 0.0 if u == U else -math.inf
-        up += beta[b, t, u + 1] if u < U else -math.inf
-        job.blank[b, t, u] = 0.0 if logp == -math.inf else math.exp(on)
-        job.label[b, t, u] = 0.0 if logp == -math.inf or u == U else (1 + job.fastemit) * math.exp(up)
+def _lattice_row(b, job, want):
+    U = job.counts[b]
+    job.costs[b] = _lattice_of(job.blank[b, :, :U + 1], job.label[b, :, :U + 1], job.frames[b], U, want)
 
 
 @njit(cache=True)
@@ -195,7 +194,7 @@ def _gradient_row(row, i, nodes, job, scale, grad):
     b, t, u = _node(i, nodes, T, U1)
     on, up = 0.0, 0.0
     if t < job.frames[b] and u <= job.counts[b]:
-        on, up = job.blank[b, t, u], job.label[b, t, u]
+        on, up = job.blank[b, t, u], job.label[b, t, u] * (1 + job.fastemit)
     if (on == 0 and up == 0) or not job.fused:
         grad[:] = 0
     if on == 0 and up == 0:
@@ -219,12 +218,9 @@ def _cpu_log_probs(x, first, nodes, job):
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def _cpu_lattice(job, alpha, beta):
-    B, T = job.lse.shape[:2]
-    for i in prange(2 * B):
-        _sweep(i, job, alpha, beta)
-    for i in prange(B * T if alpha.shape[0] else 0):
-        _posteriors(i // T, i % T, job, alpha, beta)
+def _cpu_lattice(job, want):
+    for b in prange(job.costs.shape[0]):
+        _lattice_row(b, job, want)
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -246,9 +242,8 @@ class _Cpu:
             cls.run(_cpu_log_probs, _wide(x[i:j]), first + i, nodes, job)
 
     @classmethod
-    def lattice(cls, job, want_gradient):
-        beta = torch.empty_like(job.lse)
-        cls.run(_cpu_lattice, job, torch.empty_like(beta) if want_gradient else beta[:0], beta)
+    def lattice(cls, job, want):
+        cls.run(_cpu_lattice, job, want)
 
     @classmethod
     def gradient(cls, x, first, nodes, job, scale, out):
