@@ -53,7 +53,7 @@ def _merge(asr, st, asr_times, st_times):
 
 
 def needs(n_asr, words, links):
-    """need(j): the index of the last source word linked to target words 0..j, 0 without a link; for all target words."""
+    """need(j), the index of the last source word linked to target words 0..j (0 without a link), for every j."""
     last = [0] * len(words)
     for i, j in links:
         if not (0 <= i < n_asr and 0 <= j < len(words)):
@@ -63,7 +63,7 @@ def needs(n_asr, words, links):
 
 
 def interleave_align(asr, st, links):
-    """INTER ALIGN: after source word i come all pending target words with need(j) <= i; the clock counts source words."""
+    """INTER ALIGN: after source word i come the pending target words with need(j) <= i; the clock counts words."""
     return _merge(asr, st, range(len(asr)), {lang: needs(len(asr), words, links[lang]) for lang, words in st.items()})
 
 
@@ -75,27 +75,27 @@ def interleave_ratio(asr, st, gamma):
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must lie between 0 and 1, not {gamma!r}")
-    ticks = {lang: [(1 - gamma) * (1 + n) for n in range(len(words))] for lang, words in st.items()}
-    return _merge(asr, st, [gamma * (1 + n) for n in range(len(asr))], ticks)
+    ticks = {lang: [((1 - gamma) * (1 + n), n) for n in range(len(words))] for lang, words in st.items()}
+    return _merge(asr, st, [(gamma * (1 + n), -1) for n in range(len(asr))], ticks)  # n: take turns also at gamma 1
 
 
 def interleave(row, mode):
     """The (tag, word) pairs of a Row in the order that `mode` names; ValueError when the row lacks what it needs."""
-    asr, st = row.words()
-    both = row.asr is not None and st
+    (asr, st), both = row.words(), row.asr is not None and row.st
     if mode == "asr" and row.asr is not None:
         return interleave_ratio(asr, {}, 0)
     if mode == "st" and st:
         return interleave_ratio([], st, 0)
     if mode.startswith("ratio:") and both:
         return interleave_ratio(asr, st, float(mode[6:]))
-    if mode == "align" and both and all(row.links.get(lang) or not (asr and st[lang]) for lang in st):
+    if mode == "align" and both and all(row.links.get(lang) or not asr or not st[lang] for lang in st):
         return interleave_align(asr, st, {lang: row.links.get(lang, []) for lang in st})
     if mode == "time" and both and row.times is not None and row.st_times.keys() >= st.keys():
         return _merge(asr, st, row.times, row.st_times)
-    needed = {"asr": "a transcription", "st": "a translation", "align": "both texts and links (python align.py)",
-              "time": "both texts, times and st_times (python align.py --times)"}.get(mode, "both texts")
-    raise ValueError(f"{row.where or row.id}: mode {mode!r} needs {needed}; modes are asr, st, align, time, ratio:G")
+    if mode not in MODES and not mode.startswith("ratio:"):
+        raise ValueError(f"unknown mode {mode!r}; there are asr, st, align, time and ratio:G with G from 0 to 1")
+    lacking = {"asr": "transcription", "st": "translation", "align": "links", "time": "times"}.get(mode, "second text")
+    raise ValueError(f"{row.where or row.id}: no {lacking} for mode {mode!r}")
 
 
 def deinterleave(pairs):
@@ -110,7 +110,6 @@ class Tokenizer:
     A word is its UTF-8 bytes and the separator, and a merge never reaches beyond them. So any text can be written, only
     the separator ends a word, and neither blank nor a tag can come out of text: text is made of bytes and merges.
     """
-
     def __init__(self, tags, merges=(), alphabet=""):
         self.tags, self.merges, self.alphabet, self._cache = list(tags), [(a, b) for a, b in merges], alphabet, {}
         if not self.tags or len(set(self.tags)) < len(self.tags):
@@ -143,7 +142,6 @@ class Tokenizer:
         def count_pairs(word, sign):
             for k in range(len(spelled[word]) - 1):
                 pairs[spelled[word][k:k + 2]] += sign * counts[word]
-
         for word in counts:
             count_pairs(word, 1)
         while len(plain) + len(merges) < size and (most := max(pairs.values(), default=0)) > 1:
@@ -208,7 +206,6 @@ class StreamParser:
     before any tag belong to the first tag; blank does nothing. What is not UTF-8 becomes U+FFFD and is counted in
     `invalid`. No word is empty or holds white space, even where a model writes the bytes of a no-break space.
     """
-
     def __init__(self, tokenizer):
         self.tokenizer, self.tag, self.pending, self.invalid = tokenizer, tokenizer.tags[0], b"", 0
 
@@ -268,7 +265,7 @@ def _fits(value, kind):
     return isinstance(value, str) and (kind is str or kind.fullmatch(value) is not None)
 
 
-def _row(record, path, number, allow_outside):
+def make_row(record, path, number, allow_outside):
     """A Row from one line's JSON object; ValueError for everything that later code could stumble over."""
     if not isinstance(record, dict) or record.get("audio") is None:
         raise ValueError(f"not a JSON object with audio: {record!r:.60}")
@@ -309,7 +306,7 @@ def read_manifest(path, strict=False, *, allow_outside=False, on_bad=None):
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                rows.append(_row(json.loads(line.decode("utf-8-sig")), path, number, allow_outside))
+                rows.append(make_row(json.loads(line.decode("utf-8-sig")), path, number, allow_outside))
         except (ValueError, RecursionError) as error:
             if strict:
                 raise ValueError(f"{path}:{number}: {error}") from None

@@ -1,0 +1,511 @@
+"""The laws of interleaving and of the tokens, on random input, and everything that can be wrong with a manifest."""
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import manifests  # noqa: E402
+from serialize import (ASR, Row, StreamParser, Tokenizer, deinterleave, interleave, interleave_align,  # noqa: E402
+                       interleave_ratio, interleave_time, needs, parse, read_manifest, serialize, write_manifest)
+
+settings.register_profile("here", deadline=None, max_examples=150)
+settings.load_profile("here")
+
+# Any word at all: every character that is neither white space nor a surrogate, NUL and tags and U+FFFD included.
+ANY_WORD = some.one_of(
+    some.text(some.characters(exclude_categories=["Cs"]), min_size=1, max_size=6).map(lambda s: "".join(s.split())),
+    some.sampled_from(["<asr>", "<st:fr>", "\0", "\ufffd", "a\0b", "🙂", "ế", "e\u0301", "\u200b"])).filter(bool)
+WORDS = some.lists(ANY_WORD, max_size=8)
+
+
+@some.composite
+def bitexts(draw):
+    """A transcription, one to three translations and links between them."""
+    asr, st, links = draw(WORDS), {}, {}
+    for lang in draw(some.lists(some.sampled_from(["fr", "de", "en"]), min_size=1, max_size=3, unique=True)):
+        st[lang] = draw(WORDS)
+        links[lang] = []
+        if asr and st[lang]:
+            pair = some.tuples(some.integers(0, len(asr) - 1), some.integers(0, len(st[lang]) - 1))
+            links[lang] = draw(some.lists(pair, max_size=10))
+    return asr, st, links
+
+
+def streams_of(asr, st):
+    streams = {ASR: asr} | {f"<st:{lang}>": words for lang, words in st.items()}
+    return {tag: words for tag, words in streams.items() if words}
+
+
+# ---- Interleaving ---------------------------------------------------------------------------------------------------
+
+def align_by_the_book(asr, st, links):
+    """The definition, step by step: write a source word, then whatever has all its evidence and all before it out."""
+    out, n = [], dict.fromkeys(st, 0)
+    for i in range(max(1, len(asr))):
+        out += [(ASR, asr[i])] if asr else []
+        for lang, words in st.items():
+            while n[lang] < len(words) and all(s <= i for s, t in links[lang] if t <= n[lang]):
+                out.append((f"<st:{lang}>", words[n[lang]]))
+                n[lang] += 1
+    return out
+
+
+def ratio_by_the_book(asr, st, gamma):
+    out, n_asr, n_st = [], 0, dict.fromkeys(st, 0)
+    while n_asr < len(asr) or any(n_st[lang] < len(st[lang]) for lang in st):
+        open_ = [lang for lang in st if n_st[lang] < len(st[lang])]
+        least = min((n_st[lang] for lang in open_), default=None)
+        if n_asr < len(asr) and (least is None or (1 - gamma) * (1 + least) >= gamma * (1 + n_asr)):
+            out.append((ASR, asr[n_asr]))
+            n_asr += 1
+        else:
+            lang = [lang for lang in open_ if n_st[lang] == least][0]
+            out.append((f"<st:{lang}>", st[lang][n_st[lang]]))
+            n_st[lang] += 1
+    return out
+
+
+def broken_laws(asr, st, links, pairs):
+    """The laws that an interleaving breaks: words or order changed; a word before its evidence; a needless wait."""
+    broken = set()
+    if deinterleave(pairs) != streams_of(asr, st):
+        return {"streams"}
+    written = Counter()
+    for tag, _ in pairs:
+        if tag != ASR:
+            evidence = max((i for i, j in links[tag[4:-1]] if j == written[tag]), default=-1)
+            need = max((i for i, j in links[tag[4:-1]] if j <= written[tag]), default=0)
+            broken |= {"too early"} if written[ASR] <= evidence else set()
+            broken |= {"too late"} if written[ASR] > max(need, 0) + 1 else set()
+        written[tag] += 1
+    return broken
+
+
+@given(bitexts())
+def test_align_obeys_its_laws_and_its_definition(bitext):
+    pairs = interleave_align(*bitext)
+    assert not broken_laws(*bitext, pairs)
+    assert pairs == align_by_the_book(*bitext)
+
+
+def test_the_laws_find_what_they_should():
+    """Negative controls: an order that cannot see the links, links read the wrong way round, a lazy order."""
+    asr, st = list("abcd"), {"fr": list("wxyz")}
+    links = {"fr": [(0, 0), (3, 1), (1, 2), (2, 3)]}
+    turned = {"fr": [(j, i) for i, j in links["fr"]]}
+    assert broken_laws(asr, st, links, interleave_align(asr, st, links)) == set()
+    assert broken_laws(asr, st, links, interleave_ratio(asr, st, 0.5)) == {"too early"}
+    assert "too early" in broken_laws(asr, st, links, interleave_align(asr, st, turned))
+    assert broken_laws(asr, st, links, interleave_ratio(asr, st, 0)) == {"too late"}
+    assert broken_laws(asr, st, links, interleave_align(asr, {"fr": list("wyxz")}, links)) == {"streams"}
+
+
+def test_align_on_the_sentence_of_the_documentation():
+    asr, st = "ieri ho comprato una macchina rossa".split(), {"en": "yesterday I bought a red car".split()}
+    pairs = interleave_align(asr, st, {"en": [(0, 0), (2, 1), (1, 2), (2, 2), (3, 3), (5, 4), (4, 5)]})
+    tokens = Tokenizer.train([" ".join(asr)], 300, [ASR, "<st:en>"])
+    text = "".join(f" {tokens.tags[token - 1]} " if 0 < token < tokens.first_byte else tokens.pieces[token].decode()
+                   for token in serialize(pairs, tokens))
+    assert text.split() == ("<asr> ieri <st:en> yesterday <asr> ho comprato <st:en> I bought <asr> una <st:en> a "
+                            "<asr> macchina rossa <st:en> red car").split()
+
+
+def test_words_without_links():
+    asr, links = ["a", "b"], {"fr": [(1, 1)]}
+    assert needs(2, ["x", "y", "z"], [(1, 1)]) == [0, 1, 1]
+    assert interleave_align(asr, {"fr": ["x", "y", "z"]}, links) == [
+        (ASR, "a"), ("<st:fr>", "x"), (ASR, "b"), ("<st:fr>", "y"), ("<st:fr>", "z")]
+    assert interleave_align([], {"fr": ["x", "y"]}, {"fr": []}) == [("<st:fr>", "x"), ("<st:fr>", "y")]
+    for link in [(2, 0), (0, 3), (-1, 0), (0, -1)]:
+        with pytest.raises(ValueError, match="lies outside 2 source and 3 target words"):
+            interleave_align(asr, {"fr": ["x", "y", "z"]}, {"fr": [link]})
+
+
+@given(bitexts(), some.sampled_from([0, 0.1, 0.25, 1 / 3, 0.5, 0.6, 0.9, 1]))
+def test_ratio_is_its_definition(bitext, gamma):
+    asr, st, _ = bitext
+    pairs = interleave_ratio(asr, st, gamma)
+    assert deinterleave(pairs) == streams_of(asr, st)
+    assert pairs == ratio_by_the_book(asr, st, gamma)
+
+
+def test_ratio_at_0_half_and_1():
+    asr, st = ["a", "b", "c"], {"fr": ["x", "y", "z"]}
+    assert "".join(word for _, word in interleave_ratio(asr, st, 0)) == "abcxyz"
+    assert "".join(word for _, word in interleave_ratio(asr, st, 0.5)) == "axbycz"
+    assert "".join(word for _, word in interleave_ratio(asr, st, 1)) == "xyzabc"
+    assert "".join(word for _, word in interleave_ratio(asr, st | {"de": ["1", "2"]}, 0.5)) == "ax1by2cz"
+    for gamma in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="gamma must lie between 0 and 1"):
+            interleave_ratio(asr, st, gamma)
+
+
+TIMES = some.one_of(some.none(), some.integers(0, 6).map(lambda n: n / 2), some.floats(0, 9))
+
+
+TIMED = some.lists(some.tuples(ANY_WORD, TIMES), max_size=8)
+
+
+@given(some.dictionaries(some.sampled_from([ASR, "<st:fr>", "<st:de>"]), TIMED))
+def test_time_merges_by_the_running_maximum(streams):
+    pairs = interleave_time(streams)
+    assert deinterleave(pairs) == {tag: [word for word, _ in words] for tag, words in streams.items() if words}
+    position, seen = {}, Counter()
+    for k, (tag, _) in enumerate(pairs):
+        position[tag, seen[tag]] = k
+        seen[tag] += 1
+    for first, ours in enumerate(streams):  # a word follows exactly the words of other streams that come no later
+        for other in list(streams)[first + 1:]:
+            for i, (_, a) in enumerate(streams[ours]):
+                for j, (_, b) in enumerate(streams[other]):
+                    if a is not None and b is not None:
+                        a_clock = max(t for _, t in streams[ours][:i + 1] if t is not None)
+                        b_clock = max(t for _, t in streams[other][:j + 1] if t is not None)
+                        assert (position[ours, i] < position[other, j]) == (a_clock <= b_clock)
+
+
+def written(**streams):
+    pairs = interleave_time({tag: list(zip(words, times)) for tag, (words, times) in streams.items()})
+    return "".join(word for _, word in pairs)
+
+
+def test_time_ties_missing_and_falling_times():
+    assert written(asr=("ab", [1, 2]), st=("xy", [1, 2])) == "axby"  # equal times: the earlier stream first
+    assert written(st=("xy", [1, 2]), asr=("ab", [1, 2])) == "xayb"
+    assert written(asr=("abc", [1, 5, 2]), st=("xy", [3, 5])) == "axbcy"  # 2 after 5 counts as 5
+    assert written(asr=("ab", [1, 2]), st=("xy", [1, None])) == "axyb"  # no time: its predecessor's
+    assert written(asr=("abc", [1, 2, 3]), st=("xy", [None, 2])) == "abxyc"  # at the head: the first that is known
+    assert written(asr=("ab", [1, 2]), st=("xy", [None, None])) == "abxy"  # no time at all: the end
+    assert written() == "" and written(asr=("", [])) == ""
+
+
+def test_time_is_align_where_times_go_through_the_links():
+    """For one pair: if a word may be said when its last linked word ends, both modes write the same."""
+    rng = random.Random(1)
+    for _ in range(200):
+        n, m = rng.randint(1, 8), rng.randint(1, 8)
+        links = sorted({(rng.randrange(n), j) for j in range(m) for _ in range(rng.randint(1, 2))})
+        ends = sorted(rng.sample(range(100), n))
+        said = [max(ends[i] for i, k in links if k == j) for j in range(m)]
+        row = Row("a", "a", asr=" ".join(map(str, range(n))), st={"fr": " ".join(map(str, range(m)))},
+                  links={"fr": links}, times=ends, st_times={"fr": said})
+        assert interleave(row, "time") == interleave(row, "align")
+
+
+def test_modes_of_a_row():
+    row = Row("17", "a", asr="a b", st={"fr": "x y"}, links={"fr": [(0, 0), (1, 1)]}, times=[1.0, 2.0],
+              st_times={"fr": [2.5, 2.6]}, where="m.jsonl:3")
+    orders = {"asr": "ab", "st": "xy", "ratio:0": "abxy", "ratio:1.0": "xyab", "align": "axby", "time": "abxy"}
+    for mode, order in orders.items():
+        assert "".join(word for _, word in interleave(row, mode)) == order
+    for mode in ["align", "time", "ratio:0.5", "asr"]:
+        with pytest.raises(ValueError, match=f"m.jsonl:3: .*'{mode}'"):
+            interleave(Row("17", "a", st={"fr": "x"}, where="m.jsonl:3"), mode)
+    for mode in ["st", "align", "time", "ratio:0.5"]:
+        with pytest.raises(ValueError, match=f"17: .*'{mode}'"):
+            interleave(Row("17", "a", asr="x"), mode)
+    for missing, mode in [({"links": {}}, "align"), ({"times": None}, "time"), ({"st_times": {}}, "time")]:
+        with pytest.raises(ValueError, match=f"no {'links' if mode == 'align' else 'times'}.*'{mode}'"):
+            interleave(Row(**{**vars(row), **missing}), mode)
+    for mode in ["", "alig", "st:fr", "ratio", "ratio:", "ratio:x", "ratio:2", "ratio:nan"]:
+        with pytest.raises(ValueError, match="gamma|float" if ":" in mode[5:] else f"unknown mode '{mode}'"):
+            interleave(row, mode)
+
+
+# ---- Tokens ---------------------------------------------------------------------------------------------------------
+
+TAGS = [ASR, "<st:fr>", "<st:de>"]
+PLAIN = Tokenizer(TAGS)
+TEXTS = ["the cat sat on the mat", "ế ế ế 🙂🙂 <asr> <asr> aaaa aaaa aa", "le chat était là là là"]
+TRAINED = Tokenizer.train(TEXTS * 3, 330, TAGS)
+PAIRS = some.lists(some.tuples(some.sampled_from(TAGS), ANY_WORD), max_size=10)
+
+
+@given(PAIRS)
+def test_every_list_of_words_comes_back(pairs):
+    for tokenizer in (PLAIN, TRAINED):
+        ids = serialize(pairs, tokenizer)
+        assert parse(ids, tokenizer) == pairs
+        changes = sum(k == 0 or pairs[k - 1][0] != tag for k, (tag, _) in enumerate(pairs))
+        assert sum(0 < token < tokenizer.first_byte for token in ids) == changes and 0 not in ids
+
+
+@given(some.text(max_size=30).filter(lambda s: not any("\ud800" <= c <= "\udfff" for c in s)))
+def test_text_is_lossless_but_for_white_space_and_never_a_tag(text):
+    for tokenizer in (PLAIN, TRAINED):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == " ".join(text.split())
+        assert all(tokenizer.first_byte <= token < len(tokenizer) for token in ids)
+
+
+@given(PAIRS)
+def test_a_word_comes_with_its_last_token(pairs):
+    for tokenizer in (PLAIN, TRAINED):
+        parser, k = StreamParser(tokenizer), 0
+        for tag, word in pairs:
+            if k == 0 or pairs[k - 1][0] != tag:
+                assert parser.feed(tokenizer.tag_id[tag]) == []
+            *first, last = tokenizer.encode_word(word)
+            assert all(parser.feed(token) == [] for token in first)
+            assert parser.feed(last) == [(tag, word)]
+            k += 1
+        assert parser.flush() == [] and parser.invalid == 0
+
+
+@given(some.lists(some.integers(0, len(TRAINED) - 1), max_size=40), some.randoms(use_true_random=False))
+def test_any_ids_are_read(ids, rng):
+    """Untrained models write anything: no exception, no empty word, no white space inside, every wrong byte counted."""
+    ids += [TRAINED.first_byte + rng.choice([0xC2, 0xA0, 0x85, 0xFF, 0xE2, 0x20]) for _ in range(6)]
+    parser = StreamParser(TRAINED)
+    pairs = [pair for token in ids for pair in parser.feed(token)] + parser.flush()
+    assert pairs == parse(ids, TRAINED)
+    assert all(word.split() == [word] and tag in TAGS for tag, word in pairs)
+    text = "".join(word for _, word in pairs)
+    written_ = b"".join(TRAINED.pieces[token] or b" " for token in ids if token)
+    assert parser.invalid == text.count("\ufffd") - written_.count("\ufffd".encode())
+
+
+def test_the_parser_waits_for_whole_characters_and_counts_wrong_ones():
+    parser, byte = StreamParser(PLAIN), PLAIN.first_byte
+    assert [parser.feed(byte + b) for b in "é".encode()] == [[], []]  # nothing shown of half a character
+    assert parser.feed(0) == []  # blank writes nothing
+    assert parser.feed(byte + ord(" ")) == [(ASR, "é")] and parser.invalid == 0  # before any tag: the first
+    parser.feed(byte + 0xC3)
+    assert parser.feed(2) == [(ASR, "\ufffd")] and parser.invalid == 1  # a tag ends a word, here half a character
+    parser.feed(byte + ord("a"))
+    assert parser.flush() == [("<st:fr>", "a")] and parser.flush() == []  # the end releases what is left
+    for b in b"\xff\xfe\xef\xbf\xbd":
+        parser.feed(byte + b)
+    assert parser.flush() == [("<st:fr>", "\ufffd\ufffd\ufffd")] and parser.invalid == 3  # the third is genuine
+    assert parser.feed(byte + ord(" ")) == []  # an empty word is none
+    for token in (-1, len(PLAIN)):
+        with pytest.raises(ValueError, match=f"token {token} is outside the vocabulary of {len(PLAIN)}"):
+            parser.feed(token)
+
+
+def naive_merges(texts, n, first_byte):
+    """BPE as it is defined, everything counted anew for each merge."""
+    words = Counter(tuple(first_byte + b for b in word.encode() + b" ") for text in texts for word in text.split())
+    merges = []
+    while len(merges) < n:
+        pairs = Counter()
+        for word, count in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += count
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
+        if best is None or pairs[best] < 2:
+            break
+        new, merged = first_byte + 256 + len(merges), Counter()
+        for word, count in words.items():
+            out = []
+            for token in word:
+                out = out[:-1] + [new] if out and (out[-1], token) == best else out + [token]
+            merged[tuple(out)] += count
+        words = merged
+        merges.append(best)
+    return merges, words
+
+
+@settings(max_examples=40)
+@given(some.lists(some.text("abé ", max_size=20), max_size=6))
+def test_training_is_byte_pair_encoding(texts):
+    tokenizer = Tokenizer.train(texts, 2 + 256 + 12, [ASR])
+    merges, words = naive_merges(texts, 12, 2)
+    assert tokenizer.merges == merges
+    counted = Counter(tuple(tokenizer.encode_word(word)) for text in texts for word in text.split())
+    assert counted == words  # encoding segments the training text as training did
+    assert len(tokenizer) == 2 + 256 + len(merges)
+
+
+def test_training_depends_on_counts_alone():
+    texts = ["the cat sat on the mat", "a cat ate the rat", "là là ế", "the the a"]
+    one = Tokenizer.train(texts, 300, TAGS).to_dict()
+    assert one == Tokenizer.train([" ".join(reversed(" ".join(reversed(texts)).split()))], 300, TAGS).to_dict()
+    code = f"from serialize import Tokenizer; print(Tokenizer.train({texts!r}, 300, {TAGS!r}).to_dict())"
+    for seed in "01":  # the order of sets changes with it
+        out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed},
+                             capture_output=True, text=True, check=True).stdout
+        assert out.strip() == str(one)
+
+
+def test_tokenizer_ids_pieces_and_plain_data():
+    assert [PLAIN.tag_id[tag] for tag in TAGS] == [1, 2, 3] and PLAIN.first_byte == 4 and len(PLAIN) == 260
+    assert PLAIN.encode("a \u00e9") == [4 + ord("a"), 4 + 32, 4 + 0xC3, 4 + 0xA9, 4 + 32]
+    assert len(TRAINED) > 290 and len(TRAINED.encode("the the")) == 2  # a whole word with its separator is one token
+    assert all(piece.count(b" ") <= 1 and b" " not in piece[:-1] for piece in TRAINED.pieces)  # never across words
+    again = Tokenizer.from_dict(json.loads(json.dumps(TRAINED.to_dict())))
+    assert again.encode("the cat zzz") == TRAINED.encode("the cat zzz") and again.to_dict() == TRAINED.to_dict()
+    assert TRAINED.unseen("the dog 中") == {"d", "g", "中"}
+    wrong = [(lambda: Tokenizer.train(["a"], 100), "100 is too small"), (lambda: Tokenizer([]), "one or more"),
+             (lambda: Tokenizer([ASR, ASR]), "different tags"), (lambda: Tokenizer([ASR], [(34, 35)]), "merge 34, 35"),
+             (lambda: Tokenizer([ASR], [(99, 258)]), "earlier"), (lambda: Tokenizer([ASR], [(1, 99)]), "earlier"),
+             (lambda: PLAIN.encode_word("a b"), "not a word"), (lambda: PLAIN.encode_word(""), "not a word"),
+             (lambda: PLAIN.encode("a\ud800"), "surrogates"), (lambda: serialize([("<st:x>", "a")], PLAIN), "<st:x>")]
+    for call, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+# ---- Manifests ------------------------------------------------------------------------------------------------------
+
+GOOD = {"id": "u1", "audio": "wav/a.ogg", "start": 1.5, "duration": 3.2, "lang": "mb", "asr": "a  b\u00a0c",
+        "st": {"fr": "x y"}, "links": {"fr": "0-0 2-1"}, "times": [0.5, None, 2], "st_times": {"fr": [1, 2.5]},
+        "speaker": "s", "other": [1]}
+
+
+def manifest(tmp_path, *lines, name="m.jsonl"):
+    path = tmp_path / name
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
+    return path
+
+
+def test_a_manifest_is_read_and_written(tmp_path):
+    with_mark = b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r"
+    path = manifest(tmp_path, with_mark, b"", {"audio": "b.wav", "st": {"de": "z"}})
+    first, second = read_manifest(path, strict=True)
+    assert first == Row(id="u1", audio=str(tmp_path / "wav/a.ogg"), start=1.5, duration=3.2, lang="mb", asr="a b c",
+                        st={"fr": "x y"}, links={"fr": [(0, 0), (2, 1)]}, times=[0.5, None, 2],
+                        st_times={"fr": [1, 2.5]}, speaker="s")
+    assert (first.where, second.where) == (f"{path}:1", f"{path}:3")
+    assert (second.id, second.asr, second.start, second.duration) == ("m:3", None, 0.0, None)
+    write_manifest(tmp_path / "again.jsonl", [first, second])
+    assert read_manifest(tmp_path / "again.jsonl", strict=True) == [first, second]
+    (tmp_path / "deep").mkdir()
+    write_manifest(tmp_path / "deep" / "n.jsonl", [first, second])  # the sound is now above the manifest
+    with pytest.raises(ValueError, match="n.jsonl:1: audio .*--allow-outside"):
+        read_manifest(tmp_path / "deep" / "n.jsonl", strict=True)
+    assert read_manifest(tmp_path / "deep" / "n.jsonl", allow_outside=True) == [first, second]
+
+
+BAD = [b"{", b"[1]", b"7", b"null", b"\xff\xfe", b"[" * 100000, b'{"audio": 1e999, "asr": "a"}', {"asr": "a"},
+       b'{"audio": "a.wav", "asr": "\\ud800"}', b'{"audio": "a.wav"}', {"audio": "a", "asr": " \u3000 "},
+       *({**GOOD, key: wrong} for key, values in {
+           "audio": ["/etc/passwd", "../a.wav", "x/../../a.wav", "a\0.wav", "", 7], "asr": [7, ["a"], "only two"],
+           "st": ["x", {"fr": 7}, ["x"], {"de": "x"}], "id": [{}], "speaker": [7], "lang": [[]],
+           "start": [-1, "1", 10 ** 400], "duration": [float("nan"), float("inf")],
+           "links": ["0-0", {"de": "0-0"}, *({"fr": text} for text in ["0-0 3-1", "0-2", "0", "a-b", "0-1-2", [0, 0]])],
+           "times": [[1, 2], 3, [1, 2, "3"], [1, -2, 3], {"a": 1}],
+           "st_times": [{"fr": [1]}, {"de": [1]}, [1, 2]]}.items() for wrong in values)]
+
+
+@pytest.mark.parametrize("wrong", BAD, ids=lambda wrong: repr(wrong)[:40])
+def test_a_bad_row_is_named_and_skipped(tmp_path, wrong):
+    path = manifest(tmp_path, {**GOOD, "id": "before"}, wrong, {**GOOD, "id": "after"})
+    told = []
+    assert [row.id for row in read_manifest(path, on_bad=told.append)] == ["before", "after"]
+    assert len(told) == 2 and told[0].startswith(f"{path}:2: skipped: ") and told[1] == f"{path}: 1 of 3 rows skipped"
+    assert len(told[0]) < len(str(path)) + 250
+    with pytest.raises(ValueError, match=r"m\.jsonl:2: "):
+        read_manifest(path, strict=True)
+
+
+def test_manifests_without_rows(tmp_path, capsys):
+    empty, bad = manifest(tmp_path, b"", b"  ", name="empty.jsonl"), manifest(tmp_path, b"{")
+    for path, message in [(tmp_path / "none.jsonl", "none.jsonl: No such file"), (tmp_path, "Is a directory"),
+                          (empty, "empty.jsonl: no usable row"), (bad, "m.jsonl: no usable row")]:
+        with pytest.raises(ValueError, match=message):
+            read_manifest(path)
+    assert "m.jsonl:1: skipped" in capsys.readouterr().err
+
+
+def test_nothing_half_written(tmp_path):
+    path = tmp_path / "m.jsonl"
+    write_manifest(path, [Row("1", str(tmp_path / "a.wav"), asr="a")])
+    before = path.read_bytes()
+    good, bad = Row("1", str(tmp_path / "a.wav"), asr="a"), Row("2", str(tmp_path / "b.wav"), asr="\udc80")
+    with pytest.raises(ValueError, match="surrogates"):
+        write_manifest(path, [good, bad])
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["m.jsonl"]
+
+
+# ---- Delays, importers, command line --------------------------------------------------------------------------------
+
+def test_delays_by_hand():
+    row = Row("1", "a", asr="a b c", st={"fr": "x y z"}, links={"fr": [(2, 0), (0, 0), (0, 1)]}, times=[1.0, 2.0, 4.0])
+    assert manifests.delays(row, interleave(row, "ratio:0")) == [(0, 0.0), (2, 3.0)]  # x needs c, y needs a, z nothing
+    assert manifests.delays(row, interleave(row, "align")) == [(0, 0.0), (2, 3.0)]
+    assert manifests.delays(row, interleave(row, "ratio:0.5")) == [(-2, -3.0), (1, 1.0)]
+    assert manifests.delays(row, interleave(row, "ratio:1")) == [(-3, -4.0), (-1, -1.0)]
+
+
+def command(*arguments):
+    call = [sys.executable, "serialize.py", *map(str, arguments)]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_command_line(tmp_path):
+    code, out, err = command()
+    assert code == 0 and "read back exactly: True" in out and out.split("\n")[0].split() == manifests.MODES
+    code, out, err = command(manifest(tmp_path, GOOD, b"{"))
+    assert code == 0 and "m.jsonl:2: skipped" in err
+    table = {line.split()[0]: line.split()[1:] for line in out.strip().split("\n")[1:]}
+    assert list(table) == manifests.MODES and table["align"][3] == "0.00" and table["ratio:1.0"][3] == "100.00"
+    code, out, err = command(tmp_path / "none.jsonl")
+    assert code == 1 and err.startswith("serialize.py: ") and "none.jsonl" in err and "Traceback" not in err
+
+
+def test_covost_is_imported(tmp_path):
+    header = "path\tsentence\ttranslation\tclient_id"
+    sentence = "c1.mp3\tHello \"you\"."
+    for lang, lines in {"zh-CN": f"{sentence}\t你 好\tspk\nc2.mp3\n", "de": f"{sentence}\tHallo du\tspk\n"}.items():
+        (tmp_path / f"covost_v2.en_{lang}.dev.tsv").write_text(f"{header}\n{lines}", encoding="utf-8")
+    code, _, err = command("--from", "covost", *sorted(tmp_path.glob("*.tsv")), "-o", tmp_path / "out.jsonl")
+    assert code == 0 and "zh-CN.dev.tsv:3: skipped" in err
+    row, = read_manifest(tmp_path / "out.jsonl", strict=True)
+    assert row == Row("c1", str(tmp_path / "clips/c1.mp3"), lang="en", asr='Hello "you".', speaker="spk",
+                      st={"de": "Hallo du", "zh-CN": "你 好"})
+    assert command("--from", "covost", manifest(tmp_path, b"x", name="a.tsv"))[0] == 1
+
+
+def test_mustc_is_imported(tmp_path):
+    folder = tmp_path / "en-de" / "data" / "dev" / "txt"
+    folder.mkdir(parents=True)
+    (folder / "dev.yaml").write_text("- {duration: 3.5, offset: 16.08, rW: 9, speaker_id: spk.767, wav: ted_767.wav}\n"
+                                     "- {duration: 1.25, offset: 20.0, speaker_id: spk.767, wav: 'ted_767.wav'}\n")
+    (folder / "dev.en").write_text("Hello.\nThank you\u2028.\n", encoding="utf-8")
+    (folder / "dev.de").write_text("Hallo.\nDanke.\n", encoding="utf-8")
+    out = folder.parent / "dev.jsonl"
+    assert command("--from", "mustc", folder / "dev.yaml", "-o", out)[0] == 0
+    first, second = read_manifest(out, strict=True)
+    assert first == Row("ted_767_1", str(folder.parent / "wav/ted_767.wav"), 16.08, 3.5, "en", "Hello.",
+                        {"de": "Hallo."}, speaker="spk.767")
+    assert (second.start, second.duration, second.asr, second.st) == (20.0, 1.25, "Thank you .", {"de": "Danke."})
+    (folder / "dev.de").write_text("Hallo.\n")
+    code, _, err = command("--from", "mustc", folder / "dev.yaml", "-o", tmp_path / "no.jsonl")
+    assert code == 1 and "dev.yaml has 2 lines, but dev.de 1" in err and not (tmp_path / "no.jsonl").exists()
+
+
+def test_nemo_is_imported(tmp_path):
+    sound = {"audio_filepath": "wav/a.wav", "duration": 2.0, "offset": 0.5, "source_lang": "en"}
+    path = manifest(tmp_path, {**sound, "target_lang": "en", "text": "hello"},
+                    {**sound, "target_lang": "de", "text": "hallo"}, b"{",
+                    {**sound, "audio_filepath": "wav/b.wav", "target_lang": "fr", "answer": "salut"}, {"text": "a"})
+    code, _, err = command("--from", "nemo", path, "-o", tmp_path / "out.jsonl")
+    assert code == 0 and "m.jsonl:3: skipped" in err and "m.jsonl:5: skipped" in err and "2 lines skipped" in err
+    first, second = read_manifest(tmp_path / "out.jsonl", strict=True)
+    assert first == Row("m:1", str(tmp_path / "wav/a.wav"), 0.5, 2.0, "en", "hello", {"de": "hallo"})
+    assert (second.asr, second.st) == (None, {"fr": "salut"})
+    assert command("--from", "nemo", path, "--strict", "-o", tmp_path / "no.jsonl")[0] == 1
+    assert not (tmp_path / "no.jsonl").exists()
+
+
+def test_griko():
+    path = DATA / "griko-italian" / "all.jsonl"
+    if not path.exists():
+        pytest.skip(f"needs the Griko-Italian corpus in {path.parent}")
+    rows = read_manifest(path, strict=True)
+    late = {mode: [delay for row in rows for delay in manifests.delays(row, interleave(row, mode))]
+            for mode in ["align", "ratio:0"]}
+    assert all(words >= 0 for delays in late.values() for words, _ in delays)  # neither guesses
+    assert sum(s for _, s in late["align"]) < 0.05 * sum(s for _, s in late["ratio:0"])
