@@ -1,296 +1,568 @@
 """align.py -- who translates whom, and when was it said.
 
-    align_bitext(pairs)          word links from nothing but the bitext
-    symmetrise, aer              combine two directions; score against gold links
-    word_times(...)              the end of every word, in seconds
+The interleaver of serialize.py needs to know which word of the translation belongs to which word of the transcription,
+and when each word ends. Both are found here; nothing is interleaved here.
 
-Run it on text, `python align.py FILE.pairs > FILE.links`, or on a manifest, `python align.py IN.jsonl -o OUT.jsonl`.
+    python align.py FILE.pairs > FILE.links                 0-0 1-2 ... for each line `a b ||| c d`
+    python align.py IN.jsonl -o OUT.jsonl [--times SOURCE]  the same for a manifest, and the times of its words
+
+The aligner learns from the bitext alone and tells it twice. Forward, every target word j is said by a source word a_j:
+
+    P(target | source) = sum over all paths a of  prod_j  jump(a_j - a_{j-1}) * t(target_j | source_{a_j})
+
+or by NULL; backward, the roles are exchanged. IBM model 1 is the story without jumps; it has no bad local optimum and
+comes first. Expectation maximisation: the E-step finds the posterior of every link under the present tables, the M-step
+adds posteriors up to expected counts and divides. Four things make it strong on a small corpus:
+
+1. agreement (Liang, Taskar, Klein 2006): both directions count the PRODUCT of their posteriors, so that a link only one
+   of them believes in hardly counts;
+2. a variational M-step: exp(digamma(count)), about half a count less everywhere, which stops rare words from
+   collecting links that no other word wants;
+3. a prior: two words spelled alike start with up to one imagined count;
+4. a second prior, worth ten counts, from a table over stems: finanziarie learns from finanziario.
 """
 import argparse
 import gzip
+import re
 import sys
+from collections import namedtuple
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numba import njit, prange
 
-
-# ---- the bitext as arrays ---------------------------------------------------------------------------------------
-
-class Bitext(NamedTuple):
-    """Sentence pairs, flat. Pair s has I x J cells; cell (i, j) lies at cell_start[s] + i*J + j, and `entry` says which
-    row of the co-occurrence table it uses, so that memory is bounded by the corpus and not by vocabulary squared."""
-    source: np.ndarray        # word ids of all sentences, one after the other
-    target: np.ndarray
-    source_start: np.ndarray  # (S+1,)
-    target_start: np.ndarray  # (S+1,)
-    cell_start: np.ndarray    # (S+1,)
-    entry: np.ndarray         # (cells,)
-    entry_source: np.ndarray  # (E,) the two words of each entry
-    entry_target: np.ndarray  # (E,)
+NULL = 0.02        # the chance that a word is said by no word of the other side
+WIDTH = 8          # jumps longer than this share one probability
+STEM = 4           # letters
+NEIGHBOURS = (-1, 0), (0, -1), (1, 0), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)
+REORDER = {"reassoc", "contract", "arcp", "nsz"}  # the compiler may add in vector lanes, but must keep nan and inf
 
 
-def number_words(sentences):
-    """Lower-cased words -> consecutive ids, sentence starts and the vocabulary."""
-    vocabulary, ids = {}, []
-    for words in sentences:
-        ids += [vocabulary.setdefault(word.lower(), len(vocabulary)) for word in words]
-    start = np.concatenate([[0], np.cumsum([len(words) for words in sentences])]).astype(np.int64)
-    return np.array(ids, np.int32), start, list(vocabulary)
+@dataclass(frozen=True)
+class Recipe:
+    ibm1: int = 4              # iterations of IBM model 1, then
+    hmm: int = 5               # of the two HMMs
+    diagonal: float = 4.0      # in IBM-1: P(i | j) ~ exp(-diagonal * |i/I - j/J|)
+    variational: bool = True
+    agree: bool = True
+    prior: float = 0.1         # imagined counts: of any two words that occur together,
+    spelling: float = 1.0      # of two words spelled alike,
+    stems: float = 10.0        # and spread over the entries of a word as its stem's table says
+    method: str = "posterior"  # link where the mean of both posteriors exceeds the threshold; or see symmetrise
+    threshold: float = 0.5
+
+
+# ---- The bitext as arrays -------------------------------------------------------------------------------------------
+
+# Pair s has I x J cells, cell (i, j) at cell_start[s] + i*J + j, and `entry` says which row of the table it uses. The
+# table has only the word pairs that occur together: memory follows the corpus (12 bytes a cell), not the vocabulary.
+Bitext = namedtuple("Bitext", [
+    "source", "source_start",        # word ids of all sentences, one after the other; (S+1,) where each begins
+    "target", "target_start",
+    "cell_start", "entry",           # (S+1,), (cells,)
+    "entry_source", "entry_target",  # (E,) the two words of each entry
+])
 
 
 def make_bitext(pairs):
-    source, source_start, source_words = number_words([a for a, _ in pairs])
-    target, target_start, target_words = number_words([b for _, b in pairs])
-    cells = np.diff(source_start) * np.diff(target_start)
-    cell_start = np.concatenate([[0], np.cumsum(cells)]).astype(np.int64)
-    entry = np.empty(cell_start[-1], np.int32)
-    by_word = np.argsort(source, kind="stable")                       # all places of word 0, then of word 1, ...
-    sentence = np.repeat(np.arange(len(pairs)), np.diff(source_start))
-    n = number_entries(source, target, source_start, target_start, cell_start, by_word, sentence, entry)
-    entry_source, entry_target = np.empty(n, np.int32), np.empty(n, np.int32)
-    name_entries(source, target, source_start, target_start, cell_start, entry, entry_source, entry_target)
-    bitext = Bitext(source, target, source_start, target_start, cell_start, entry, entry_source, entry_target)
-    return bitext, source_words, target_words
+    """-> (Bitext, source vocabulary, target vocabulary), lower-cased"""
+    arrays, vocabularies = [], []
+    for sentences in zip(*pairs):
+        ids = {}
+        flat = [ids.setdefault(word.lower(), len(ids)) for words in sentences for word in words]
+        arrays += np.array(flat, np.int32), np.cumsum([0] + [len(words) for words in sentences])
+        vocabularies.append(list(ids))
+    cell_start = np.concatenate([[0], np.cumsum(np.diff(arrays[1]) * np.diff(arrays[3]))])
+    by_word = np.argsort(arrays[0], kind="stable")  # all places of source word 0, then of word 1, ...
+    sentence = np.repeat(np.arange(len(pairs)), np.diff(arrays[1]))
+    latest = np.full(len(vocabularies[1]), -1, np.int32)
+    return Bitext(*arrays, cell_start, *number_entries(*arrays, cell_start, by_word, sentence, latest)), vocabularies
 
 
 @njit(cache=True)
-def number_entries(source, target, source_start, target_start, cell_start, by_word, sentence, entry):
-    """Number the word pairs that occur together, source word by source word: no sorting, no hashing."""
-    latest = np.full(target.max() + 1 if len(target) else 0, -1, np.int64)   # the source word that last met this target
-    number = np.empty(len(latest), np.int32)
-    n = 0
+def number_entries(source, source_start, target, target_start, cell_start, by_word, sentence, latest):
+    """Number the word pairs that occur together, source word by source word: no sorting and no hashing."""
+    entry, entry_source, entry_target = [np.empty(cell_start[-1], np.int32) for _ in range(3)]
+    number, size = np.zeros(len(latest), np.int32), 0
     for place in by_word:
-        s = sentence[place]
-        first, last = target_start[s], target_start[s + 1]
-        row = cell_start[s] + (place - source_start[s]) * (last - first)
-        for j in range(last - first):
-            word = target[first + j]
-            if latest[word] != source[place]:
-                latest[word], number[word] = source[place], n
-                n += 1
-            entry[row + j] = number[word]
-    return n
-
-
-@njit(cache=True)
-def name_entries(source, target, source_start, target_start, cell_start, entry, entry_source, entry_target):
-    for s in range(len(cell_start) - 1):
-        cell = cell_start[s]
-        for i in range(source_start[s], source_start[s + 1]):
-            for j in range(target_start[s], target_start[s + 1]):
-                entry_source[entry[cell]], entry_target[entry[cell]] = source[i], target[j]
-                cell += 1
-
-
-# ---- IBM model 1 ------------------------------------------------------------------------------------------------
-
-@njit(parallel=True, cache=True)
-def ibm1_posteriors(bitext, forward, table, null_table, tension, posterior, null_posterior):
-    """One E-step: P(word j was generated by word i) for every cell, and by NULL; returns log P per sentence.
-
-    forward: the target is generated from the source; otherwise the roles are exchanged, which only exchanges strides.
-    tension: prior P(i | j) ~ exp(-tension |i/I - j/J|), as fast_align has it; 0 is the plain model."""
-    log_likelihood = np.zeros(len(bitext.cell_start) - 1)
-    for s in prange(len(bitext.cell_start) - 1):
-        I = bitext.source_start[s + 1] - bitext.source_start[s]
-        J = bitext.target_start[s + 1] - bitext.target_start[s]
-        first, step_i, step_j = bitext.target_start[s], J, 1
-        words = bitext.target
-        if not forward:
-            I, J, first, step_i, step_j, words = J, I, bitext.source_start[s], 1, J, bitext.source
-        weight = np.empty(I)
+        s, word = sentence[place], source[place]
+        J = target_start[s + 1] - target_start[s]
         for j in range(J):
-            total = 0.0
-            for i in range(I):
-                weight[i] = np.exp(-tension * abs((i + 0.5) / I - (j + 0.5) / J))
-                total += weight[i]
-            cell = bitext.cell_start[s] + j * step_j
-            scale = 0.92 / total
-            null = 0.08 * null_table[words[first + j]]
-            total = null
-            for i in range(I):
-                weight[i] *= scale * table[bitext.entry[cell + i * step_i]]
-                total += weight[i]
-            log_likelihood[s] += np.log(total)
-            null_posterior[first + j] = null / total
-            for i in range(I):
-                posterior[cell + i * step_i] = weight[i] / total
+            other = target[target_start[s] + j]
+            if latest[other] != word:  # latest: the source word that this target word met last
+                latest[other], number[other] = word, size
+                entry_source[size], entry_target[size] = word, other
+                size += 1
+            entry[cell_start[s] + (place - source_start[s]) * J + j] = number[other]
+    return entry, entry_source[:size].copy(), entry_target[:size].copy()
+
+
+# ---- E-step: the posterior of every link ----------------------------------------------------------------------------
+# In one sentence J words are said by I words: emission[j, i] = (1 - NULL) t(word j | word i), null[j] = NULL t(word j | NULL).
+# null becomes the posterior of NULL, emission is left alone.
+
+@njit(cache=True, fastmath=REORDER)
+def ibm1_sentence(emission, null, diagonal, posterior):
+    """Every word chooses alone. Returns log P."""
+    J, I = emission.shape
+    log_likelihood = 0.0
+    for j in range(J):
+        for i in range(I):
+            posterior[j, i] = np.exp(-diagonal * abs((i + 0.5) / I - (j + 0.5) / J))
+        posterior[j] *= emission[j] / posterior[j].sum()
+        total = null[j] + posterior[j].sum()
+        posterior[j] /= total
+        null[j] /= total
+        log_likelihood += np.log(total)
     return log_likelihood
 
 
+@njit(cache=True, fastmath=REORDER)
+def hmm_sentence(emission, null, jump, posterior, jump_counts):
+    """Forward-backward. State p is one more than the position linked last (0: none yet); a word said by NULL keeps it.
+    Moving by d has probability jump[d + WIDTH], longer moves jump[0] and jump[-1]: what falls outside the sentence is
+    lost, not redistributed, and so the counts added to jump_counts make an exact M-step. Returns log P."""
+    J, I = emission.shape
+    move = np.empty(2 * I + 1, np.float32)  # move[I + d]
+    for d in range(-I, I + 1):
+        move[I + d] = jump[min(max(d, -WIDTH), WIDTH) + WIDTH]
+    state = np.zeros((J + 1, I + 1), np.float32)  # P(p after j words | the first j words)
+    state[0, 0] = 1
+    scale = np.empty(J, np.float32)
+    for j in range(J):
+        linked = posterior[j]
+        linked[:] = 0
+        for p in range(I + 1):
+            if state[j, p] > 1e-10:  # most states are all but impossible
+                for i in range(I):
+                    linked[i] += state[j, p] * move[I + 1 - p + i]
+        linked *= emission[j]
+        scale[j] = 1 / (linked.sum() + null[j] + np.float32(1e-35))
+        null[j] *= scale[j]
+        linked *= scale[j]
+        state[j + 1] = state[j] * null[j]
+        state[j + 1, 1:] += linked
+    future = np.ones(I + 1, np.float32)  # P(the words after j | p) / P(the words after j)
+    moves = np.zeros((I + 1, I), np.float32)
+    for j in range(J - 1, -1, -1):
+        posterior[j] *= future[1:]
+        ahead, stay = emission[j] * future[1:] * scale[j], null[j]
+        null[j] = stay * (state[j] * future).sum()
+        for p in range(I + 1):
+            go = np.float32(0)
+            for i in range(I):
+                go += move[I + 1 - p + i] * ahead[i]
+            future[p] = go + stay * future[p]
+            if state[j, p] > 1e-10:
+                for i in range(I):
+                    moves[p, i] += state[j, p] * ahead[i]
+    for p in range(I + 1):
+        for i in range(I):
+            jump_counts[min(max(i + 1 - p, -WIDTH), WIDTH) + WIDTH] += moves[p, i] * move[I + 1 - p + i]
+    return -np.log(scale).sum()
+
+
+@njit(parallel=True, cache=True)
+def all_posteriors(bitext, forward, table, null_table, jump, diagonal, posterior, null_posterior):
+    """-> (log likelihood, expected counts of the jumps); no jumps given: IBM model 1. Sums do not depend on threads."""
+    S = len(bitext.cell_start) - 1
+    log_likelihood, jump_counts = np.zeros(S), np.zeros((S, 2 * WIDTH + 1))
+    said, start = (bitext.target, bitext.target_start) if forward else (bitext.source, bitext.source_start)
+    for s in prange(S):
+        cells, places = slice(bitext.cell_start[s], bitext.cell_start[s + 1]), slice(start[s], start[s + 1])
+        shape = bitext.source_start[s + 1] - bitext.source_start[s], bitext.target_start[s + 1] - bitext.target_start[s]
+        if shape[0] and shape[1]:
+            null_posterior[places] = NULL * null_table[said[places]]
+            emission = np.float32(1 - NULL) * table[bitext.entry[cells]].reshape(shape)
+            log_likelihood[s] = sentence_posteriors(emission, null_posterior[places], forward, jump, diagonal,
+                                                    posterior[cells].reshape(shape), jump_counts[s])
+    return log_likelihood.sum(), jump_counts.sum(0)
+
+
 @njit(cache=True)
-def add_up(index, values, size):
-    """np.bincount(index, values, size) without its copies; one thread, so that sums do not depend on their number."""
+def sentence_posteriors(emission, null, forward, jump, diagonal, posterior, jump_counts):
+    """emission, posterior (I, J): forward they are turned, so that the words that are said come first."""
+    if forward:
+        emission = emission.T.copy()
+    found = np.empty_like(emission)
+    log_likelihood = (hmm_sentence(emission, null, jump, found, jump_counts) if len(jump) else
+                      ibm1_sentence(emission, null, diagonal, found))
+    for j, i in np.ndindex(found.shape):
+        if forward:
+            posterior[i, j] = found[j, i]
+        else:
+            posterior[j, i] = found[j, i]
+    return log_likelihood
+
+
+# ---- M-step: expected counts -> tables ------------------------------------------------------------------------------
+
+@njit(cache=True)
+def add_up(index, values, others, size):
+    """total[index[k]] += values[k] * others[k]; by one thread, so that the order of the sum is always the same."""
     total = np.zeros(size)
     for k in range(len(index)):
-        total[index[k]] += values[k]
+        total[index[k]] += values[k] if others is None else values[k] * others[k]
     return total
 
 
-def ibm1(bitext, forward=True, iterations=5, tension=4.0):
-    """EM; returns (posterior of every cell, log likelihood before each iteration)."""
-    given, said = (bitext.entry_source, bitext.entry_target) if forward else (bitext.entry_target, bitext.entry_source)
-    words = bitext.target if forward else bitext.source
-    n = words.max() + 1
-    table, null_table = np.full(len(given), 1.0 / n), np.full(n, 1.0 / n)
-    posterior, null_posterior = np.empty(len(bitext.entry), np.float32), np.empty(len(words), np.float32)
+def exp_digamma(x):
+    """About x - 1/2 for a large x, almost 0 for a small one. The series holds from 6 on; below, digamma(x) =
+    digamma(x + 1) - 1 / x leads there."""
+    x = np.maximum(x, 1e-3)
+    y = x + 6
+    return y * np.exp(-0.5 / y - 1 / (12 * y**2) + 1 / (120 * y**4) - sum(1 / (x + k) for k in range(6)))
+
+
+def divide(counts, given, variational):
+    """Counts of entries -> t(said | given) of entries."""
+    weigh = exp_digamma if variational else np.asarray
+    return (weigh(counts) / np.maximum(weigh(np.bincount(given, counts)), 1e-30)[given]).astype(np.float32)
+
+
+class Direction:
+    """One of the two stories: its tables and, after an E-step, its posteriors."""
+
+    def __init__(self, bitext, forward, start):
+        self.bitext, self.forward, self.jump_counts = bitext, forward, None
+        self.given = bitext.entry_source if forward else bitext.entry_target
+        self.words = bitext.target if forward else bitext.source  # the words that are said
+        size = self.words.max() + 1
+        self.table, self.null_table = (start / size).astype(np.float32), np.full(size, 1 / size, np.float32)
+        self.jump = np.exp(-0.5 * np.abs(np.arange(-WIDTH, WIDTH + 1) - 1))
+        self.posterior, self.null_posterior = (np.zeros(len(x), np.float32) for x in (bitext.entry, self.words))
+
+    def e_step(self, hmm, diagonal):
+        log_likelihood, counts = all_posteriors(self.bitext, self.forward, self.table, self.null_table,
+                                                self.jump if hmm else self.jump[:0], diagonal,
+                                                self.posterior, self.null_posterior)
+        self.jump_counts = counts if hmm else None
+        return log_likelihood
+
+    def m_step(self, counts, prior, stems, recipe):
+        if recipe.stems:
+            entry, *names = stems  # the stem entry of every entry, the two stems of every stem entry
+            by_stem = divide(np.bincount(entry, counts) + recipe.prior, names[not self.forward], recipe.variational)
+            prior = prior + recipe.stems * by_stem[entry]
+        self.table = divide(counts + prior, self.given, recipe.variational)
+        null = add_up(self.words, self.null_posterior, None, len(self.null_table)) + 1e-6
+        self.null_table = (null / null.sum()).astype(np.float32)
+        if self.jump_counts is not None:
+            self.jump = np.maximum(self.jump_counts / self.jump_counts.sum(), 1e-6)
+
+
+@njit(parallel=True, cache=True)
+def spelled_alike(left, right, entry_source, entry_target):
+    """For each entry 0 .. 1 from the longest common subsequence of its words: 0 for half of the longer word or less."""
+    alike = np.zeros(len(entry_source))
+    for k in prange(len(entry_source)):
+        alike[k] = common_letters(left[entry_source[k]], right[entry_target[k]])
+    return alike
+
+
+@njit(cache=True)
+def common_letters(a, b):
+    m, n = (a > 0).sum(), (b > 0).sum()  # letters, padded with 0
+    longest = np.zeros((m + 1, n + 1), np.int8)
+    for i in range(m):
+        for j in range(n):
+            longest[i + 1, j + 1] = longest[i, j] + 1 if a[i] == b[j] else max(longest[i, j + 1], longest[i + 1, j])
+    return max(0.0, 2 * longest[m, n] / max(m, n) - 1)
+
+
+def stem_entries(bitext, *vocabularies):
+    """-> (the stem entry of every entry, the source stem and the target stem of every stem entry)"""
+    stems = []
+    for words in vocabularies:
+        ids = {}
+        stems.append(np.array([ids.setdefault(word[:STEM], len(ids)) for word in words]))
+    source, target = stems[0][bitext.entry_source], stems[1][bitext.entry_target]
+    pairs, entry = np.unique(source * (target.max() + 1) + target, return_inverse=True)
+    return entry, *np.divmod(pairs, target.max() + 1)
+
+
+def train(pairs, recipe=Recipe()):
+    """-> (bitext, both Directions with their last posteriors, the log likelihoods of both at each E-step)"""
+    bitext, words = make_bitext(pairs)
+    letters = [np.array(side, "U24").view(np.uint32).reshape(-1, 24) for side in words]
+    alike = spelled_alike(*letters, bitext.entry_source, bitext.entry_target) if recipe.spelling else 0
+    prior = np.full(len(bitext.entry_source), recipe.prior) + recipe.spelling * alike
+    stems = stem_entries(bitext, *words) if recipe.stems else None
+    both = [Direction(bitext, forward, np.ones(len(prior)) + 10 * alike) for forward in (True, False)]
     history = []
-    for _ in range(iterations):
-        history.append(ibm1_posteriors(bitext, forward, table, null_table, tension, posterior, null_posterior).sum())
-        counts = add_up(bitext.entry, posterior, len(given))
-        table = counts / np.maximum(np.bincount(given, counts), 1e-30)[given]
-        null_table = add_up(words, null_posterior, n)
-        null_table /= null_table.sum()
-    return posterior, history
+    for step in range(recipe.ibm1 + recipe.hmm):
+        if step:
+            partners = [story.posterior for story in both[::-1]] if recipe.agree and hmm else [None, None]
+            counts = [add_up(bitext.entry, story.posterior, other, len(prior)) for story, other in zip(both, partners)]
+            for story, own in zip(both, counts):
+                story.m_step(own, prior, stems, recipe)
+        hmm = step >= recipe.ibm1
+        history.append([story.e_step(hmm, recipe.diagonal) for story in both])
+    return bitext, both, history
 
 
-# ---- links ------------------------------------------------------------------------------------------------------
+# ---- Links ----------------------------------------------------------------------------------------------------------
 
-def best_links(posterior, forward):
-    """posterior (I, J): every generated word's most likely partner, as a set of (i, j)."""
-    if forward:
-        return {(int(i), j) for j, i in enumerate(posterior.argmax(0)) if posterior[i, j] > 1 - posterior[:, j].sum()}
-    return {(i, int(j)) for i, j in enumerate(posterior.argmax(1)) if posterior[i, j] > 1 - posterior[i].sum()}
-
-
-def symmetrise(forward, backward, method="grow-diag-final-and"):
-    """Two sets of (i, j), one from each direction -> one set. Methods: intersection, union, grow-diag-final-and."""
-    forward, backward = set(forward), set(backward)
-    if method == "intersection":
-        return forward & backward
-    if method == "union":
-        return forward | backward
-    if method != "grow-diag-final-and":
-        raise ValueError(f"unknown symmetrisation {method!r}: intersection, union or grow-diag-final-and")
-    links, union = forward & backward, forward | backward
-    rows, columns = {i for i, _ in links}, {j for _, j in links}
-
-    def add(i, j):
-        links.add((i, j)), rows.add(i), columns.add(j)
-    grown = True
-    while grown:                      # grow-diag: neighbours of a link that cover a word which has none yet
-        grown = False
-        for i, j in sorted(links):
-            for p in ((i + a, j + b) for a, b in ((-1, 0), (0, -1), (1, 0), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1))):
-                if p in union and p not in links and (p[0] not in rows or p[1] not in columns):
-                    add(*p)
-                    grown = True
-    for direction in (forward, backward):                       # final-and: links between two words that have none
-        for i, j in sorted(direction):
-            if i not in rows and j not in columns:
-                add(i, j)
-    return links
-
-
-def align_bitext(pairs):
+def align_bitext(pairs, recipe=Recipe()):
     """[(source words, target words)] -> for each pair its links, a sorted list of (i, j), 0-based."""
-    if not pairs:
-        return []
-    bitext, _, _ = make_bitext(pairs)
-    forward, _ = ibm1(bitext, True)
-    backward, _ = ibm1(bitext, False)
+    if not any(a and b for a, b in pairs):
+        return [[] for _ in pairs]
+    bitext, stories, _ = train(pairs, recipe)
     result = []
     for s, (a, b) in enumerate(pairs):
         cells = slice(bitext.cell_start[s], bitext.cell_start[s + 1])
-        f, g = forward[cells].reshape(len(a), len(b)), backward[cells].reshape(len(a), len(b))
-        result.append(sorted(symmetrise(best_links(f, True), best_links(g, False))) if a and b else [])
+        result.append(choose_links(*(story.posterior[cells].reshape(len(a), len(b)) for story in stories), recipe))
     return result
 
 
-def pharaoh(links):
-    return " ".join(f"{i}-{j}" for i, j in links)
+def choose_links(forward, backward, recipe):
+    """Two posteriors (I, J) -> links. Forward, a column and its NULL sum to one; backward, a row and its NULL."""
+    if recipe.method == "posterior":
+        return [(int(i), int(j)) for i, j in np.argwhere((forward + backward) / 2 > recipe.threshold)]
+    f = {(int(p.argmax()), j) for j, p in enumerate(forward.T) if p.max(initial=0) > 1 - p.sum()}
+    g = {(i, int(p.argmax())) for i, p in enumerate(backward) if p.max(initial=0) > 1 - p.sum()}
+    return sorted(symmetrise(f, g, recipe.method))
+
+
+def symmetrise(forward, backward, method="grow-diag-final-and"):
+    """Two sets of links -> one. Methods: forward, backward, intersection, union, grow-diag-final-and."""
+    simple = {"forward": forward, "backward": backward, "intersection": forward & backward, "union": forward | backward}
+    if method in simple:
+        return simple[method]
+    if method != "grow-diag-final-and":
+        raise ValueError(f"unknown method {method!r}; there are posterior, {', '.join(simple)}, grow-diag-final-and")
+    links = forward & backward
+    rows, columns, todo = {i for i, _ in links}, {j for _, j in links}, sorted(links)
+    while todo:  # grow-diag: a neighbour of a link is added if one of its words has no link yet
+        i, j = todo.pop(0)
+        for a, b in [(i + p, j + q) for p, q in NEIGHBOURS]:
+            if (a, b) in simple["union"] and (a, b) not in links and (a not in rows or b not in columns):
+                links.add((a, b)), rows.add(a), columns.add(b), todo.append((a, b))
+    for a, b in sorted(forward) + sorted(backward):  # final-and: two words that both have no link
+        if a not in rows and b not in columns:
+            links.add((a, b)), rows.add(a), columns.add(b)
+    return links
 
 
 def aer(links, sure, possible=None):
-    """Alignment error rate over lists of sets: 1 - (|A & S| + |A & P|) / (|A| + |S|), where P contains S."""
+    """Alignment error rate of lists of link sets: 1 - (|A & S| + |A & P|) / (|A| + |S|), where P includes S."""
     hits = total = 0
-    for a, s, p in zip(links, sure, possible or sure, strict=True):
-        a, s = set(a), set(s)
-        hits += len(a & s) + len(a & (s | set(p)))
+    for a, s, p in zip(map(set, links), map(set, sure), map(set, possible or sure), strict=True):
+        hits += len(a & s) + len(a & (s | p))
         total += len(a) + len(s)
-    return 1 - hits / max(total, 1)
+    return 1 - hits / total if total else 0.0
 
 
-# ---- files ------------------------------------------------------------------------------------------------------
+# ---- Links from a pretrained multilingual encoder -------------------------------------------------------------------
+
+def extract_links(source, source_word, target, target_word, threshold=1e-3):
+    """awesome-align (Dou, Neubig 2021): two pieces are linked where the softmax of their similarity exceeds the
+    threshold both ways, two words where any of their pieces are. source (m, D) and target (n, D) are the vectors of
+    the pieces, source_word (m,) and target_word (n,) the words that they belong to."""
+    similarity = np.asarray(source, np.float64) @ np.asarray(target, np.float64).T  # (m, n)
+
+    def softmax(axis):
+        e = np.exp(similarity - similarity.max(axis, keepdims=True))
+        return e / e.sum(axis, keepdims=True)
+    m, n = np.nonzero((softmax(1) > threshold) & (softmax(0) > threshold))
+    return sorted({(int(source_word[a]), int(target_word[b])) for a, b in zip(m, n)})
+
+
+def contextual_links(pairs, name, layer=8):
+    """name: a model with a fast tokenizer, as transformers takes it: bert-base-multilingual-cased, or a folder."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+    tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
+
+    def vectors(words):
+        pieces = tokenizer([words], is_split_into_words=True, truncation=True, return_tensors="pt")
+        with torch.inference_mode():
+            layers = model(**pieces, output_hidden_states=True).hidden_states
+        word = np.array([-1 if w is None else w for w in pieces.word_ids(0)])  # None: [CLS] and [SEP]
+        return layers[min(layer, len(layers) - 1)][0].numpy()[word >= 0], word[word >= 0]
+    return [extract_links(*vectors(a), *vectors(b)) if a and b else [] for a, b in pairs]
+
+
+# ---- Word times -----------------------------------------------------------------------------------------------------
+
+def word_times(frames, word_of_token, frame_s):
+    """frames (U,): the encoder frame that wrote each token; word_of_token (U,): the word it belongs to, -1 for a tag.
+    -> for each word the end in seconds of the frame that wrote its last token."""
+    last = {word: int(frame) for word, frame in zip(word_of_token, frames, strict=True)}
+    return [(last[word] + 1) * frame_s for word in range(len(last.keys() - {-1}))]
+
+
+def times_by_checkpoint(rows, path):
+    """The best path through a trained transducer (Viterbi) says when each word that it writes is complete."""
+    import torch
+    from tqdm import tqdm
+    import serialize
+    from model import load, log_mel, pad_samples
+    from rnnt_loss import joint_rnnt_align
+    from stream import read_audio
+    model, beside = load(path)
+    tokenizer, joint = serialize.Tokenizer.from_dict(beside["tokenizer"]), model.joint
+    for row in tqdm(rows, desc="times", disable=None):
+        try:
+            ids = serialize.serialize(serialize.interleave(row, beside["mode"]), tokenizer)
+            samples = torch.from_numpy(read_audio(row.audio, row.start, row.duration))
+        except ValueError as error:
+            warn(f"{row.where}: no times: {error}")
+            continue
+        with torch.inference_mode():
+            frames, _ = model.encoder(log_mel(pad_samples(samples, model.config.subsampling))[None])
+            labels, _ = model.label_encoder(torch.tensor([ids]))
+            path = joint_rnnt_align(joint.encoder_proj(frames), joint.label_proj(labels), joint.output.weight,
+                                    joint.output.bias, torch.tensor([ids]), torch.tensor([frames.shape[1]]),
+                                    torch.tensor([len(ids)]), blank=0)[0].tolist()
+        parser, written = serialize.StreamParser(tokenizer), {}
+        for frame, token in zip(path, ids):
+            for tag, _ in parser.feed(token):  # the token that completes a word
+                written.setdefault(tag, []).append(frame)
+        yield row, {tag: word_times(ends, range(len(ends)), model.config.frame_s) for tag, ends in written.items()}
+
+
+def read_times(path):
+    """A CTM, `utterance channel start duration word` a line, or a folder of Praat TextGrids with a tier named words
+    -> {utterance: [(word, end)]}, without silences."""
+    found = {}
+    if not Path(path).is_dir():
+        for n, line in enumerate(read_lines(path), 1):
+            fields = line.partition(";;")[0].split()
+            try:
+                if fields:
+                    found.setdefault(fields[0], []).append((fields[4], float(fields[2]) + float(fields[3])))
+            except (ValueError, IndexError):
+                warn(f"{path}:{n}: left out, not a line of a CTM: {line[:80]!r}")
+    for file in sorted(Path(path).glob("*.TextGrid")):
+        raw = file.read_bytes()
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace")
+        tier = re.search(r'"IntervalTier"\s+(?:name = )?"words"(.*?)(?:"IntervalTier"|"TextTier"|$)', text, re.S | re.I)
+        if not tier:
+            warn(f"{file}: left out, no interval tier named words")
+            continue
+        intervals = re.findall(r'([-+.\de]+)\s+(?:text = )?"((?:[^"]|"")*)"', tier[1])  # the long form and the short one
+        found[file.stem] = [(word.strip().replace('""', '"'), float(end)) for end, word in intervals]
+    silence = ("", "sil", "sp", "<eps>")
+    return {name: [(word, end) for word, end in words if word not in silence] for name, words in found.items()}
+
+
+def times_by_annotation(rows, path):
+    known = read_times(path)
+    for row in rows:
+        found = known.get(row.id, [])
+        if [word.lower() for word, _ in found] == (row.asr or "").lower().split():
+            yield row, {"<asr>": [end for _, end in found]}
+        else:
+            warn(f"{row.where}: no times: {len(found)} words of {row.id!r} in {path} are not those of {row.asr!r}")
+
+
+# ---- Files and the command line -------------------------------------------------------------------------------------
 
 def warn(message):
     print(message, file=sys.stderr)
 
 
 def read_lines(path):
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8", newline="\n") as file:
-        return file.read().removesuffix("\n").split("\n")
+    with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+        return [line.decode("utf-8-sig", "surrogateescape") for line in file.read().removesuffix(b"\n").split(b"\n")]
 
 
-def read_pairs(path, on_bad=warn):
-    """`source words ||| target words` a line -> pairs; a bad line is reported and becomes a pair of empty lists."""
-    pairs = []
-    for number, line in enumerate(read_lines(path), 1):
-        sides = [side.split() for side in line.split("|||")]
-        problem = ("a NUL character" if "\0" in line else
-                   f"{len(sides) - 1} separators ||| instead of one" if len(sides) != 2 else
-                   "" if sides[0] and sides[1] else "an empty side")
-        if problem:
-            on_bad(f"{path}:{number}: {problem} in {line[:80]!r}")
-        pairs.append(([], []) if problem else tuple(sides))
-    return pairs
+def check_pair(source, target, where):
+    """The words of both sides; of a pair that cannot be aligned, which is reported, two empty lists."""
+    text = f"{source} {target}"
+    problem = ("a NUL character" if "\0" in text else "a separator inside a side" if "|||" in text else
+               "bytes that are not UTF-8" if re.search("[\udc80-\udcff]", text) else
+               "" if source.split() and target.split() else "an empty side")
+    if problem:
+        warn(f"{where}: not aligned, {problem}: {source[:40]!r} ||| {target[:40]!r}")
+    return ([], []) if problem else (source.split(), target.split())
 
 
-def read_gold(path, pairs, on_bad=warn):
-    """`i-j` (sure) and `ipj` (possible) links -> (sure, possible); a link out of range is reported and left out."""
-    sure, possible = [set() for _ in pairs], [set() for _ in pairs]
-    lines = read_lines(path)
+def read_pairs(path):
+    return [check_pair(*line.partition("|||")[::2], f"{path}:{n}") for n, line in enumerate(read_lines(path), 1)]
+
+
+def read_gold(path, pairs):
+    """`i-j` (sure) and `ipj` (possible) -> (sure, possible); a link out of range is reported and left out."""
+    lines, gold = read_lines(path), {"-": [set() for _ in pairs], "p": [set() for _ in pairs]}
     if len(lines) != len(pairs):
-        on_bad(f"{path}:{min(len(lines), len(pairs)) + 1}: {len(lines)} lines of links for {len(pairs)} pairs")
-    for s, line in enumerate(lines[:len(pairs)]):
+        warn(f"{path}:{min(len(lines), len(pairs)) + 1}: {len(lines)} lines of links for {len(pairs)} pairs")
+    for n, (line, (a, b)) in enumerate(zip(lines, pairs)):
         for link in line.split():
-            i, mark, j = link.partition("-" if "-" in link else "p")
-            if not (mark and i.isdecimal() and j.isdecimal() and int(i) < len(pairs[s][0]) and int(j) < len(pairs[s][1])):
-                on_bad(f"{path}:{s + 1}: link {link!r} does not fit {len(pairs[s][0])} x {len(pairs[s][1])} words")
-                continue
-            (sure if mark == "-" else possible)[s].add((int(i), int(j)))
-    return sure, possible
-
-
-def align_manifest(path, out):
-    """Add `links` to every row of a manifest that has a transcription and a translation."""
-    import serialize
-    rows = serialize.read_manifest(path)
-    jobs = {}
-    for row in rows:
-        for language, text in row.st.items():
-            if row.asr and row.asr.split() and text.split():
-                jobs.setdefault(language, []).append((row, row.asr.split(), text.split()))
+            match = re.fullmatch(r"(\d+)([-p])(\d+)", link)
+            if match and int(match[1]) < len(a) and int(match[3]) < len(b):
+                gold[match[2]][n].add((int(match[1]), int(match[3])))
             else:
-                warn(f"{row.where}: nothing to align: an empty side ({language})")
-    for language, items in jobs.items():
-        for (row, _, _), links in zip(items, align_bitext([(a, b) for _, a, b in items])):
-            row.links[language] = links
-    serialize.write_manifest(out, rows)
-    warn(f"{out}: links for " + ", ".join(f"{len(items)} rows ({language})" for language, items in jobs.items()))
+                warn(f"{path}:{n + 1}: left out, {link!r} is not a link between {len(a)} and {len(b)} words")
+    return gold["-"], gold["p"]
+
+
+def align_manifest(options, aligner):
+    """Add links and times to the rows of a manifest. Links that are there stay, and are compared; so are times."""
+    from serialize import read_manifest, write_manifest
+    rows = read_manifest(options.input)
+    for lang in sorted({lang for row in rows for lang in row.st}):
+        todo = [row for row in rows if row.asr is not None and lang in row.st]
+        links = aligner([check_pair(row.asr, row.st[lang], row.where) for row in todo])
+        given = [(found, row.links[lang]) for row, found in zip(todo, links) if lang in row.links]
+        score = f", AER {100 * aer(*zip(*given)):.1f}" if given else ""
+        warn(f"{lang}: {len(todo)} rows aligned, {len(given)} keep the links that they had{score}")
+        for row, found in zip(todo, links):
+            row.links.setdefault(lang, found or [(len(row.asr.split()) - 1, 0)])  # no idea: say it when all was heard
+    errors = {}
+    find = times_by_checkpoint if str(options.times).endswith(".pt") else times_by_annotation
+    for row, streams in find(rows, options.times) if options.times else ():
+        for tag, ends in streams.items():
+            lang, ends = tag[4:-1], [round(end, 3) for end in ends]
+            known = (row.times if tag == "<asr>" else row.st_times.get(lang)) or []
+            errors.setdefault(tag, []).extend(abs(a - b) for a, b in zip(ends, known) if b is not None)
+            if tag == "<asr>":
+                row.times = ends
+            else:
+                row.st_times[lang] = ends
+    for tag, error in errors.items():
+        if error:
+            warn(f"{tag}: |end - reference| of {len(error)} words: median {np.median(error):.3f} s, "
+                 f"90th percentile {np.percentile(error, 90):.3f} s")
+    write_manifest(options.out, rows)
+
+
+def demonstrate():
+    texts = ("das haus", "the house"), ("das buch ist neu", "the book is new"), ("das haus ist alt", "the house is old")
+    pairs = [(a.split(), b.split()) for a, b in texts]
+    for (a, b), links in zip(pairs, align_bitext(pairs)):
+        print()
+        for j, word in enumerate(b):
+            print(" " * 12 + "  " * j + word)
+        for i, word in enumerate(a):
+            print(f"{word:>10}  " + " ".join("#" if (i, j) in links else "." for j in range(len(b))))
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Word alignment of a bitext (links on standard output) or a manifest.")
-    parser.add_argument("input", help="FILE.pairs (`a b ||| c d` a line) or a manifest IN.jsonl")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", nargs="?", help="FILE.pairs, or a manifest IN.jsonl")
     parser.add_argument("-o", "--out", help="the manifest to write")
-    parser.add_argument("--train", nargs="*", default=[], metavar="FILE.pairs", help="more text to learn from")
-    parser.add_argument("--gold", help="gold links (`i-j` sure, `ipj` possible): print the error rate to standard error")
+    parser.add_argument("--train", nargs="+", default=[], metavar="FILE.pairs", help="more text to learn from")
+    parser.add_argument("--gold", help="`i-j` sure, `ipj` possible: print the alignment error rate to standard error")
+    parser.add_argument("--model", help="a multilingual encoder for transformers: its name or folder")
+    parser.add_argument("--times", help="a checkpoint RUN/model.pt, a CTM, or a folder of TextGrids: times of words")
     options = parser.parse_args()
+    aligner = (lambda pairs: contextual_links(pairs, options.model)) if options.model else align_bitext
+    if not options.input:
+        return demonstrate()
     if options.input.endswith(".jsonl"):
-        if not options.out:
-            parser.error("a manifest needs -o OUT.jsonl")
-        return align_manifest(options.input, options.out)
+        return align_manifest(options, aligner) if options.out else parser.error("a manifest needs -o OUT.jsonl")
     pairs = read_pairs(options.input)
-    more = [pair for path in options.train for pair in read_pairs(path)]
-    links = align_bitext(pairs + more)[:len(pairs)]
-    print("\n".join(map(pharaoh, links)))
+    links = aligner(pairs + [pair for path in options.train for pair in read_pairs(path)])[:len(pairs)]
+    print("\n".join(" ".join(f"{i}-{j}" for i, j in pair) for pair in links))
     if options.gold:
-        sure, possible = read_gold(options.gold, pairs)
-        warn(f"AER {100 * aer(links, sure, possible):.1f}")
+        warn(f"AER {100 * aer(links, *read_gold(options.gold, pairs)):.1f}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"align.py: {error}")
