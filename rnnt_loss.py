@@ -275,9 +275,9 @@ def _empty(shape, dtype):
 
 
 # ------------------------------------------------------------------------------------------------------------ checking
-def _make_job(shape, device, targets, logit_lengths, target_lengths, blank, *, fused=True, fastemit=0.0, delay=0.0,
+def _make_job(shape, like, targets, logit_lengths, target_lengths, blank, *, fused=True, fastemit=0.0, delay=0.0,
               clamp=-1.0):
-    B, T, U1, V = shape
+    (B, T, U1, V), device = shape, like.device
     blank_id = blank + V if blank < 0 else blank
     if not 0 <= blank_id < V:
         raise ValueError(f"blank is {blank}, but there are {V} logits per node")
@@ -312,25 +312,23 @@ def _check_lengths(name, lengths, low, high):
                 raise ValueError(f"{name}[{b}] is {n}, outside {low}..{high}")
 
 
-def _reduce(costs, reduction):
-    if reduction == "none":
-        return costs
-    if reduction not in ("mean", "sum"):
+def _check_reduction(reduction):
+    if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction is {reduction!r}, not 'none', 'mean' or 'sum'")
-    return costs.sum() / max(1, len(costs)) if reduction == "mean" else costs.sum()
+    return reduction
 
 
 _EVERY = torch.empty(0, dtype=torch.int64)     # no list of nodes: row i is node i
 
 
-def _backend(device):
+def _backend(device, dtype):
     return _Cpu
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, job, want):
-        ctx.job, ctx.backend = job, _backend(logits.device)
+        ctx.job, ctx.backend = job, _backend(logits.device, logits.dtype)
         ctx.save_for_backward(logits)
         ctx.backend.log_probs(logits.view(-1, logits.shape[-1]), 0, _EVERY, job)
         ctx.backend.lattice(job, want)
@@ -351,76 +349,146 @@ def rnnt_loss(logits, targets, logit_lengths, target_lengths, blank=-1, clamp=-1
 
     logits (B,T,U1,V) float, targets (B,U), logit_lengths (B,), target_lengths (B,) integers.
     """
-    job = _make_job(logits.shape, logits.device, targets, logit_lengths, target_lengths, blank,
+    job = _make_job(logits.shape, logits, targets, logit_lengths, target_lengths, blank,
                     fused=fused_log_softmax, fastemit=fastemit_lambda, delay=delay_penalty, clamp=clamp)
     costs = _Loss.apply(logits.contiguous(), job, torch.is_grad_enabled() and logits.requires_grad)
-    return _reduce(costs, reduction)
+    if _check_reduction(reduction) == "none":
+        return costs
+    return costs.sum() / (max(1, len(costs)) if reduction == "mean" else 1)
 
 
 # ----------------------------------------------------------------------------------------------- fused with the joint
+class _Joint:
+    """The joint network over tiles of packed nodes: whole utterances where they fit the budget, else some frames."""
+    def __init__(self, inputs, job, lengths, tile_bytes):
+        kind, encoder_out = inputs[0].device.type, inputs[0]
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else encoder_out.dtype
+        self.encoder_out, self.label_out = encoder_out.detach(), inputs[1].detach()
+        self.weight, self.bias = inputs[2].detach().to(dtype), inputs[3].detach().to(dtype)
+        self.wide = torch.float64 if dtype == torch.float64 else torch.float32       # of costs and sums of gradients
+        self.job, self.backend = job, _backend(encoder_out.device, dtype)
+        V, J = self.weight.shape
+        self.widths, rows = [u + 1 for u in lengths[1]], max(1, tile_bytes // ((2 * V + 3 * J) * self.weight.itemsize))
+        self.tiles, self.whole = _tiles(lengths[0], self.widths, rows)
+        T, U1 = job.lse.shape[1:]
+        nodes = [((b * T + np.arange(n))[:, None] * U1 + np.arange(w)).ravel()
+                 for b, (n, w) in enumerate(zip(lengths[0], self.widths))]
+        self.nodes = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *nodes])).to(encoder_out.device)
+
+    def rows(self, tile):
+        return sum((t1 - t0) * self.widths[b] for b, t0, t1 in tile)
+
+    def pieces(self, tile, packed):
+        """The rows of each piece (b, t0, t1) of a tile, as a (frames, labels + 1, width) view."""
+        row = 0
+        for b, t0, t1 in tile:
+            n = (t1 - t0) * self.widths[b]
+            yield b, slice(t0, t1), packed[row:row + n].view(t1 - t0, self.widths[b], -1)
+            row += n
+
+    def __iter__(self):                                    # -> tile, first node, hidden (n,J), logits and room (n,V)
+        first, most = 0, max(map(self.rows, self.tiles), default=0)
+        V, J = self.weight.shape
+        hidden, logits, room = (self.weight.new_empty((most, n)) for n in (J, V, V))
+        for tile in self.tiles:
+            n = self.rows(tile)
+            for b, ts, part in self.pieces(tile, hidden):
+                torch.add(self.encoder_out[b, ts, None], self.label_out[b, :part.shape[1]], out=part)
+            torch.addmm(self.bias, hidden[:n].tanh_(), self.weight.T, out=logits[:n])
+            yield tile, first, hidden[:n], logits[:n], room[:n]
+            first += n
+
+    def zeros(self):
+        inputs = (self.encoder_out, self.label_out, self.weight, self.bias)
+        return [torch.zeros(a.shape, dtype=self.wide, device=a.device) for a in inputs]
+
+    def add_gradients(self, grads, scale, tile, first, hidden, logits, grad):
+        self.backend.gradient(logits, first, self.nodes, self.job, scale, grad)
+        d_encoder, d_label, d_weight, d_bias = grads
+        if grad.dtype == self.wide:
+            d_weight.addmm_(grad.T, hidden)
+        else:
+            d_weight += grad.T @ hidden
+        d_bias += grad.sum(0, dtype=self.wide)
+        d_sum = torch.ops.aten.tanh_backward(grad @ self.weight, hidden)
+        for b, ts, part in self.pieces(tile, d_sum):
+            d_encoder[b, ts] = part.sum(1, dtype=self.wide)
+            d_label[b, :part.shape[1]] += part.sum(0, dtype=self.wide)
+
+
+def _tiles(frames, widths, rows):
+    """Pieces (b, t0, t1) gathered into tiles of about `rows` nodes, and whether no utterance had to be cut."""
+    tiles, room, whole = [], 0, True
+    for b, (T, width) in enumerate(zip(frames, widths)):
+        fits, t = T * width <= rows, 0
+        whole = whole and fits
+        while t < T:
+            if room < (T if fits else 1) * width:
+                tiles.append([])
+                room = rows
+            n = max(1, min(T - t, room // width))
+            tiles[-1].append((b, t, t + n))
+            t, room = t + n, room - n * width
+    return tiles, whole
+
+
 class _JointLoss(torch.autograd.Function):
-    """Tiles of packed nodes: joint -> (lse, blank, label) -> dropped; again for the gradient."""
+    """Each tile: joint -> (lse, blank, label) -> dropped, and computed again for the gradient in backward. Where whole
+    utterances fit a tile and one upstream factor serves all (mean, sum), its gradient is formed at once instead."""
     @staticmethod
-    def forward(ctx, encoder_out, label_out, weight, bias, job, want, dtype):
-        ctx.job, ctx.backend, ctx.dtype = job, _backend(encoder_out.device), dtype
+    def forward(ctx, encoder_out, label_out, weight, bias, joint, factor, want):
         ctx.save_for_backward(encoder_out, label_out, weight, bias)
-        ctx.nodes = _valid_nodes(job)
-        for first, _, _, x in _joint_tiles(encoder_out, label_out, weight, bias, ctx):
-            ctx.backend.log_probs(x, first, ctx.nodes, job)
-        ctx.backend.lattice(job, want)
-        return job.costs.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        ctx.joint, ctx.factor, job, backend = joint, factor, joint.job, joint.backend
+        ctx.grads = joint.zeros() if want and factor and joint.whole else None
+        scale = torch.full_like(job.costs, factor or 1)
+        for tile, first, hidden, logits, room in joint:
+            backend.log_probs(logits, first, joint.nodes, job)
+            if ctx.grads:
+                some = slice(tile[0][0], tile[-1][0] + 1)
+                backend.lattice(Job(*(a[some] if isinstance(a, torch.Tensor) else a for a in job)), True)
+                joint.add_gradients(ctx.grads, scale, tile, first, hidden, logits, room)
+        if not ctx.grads:
+            backend.lattice(job, want)
+        return (job.costs.sum() * factor if factor else job.costs).to(joint.wide)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_costs):
-        encoder_out, label_out, weight, bias = ctx.saved_tensors
-        wide = torch.float64 if ctx.dtype == torch.float64 else torch.float32
-        d_enc, d_lab, d_weight, d_bias = (torch.zeros_like(a, dtype=wide) for a in ctx.saved_tensors)
-        for first, (e, l), hidden, x in _joint_tiles(encoder_out, label_out, weight, bias, ctx):
-            grad = torch.empty_like(x)
-            ctx.backend.gradient(x, first, ctx.nodes, ctx.job, grad_costs.double().contiguous(), grad)
-            d_weight += (grad.T @ hidden)
-            d_bias += grad.sum(0)
-            d_pre = (grad @ weight.to(ctx.dtype)) * (1 - hidden * hidden)
-            d_enc.view(-1, d_enc.shape[-1]).index_add_(0, e, d_pre.to(wide))
-            d_lab.view(-1, d_lab.shape[-1]).index_add_(0, l, d_pre.to(wide))
-        return (*(g.to(a.dtype) for g, a in zip((d_enc, d_lab, d_weight, d_bias), ctx.saved_tensors)), None, None, None)
-
-
-def _valid_nodes(job):
-    B, T, U1 = job.lse.shape
-    grid = torch.arange(B * T * U1, device=job.lse.device).view(B, T, U1)
-    steps = torch.arange(max(T, U1), device=job.lse.device)
-    return grid[(steps[:T] < job.frames[:, None])[:, :, None] & (steps[:U1] <= job.counts[:, None])[:, None]]
-
-
-def _joint_tiles(encoder_out, label_out, weight, bias, ctx):
-    U1, T = ctx.job.labels.shape[1], ctx.job.lse.shape[1]
-    rows = max(1, TILE_BYTES // ((2 * len(weight) + 3 * weight.shape[1]) * 4))
-    flat_enc, flat_lab = encoder_out.reshape(-1, encoder_out.shape[-1]), label_out.reshape(-1, label_out.shape[-1])
-    weight, bias = weight.to(ctx.dtype), bias.to(ctx.dtype)
-    for first in range(0, len(ctx.nodes), rows):
-        n = ctx.nodes[first:first + rows]
-        e, l = n // U1, n // (T * U1) * U1 + n % U1
-        hidden = (flat_enc[e] + flat_lab[l]).tanh_().to(ctx.dtype)
-        yield first, (e, l), hidden, torch.addmm(bias, hidden, weight.T)
+    def backward(ctx, upstream):
+        inputs, joint = ctx.saved_tensors, ctx.joint       # fetched: an input changed in place since is an error
+        if ctx.grads:
+            grads = [g * upstream for g in ctx.grads]
+        else:
+            grads, scale = joint.zeros(), (upstream.double() * (ctx.factor or 1)).expand_as(joint.job.costs).contiguous()
+            for tile, first, hidden, logits, room in joint:
+                joint.add_gradients(grads, scale, tile, first, hidden, logits, room)
+        return (*(g.to(a.dtype) for g, a in zip(grads, inputs)), None, None, None)
 
 
 def joint_rnnt_loss(encoder_out, label_out, weight, bias, targets, logit_lengths, target_lengths, *, blank,
-                    reduction="mean", fastemit_lambda=0.0, delay_penalty=0.0):
+                    reduction="mean", fastemit_lambda=0.0, delay_penalty=0.0, tile_bytes=TILE_BYTES):
     """rnnt_loss(tanh(encoder_out[:, :, None] + label_out[:, None]) @ weight.T + bias, ...) without its logits.
 
-    encoder_out (B,T,J) and label_out (B,U1,J) are already projected; weight (V,J), bias (V,).
+    encoder_out (B,T,J) and label_out (B,U1,J) are already projected; weight (V,J), bias (V,). Under autocast the joint
+    is computed in its dtype. Lengths on the CPU cost no synchronisation with a GPU. tile_bytes bounds the memory.
     """
-    shape = (*encoder_out.shape[:2], label_out.shape[1], len(weight))
-    job = _make_job(shape, encoder_out.device, targets, logit_lengths, target_lengths, blank,
-                    fastemit=fastemit_lambda, delay=delay_penalty)
     inputs = (encoder_out, label_out, weight, bias)
-    kind = encoder_out.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else encoder_out.dtype
+    joint = _make_joint(inputs, targets, logit_lengths, target_lengths, blank, tile_bytes,
+                        fastemit=fastemit_lambda, delay=delay_penalty)
+    factor = {"none": None, "sum": 1.0, "mean": 1 / max(1, len(targets))}[_check_reduction(reduction)]
     want = torch.is_grad_enabled() and any(a.requires_grad for a in inputs)
-    with torch.autocast(kind, enabled=False):
-        return _reduce(_JointLoss.apply(*inputs, job, want, dtype), reduction)
+    with torch.autocast(encoder_out.device.type, enabled=False):
+        return _JointLoss.apply(*inputs, joint, factor, want)
+
+
+def _make_joint(inputs, targets, logit_lengths, target_lengths, blank, tile_bytes, **options):
+    encoder_out, label_out, weight, bias = inputs
+    if encoder_out.shape[2] != label_out.shape[2] or weight.shape != (len(bias), encoder_out.shape[2]):
+        raise ValueError("the joint's widths disagree: encoder_out {}, label_out {}, weight {}, bias {}".format(
+            *(tuple(a.shape) for a in inputs)))
+    logit_lengths, target_lengths = logit_lengths.cpu(), target_lengths.cpu()
+    shape = (*encoder_out.shape[:2], label_out.shape[1], len(weight))
+    job = _make_job(shape, encoder_out, targets, logit_lengths, target_lengths, blank, **options)
+    return _Joint(inputs, job, (logit_lengths.tolist(), target_lengths.tolist()), tile_bytes)
 
 
 # ------------------------------------------------------------------------------------------------------------- Viterbi
@@ -454,18 +522,16 @@ def _align(job):
 @torch.no_grad()
 def rnnt_align(logits, targets, logit_lengths, target_lengths, *, blank):
     """The frame (B,U) at which the best path emits each label; -1 beyond the target's length."""
-    job = _make_job(logits.shape, logits.device, targets, logit_lengths, target_lengths, blank)
-    _backend(logits.device).log_probs(logits.contiguous().view(-1, logits.shape[-1]), 0, _EVERY, job)
+    job = _make_job(logits.shape, logits, targets, logit_lengths, target_lengths, blank)
+    _backend(logits.device, logits.dtype).log_probs(logits.contiguous().view(-1, logits.shape[-1]), 0, _EVERY, job)
     return _align(job)
 
 
 @torch.no_grad()
 def joint_rnnt_align(encoder_out, label_out, weight, bias, targets, logit_lengths, target_lengths, *, blank):
     """rnnt_align without the logits; arguments as joint_rnnt_loss."""
-    shape = (*encoder_out.shape[:2], label_out.shape[1], len(weight))
-    ctx = namedtuple("Context", "job nodes dtype")
-    job = _make_job(shape, encoder_out.device, targets, logit_lengths, target_lengths, blank)
-    ctx = ctx(job, _valid_nodes(job), encoder_out.dtype)
-    for first, _, _, x in _joint_tiles(encoder_out, label_out, weight, bias, ctx):
-        _backend(encoder_out.device).log_probs(x, first, ctx.nodes, job)
-    return _align(job)
+    joint = _make_joint((encoder_out, label_out, weight, bias), targets, logit_lengths, target_lengths, blank,
+                        TILE_BYTES)
+    for _, first, _, logits, _ in joint:
+        joint.backend.log_probs(logits, first, joint.nodes, joint.job)
+    return _align(joint.job)
