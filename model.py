@@ -63,18 +63,18 @@ class Config:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, not {value!r}")
-        if self.dim % self.heads:
-            raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
-        if self.subsampling not in (2, 4, 8):
-            raise ValueError(f"subsampling must be 2, 4 or 8, not {self.subsampling!r}")
-        if not self.chunks or any(not isinstance(c, int) or c < 0 for c in self.chunks):
-            raise ValueError(f"chunks must be frames, at least one, 0 for the whole utterance, not {self.chunks!r}")
-        if self.left_frames < 0 or self.ctc_vocab < 0:
-            raise ValueError(f"left_frames {self.left_frames} and ctc_vocab {self.ctc_vocab} must not be negative")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout!r}")
-        if self.label_encoder not in ("transformer", "lstm"):
-            raise ValueError(f'label_encoder must be "transformer" or "lstm", not {self.label_encoder!r}')
+        for right, message in (
+                (self.dim % self.heads == 0, f"dim {self.dim} is not divisible by heads {self.heads}"),
+                (self.subsampling in (2, 4, 8), f"subsampling must be 2, 4 or 8, not {self.subsampling!r}"),
+                (self.chunks and all(isinstance(c, int) and c >= 0 for c in self.chunks),
+                 f"chunks must be one or more numbers of frames, 0 for the whole utterance, not {self.chunks!r}"),
+                (self.left_frames >= 0, f"left_frames {self.left_frames} must not be negative"),
+                (self.ctc_vocab >= 0, f"ctc_vocab {self.ctc_vocab} must not be negative"),
+                (0 <= self.dropout < 1, f"dropout must lie in [0, 1), not {self.dropout!r}"),
+                (self.label_encoder in ("transformer", "lstm"),
+                 f'label_encoder must be "transformer" or "lstm", not {self.label_encoder!r}')):
+            if not right:
+                raise ValueError(message)
 
     @property
     def frame_s(self) -> float:
@@ -146,7 +146,7 @@ class State:
     @staticmethod
     def join(states: list["State"]) -> "State":
         """One batch out of several."""
-        return State._each(states, torch.cat)
+        return State._each(states, torch.cat) if len(states) > 1 else states[0]
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them by name, layer after layer."""
@@ -256,9 +256,9 @@ class Stack(nn.Module):
 
 def remember(keys, values, filled, past):
     """The last `past` frames of the keys and values of every layer, zeros in front where there are fewer."""
-    def last(layers):
-        return tuple(F.pad(x, (0, 0, max(0, past - x.shape[2]), 0))[:, :, max(0, x.shape[2] - past):] for x in layers)
-    return {"keys": last(keys), "values": last(values), "filled": filled.clamp(max=past)}
+    def last(x):
+        return x[:, :, x.shape[2] - past:] if x.shape[2] >= past else F.pad(x, (0, 0, past - x.shape[2], 0))
+    return {"keys": tuple(map(last, keys)), "values": tuple(map(last, values)), "filled": filled.clamp(max=past)}
 
 
 # ---------------------------------------------------------------------------------------------------------- encoder
@@ -406,13 +406,10 @@ def load(path, map_location="cpu") -> tuple[Transducer, dict]:
     path = os.fspath(path)
     content = _read(path, map_location)
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of this project")
+        raise ValueError(f"{path}: not a checkpoint of this project: it lacks the mark {CHECKPOINT_FORMAT!r}")
     if content.get("version") != CHECKPOINT_VERSION:
         raise ValueError(f"{path}: checkpoint version {content.get('version')!r}, this code reads {CHECKPOINT_VERSION}")
     try:
-        known = {field.name for field in fields(Config)}
-        if unknown := sorted(set(content["config"]) - known):
-            raise ValueError(f"unknown options {unknown}")
         config = Config(**{**content["config"], "chunks": tuple(content["config"]["chunks"])})
         model = Transducer(config).to(map_location)
         model.load_state_dict(content["model"])
@@ -422,14 +419,13 @@ def load(path, map_location="cpu") -> tuple[Transducer, dict]:
 
 
 def _read(path, map_location):
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file")
-    if not zipfile.is_zipfile(path):  # what torch.save writes is a zip archive
-        raise ValueError(f"{path}: not a checkpoint (or cut off)")
     try:
+        if not zipfile.is_zipfile(path):  # what torch.save writes is a zip archive
+            raise ValueError("something else, or cut off" if os.path.exists(path) else "no such file")
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: refused, it holds more than tensors and plain data: {error}") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: refused, it holds more than tensors and plain data: {reason}") from None
     except Exception as error:
         raise ValueError(f"{path}: not a checkpoint: {error}") from None
 

@@ -1,0 +1,269 @@
+"""Every timing table of the README, each by one command.
+
+    python tests/bench.py stream               chunks, real-time factors, where the time goes, an hour of audio
+"""
+import argparse
+import hashlib
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def machine():
+    """One line for under a table: a figure means nothing without it."""
+    return (f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
+            f"{torch.get_num_threads()} thread(s)")
+
+
+# ---- stream: the network and the search, chunk by chunk --------------------------------------------------------------
+#
+# Random weights write nothing or everything, and then there is no search to time. So three tones, 10 a second, are
+# planted in noise, and three units of every layer on the way are set by hand so that the network hears them: the tone
+# and the label written last decide together what is written next, one label a tone. All else stays random, and every
+# product is computed as in a trained network.
+
+TONES = (500.0, 1500.0, 3500.0)
+LABELS_PER_S = 10
+
+
+def tones(start_s, seconds, seed=0):
+    """`seconds` of the planted audio from `start_s` on, the same wherever it is cut at whole seconds."""
+    at = np.arange(round(seconds * 16000)) / 16000
+    hz = np.array(TONES)[(np.floor((start_s + at) * LABELS_PER_S) % 3).astype(int)]
+    noise = np.random.default_rng((seed, round(start_s))).standard_normal(len(at))
+    return (0.3 * np.sin(2 * np.pi * hz * (at % 1)) + 0.01 * noise).astype(np.float32)
+
+
+@torch.no_grad()
+def planted(config, labels):
+    """A model that writes labels[k] when it hears tone k after tone k - 1."""
+    from model import Transducer, log_mel
+    torch.manual_seed(0)
+    model = Transducer(config).eval()
+    encoder, joint = model.encoder, model.joint
+    encoder.set_statistics(torch.tensor(0.0), torch.tensor(4.0))  # a tone is about 1.7, the noise -1
+    for k, hz in enumerate(TONES):
+        tone = torch.sin(2 * torch.pi * hz * torch.arange(400) / 16000) * 0.3
+        unit = log_mel(tone)[0].argmax()  # the band that hears it
+        for conv in encoder.convolutions:
+            conv.weight[k], conv.bias[k] = 0, 0
+            conv.weight[k, -conv.in_features // 3 + unit] = 1
+            unit = k
+        encoder.project.weight[k], encoder.project.bias[k] = 0, 0
+        encoder.project.weight[k, k] = 12 * (config.dim / 144) ** 0.5
+        model.label_encoder.embedding.weight[:, k] = 0
+        for proj, dim in ((joint.encoder_proj, k), (joint.label_proj, (k - 1) % 3)):
+            proj.weight[k], proj.bias[k] = 0, -4.5  # heard: about 1, not heard: -4.5; so the sum is an AND
+            proj.weight[k, dim] = 6 / config.dim ** 0.5
+    for k, label in enumerate(labels):
+        model.label_encoder.embedding.weight[label, k] = 20 * (config.dim / 144) ** 0.5
+        joint.output.weight[label, k] = 50
+    model.label_encoder.embedding.weight[0, 2] = 20 * (config.dim / 144) ** 0.5
+    joint.output.bias[0] = 15
+    return model
+
+
+def planted_streamer(preset, **options):
+    """-> a function that makes a Streamer, all on one model. The labels spell words of three letters."""
+    from model import PRESETS
+    from serialize import Tokenizer
+    from stream import Streamer
+
+    class Sized(Tokenizer):  # as many ids as the preset has, without training them
+        def __len__(self):
+            return PRESETS[preset].vocab
+
+    tokenizer = Sized(("<asr>",))
+    model = planted(PRESETS[preset], [tokenizer.first_byte + byte for byte in b"ab "])
+    return model, lambda: Streamer(model, tokenizer, **options)
+
+
+class Clock:
+    """Adds up the time spent in parts of a model, by hooks."""
+
+    def __init__(self, model):
+        import stream
+        self.seconds = dict.fromkeys(("features", "encoder", "label encoder", "joint"), 0.0)
+        self.stream, self.log_mel, self.handles = stream, stream.log_mel, []
+        stream.log_mel = self.timed("features", self.log_mel)
+        parts = {"encoder": [model.encoder], "label encoder": [model.label_encoder],
+                 "joint": [model.joint.encoder_proj, model.joint.label_proj, model.joint.output]}
+        for name, modules in parts.items():
+            for module in modules:
+                self.handles.append(module.register_forward_pre_hook(lambda *_: setattr(self, "began", now())))
+                self.handles.append(module.register_forward_hook(lambda *_, name=name: self.add(name)))
+
+    def timed(self, name, function):
+        def run(*arguments):
+            self.began = now()
+            try:
+                return function(*arguments)
+            finally:
+                self.add(name)
+        return run
+
+    def add(self, name):
+        self.seconds[name] += now() - self.began
+
+    def close(self):
+        self.stream.log_mel = self.log_mel
+        for handle in self.handles:
+            handle.remove()
+
+
+now = time.perf_counter
+
+
+def stream_chunks(streamer, audio):
+    """One chunk of audio per call -> seconds of every call, and the words."""
+    step = streamer.chunk * 160 * streamer.model.config.subsampling
+    words, times = [], []
+    for start in range(0, len(audio) + 1, step):
+        began = now()
+        words += streamer.accept(audio[start:start + step])
+        times.append(now() - began)
+    began = now()
+    words += streamer.flush()
+    times[-1] += now() - began
+    return times, words
+
+
+def speed_table(presets, seconds):
+    from model import log_mel, pad_samples
+    print(f"{'preset':7}{'chunk':>8}{'RTF':>8}{'median':>9}{'p99':>9}{'labels/s':>10}{'stream/offline':>16}"
+          "   features  encoder  labels  joint  rest")
+    for preset, chunk in presets:
+        model, new = planted_streamer(preset, chunk=chunk)
+        audio = tones(0, seconds)
+        stream_chunks(new(), audio[:5 * 16000])
+        times, words = stream_chunks(new(), audio)
+        clock = Clock(model)
+        whole = sum(stream_chunks(new(), audio)[0])
+        clock.close()
+        mel = log_mel(pad_samples(torch.from_numpy(audio[:20 * 16000]), model.config.subsampling))[None]
+        with torch.inference_mode():
+            offline = statistics.median(timed(lambda: model.encoder(mel, chunk=chunk)) for _ in range(3))
+            chunks = statistics.median(timed(lambda: encoder_in_chunks(model, mel, chunk)) for _ in range(3))
+        n_labels = sum(len(word.text) + 1 for word in words)
+        steps = sorted(1000 * t for t in times)
+        shares = [100 * part / whole for part in clock.seconds.values()]
+        print(f"{preset:7}{round(1000 * chunk * model.config.frame_s):5} ms{sum(times) / seconds:8.4f}"
+              f"{statistics.median(steps):6.2f} ms{steps[int(0.99 * len(steps))]:6.2f} ms{n_labels / seconds:10.1f}"
+              f"{chunks / offline:16.2f}" + "".join(f"{s:{w}.0f} %" for s, w in zip(shares + [100 - sum(shares)],
+                                                                                  (9, 7, 6, 5, 4))), flush=True)
+
+
+def encoder_in_chunks(model, mel, chunk):
+    state, step = model.encoder.initial_state(1, chunk), chunk * model.config.subsampling
+    for start in range(0, mel.shape[1], step):
+        _, state = model.encoder(mel[:, start:start + step], state=state)
+
+
+def timed(function):
+    began = now()
+    function()
+    return now() - began
+
+
+def many_streams(preset, count, seconds):
+    """The streams of a server: stepped one after the other, and in one batch."""
+    from stream import advance
+    _, new = planted_streamer(preset)
+    audio = [tones(100 * k, seconds, seed=k) for k in range(count)]
+    began = now()
+    alone = [spelled(stream_chunks(new(), one)[1]) for one in audio]
+    one_by_one, began = now() - began, now()
+    streamers, words = [new() for _ in audio], [[] for _ in audio]
+    for start in range(0, len(audio[0]), 5120):
+        for streamer, one in zip(streamers, audio):
+            streamer.push(one[start:start + 5120])
+        for mine, found in zip(words, advance(streamers)):
+            mine += found
+    for streamer in streamers:
+        streamer.closed = True
+    for mine, found in zip(words, advance(streamers)):
+        mine += found
+    batched = now() - began
+    same = sum(spelled(mine) == other for mine, other in zip(words, alone))
+    print(f"\n{count} streams of {seconds} s, {preset}: one by one {count * seconds / one_by_one:.0f} s of audio per "
+          f"second, in one batch {count * seconds / batched:.0f} ({one_by_one / batched:.1f} times); the same words in "
+          f"{same} of {count}")
+
+
+def spelled(words):
+    return [(word.stream, word.text, word.delay_ms, word.frame_s) for word in words]
+
+
+def long_stream(preset, minutes):
+    """Time per chunk and memory from one end to the other; then once more in other packets."""
+    digests = []
+    for packet in (None, 7001):
+        _, new = planted_streamer(preset)
+        streamer, digest, count, times, memory = new(), hashlib.sha256(), 0, [], []
+        step = packet or streamer.chunk * 160 * streamer.model.config.subsampling
+        rest = np.zeros(0, np.float32)
+        for minute in range(minutes):
+            audio = np.concatenate([rest, tones(60 * minute, 60, seed=1)])
+            used = len(audio) // step * step
+            times.append([])
+            for start in range(0, used, step):
+                began, frames = now(), streamer.frames
+                words = streamer.accept(audio[start:start + step])
+                times[-1] += [now() - began] if streamer.frames > frames else []
+                count += len(words)
+                digest.update(repr(spelled(words)).encode())
+            rest = audio[used:]
+            memory.append(resident_mb())
+        digest.update(repr(spelled(streamer.accept(rest) + streamer.flush())).encode())
+        digests.append(digest.hexdigest())
+        if packet is None:
+            first, last = (statistics.median(sum(part, [])) for part in (times[:5], times[-5:]))
+            print(f"\n{minutes} minutes, {preset}: {count} words; median per chunk {1000 * first:.3f} ms in the first "
+                  f"five minutes, {1000 * last:.3f} ms in the last five ({100 * (last / first - 1):+.1f} %); memory "
+                  f"{memory[min(4, minutes - 1)]:.1f} MB after five minutes, {memory[-1]:.1f} MB at the end")
+    print(f"in packets of {packet} samples: {'the same words' if digests[0] == digests[1] else 'OTHER WORDS'}")
+
+
+def resident_mb():
+    """Memory of this process now, or at its highest where /proc is not there."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def stream(options):
+    torch.set_num_threads(options.threads)
+    print(machine())
+    speed_table([("tiny", 8), ("small", 8), ("paper", 25)], options.seconds)
+    many_streams("tiny", 16, 20)
+    if options.minutes:
+        long_stream("tiny", options.minutes)
+
+
+# ---- Command line ----------------------------------------------------------------------------------------------------
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("stream", help="chunks, real-time factors, an hour of audio")
+    one.add_argument("--threads", type=int, default=1)
+    one.add_argument("--seconds", type=int, default=20, help="of audio for each preset")
+    one.add_argument("--minutes", type=int, default=60, help="of the long stream; 0: none")
+    one.set_defaults(run=stream)
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()
