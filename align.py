@@ -1,7 +1,4 @@
-"""align.py -- who translates whom, and when was it said.
-
-The interleaver of serialize.py needs to know which word of the translation belongs to which word of the transcription,
-and when each word ends. Both are found here; nothing is interleaved here.
+"""align.py -- who translates whom, and when was it said: what serialize.py needs to know before it interleaves.
 
     python align.py FILE.pairs > FILE.links                 0-0 1-2 ... for each line `a b ||| c d`
     python align.py IN.jsonl -o OUT.jsonl [--times SOURCE]  the same for a manifest, and the times of its words
@@ -35,7 +32,7 @@ from numba import njit, prange
 NULL = 0.02        # the chance that a word is said by no word of the other side
 WIDTH = 8          # jumps longer than this share one probability
 STEM = 4           # letters
-NEIGHBOURS = (-1, 0), (0, -1), (1, 0), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)
+METHODS = "posterior", "grow-diag-final-and", "intersection", "union", "forward", "backward"
 REORDER = {"reassoc", "contract", "arcp", "nsz"}  # the compiler may add in vector lanes, but must keep nan and inf
 
 
@@ -77,12 +74,14 @@ def make_bitext(pairs):
     by_word = np.argsort(arrays[0], kind="stable")  # all places of source word 0, then of word 1, ...
     sentence = np.repeat(np.arange(len(pairs)), np.diff(arrays[1]))
     latest = np.full(len(vocabularies[1]), -1, np.int32)
-    return Bitext(*arrays, cell_start, *number_entries(*arrays, cell_start, by_word, sentence, latest)), vocabularies
+    entries = number_entries(tuple(arrays), cell_start, by_word, sentence, latest)
+    return Bitext(*arrays, cell_start, *entries), vocabularies
 
 
 @njit(cache=True)
-def number_entries(source, source_start, target, target_start, cell_start, by_word, sentence, latest):
+def number_entries(arrays, cell_start, by_word, sentence, latest):
     """Number the word pairs that occur together, source word by source word: no sorting and no hashing."""
+    source, source_start, target, target_start = arrays
     entry, entry_source, entry_target = [np.empty(cell_start[-1], np.int32) for _ in range(3)]
     number, size = np.zeros(len(latest), np.int32), 0
     for place in by_word:
@@ -99,12 +98,12 @@ def number_entries(source, source_start, target, target_start, cell_start, by_wo
 
 
 # ---- E-step: the posterior of every link ----------------------------------------------------------------------------
-# In one sentence J words are said by I words: emission[j, i] = (1 - NULL) t(word j | word i), null[j] = NULL t(word j | NULL).
-# null becomes the posterior of NULL, emission is left alone.
+# In a sentence J words are said by I words: emission[j, i] = (1 - NULL) t(word j | word i); null[j] = NULL t(word j | NULL)
+# becomes the posterior of NULL. Both functions fill posterior (J, I) and return log P.
 
 @njit(cache=True, fastmath=REORDER)
 def ibm1_sentence(emission, null, diagonal, posterior):
-    """Every word chooses alone. Returns log P."""
+    """Every word chooses alone."""
     J, I = emission.shape
     log_likelihood = 0.0
     for j in range(J):
@@ -122,7 +121,7 @@ def ibm1_sentence(emission, null, diagonal, posterior):
 def hmm_sentence(emission, null, jump, posterior, jump_counts):
     """Forward-backward. State p is one more than the position linked last (0: none yet); a word said by NULL keeps it.
     Moving by d has probability jump[d + WIDTH], longer moves jump[0] and jump[-1]: what falls outside the sentence is
-    lost, not redistributed, and so the counts added to jump_counts make an exact M-step. Returns log P."""
+    lost, not redistributed, and so the counts added to jump_counts make an exact M-step."""
     J, I = emission.shape
     move = np.empty(2 * I + 1, np.float32)  # move[I + d]
     for d in range(-I, I + 1):
@@ -163,37 +162,34 @@ def hmm_sentence(emission, null, jump, posterior, jump_counts):
     return -np.log(scale).sum()
 
 
-@njit(parallel=True, cache=True)
-def all_posteriors(bitext, forward, table, null_table, jump, diagonal, posterior, null_posterior):
-    """-> (log likelihood, expected counts of the jumps); no jumps given: IBM model 1. Sums do not depend on threads."""
-    S = len(bitext.cell_start) - 1
-    log_likelihood, jump_counts = np.zeros(S), np.zeros((S, 2 * WIDTH + 1))
-    said, start = (bitext.target, bitext.target_start) if forward else (bitext.source, bitext.source_start)
-    for s in prange(S):
-        cells, places = slice(bitext.cell_start[s], bitext.cell_start[s + 1]), slice(start[s], start[s + 1])
-        shape = bitext.source_start[s + 1] - bitext.source_start[s], bitext.target_start[s + 1] - bitext.target_start[s]
-        if shape[0] and shape[1]:
-            null_posterior[places] = NULL * null_table[said[places]]
-            emission = np.float32(1 - NULL) * table[bitext.entry[cells]].reshape(shape)
-            log_likelihood[s] = sentence_posteriors(emission, null_posterior[places], forward, jump, diagonal,
-                                                    posterior[cells].reshape(shape), jump_counts[s])
-    return log_likelihood.sum(), jump_counts.sum(0)
-
-
 @njit(cache=True)
-def sentence_posteriors(emission, null, forward, jump, diagonal, posterior, jump_counts):
-    """emission, posterior (I, J): forward they are turned, so that the words that are said come first."""
-    if forward:
-        emission = emission.T.copy()
-    found = np.empty_like(emission)
-    log_likelihood = (hmm_sentence(emission, null, jump, found, jump_counts) if len(jump) else
-                      ibm1_sentence(emission, null, diagonal, found))
-    for j, i in np.ndindex(found.shape):
-        if forward:
-            posterior[i, j] = found[j, i]
-        else:
-            posterior[j, i] = found[j, i]
-    return log_likelihood
+def sentence_posteriors(table, null, forward, jump, diagonal, jump_counts):
+    """table (I, J): turned, if forward, so that the words that are said come first. -> log P, posterior (I * J)"""
+    emission = np.float32(1 - NULL) * (table.T.copy() if forward else table)
+    posterior = np.empty_like(emission)
+    if len(jump):
+        log_likelihood = hmm_sentence(emission, null, jump, posterior, jump_counts)
+    else:
+        log_likelihood = ibm1_sentence(emission, null, diagonal, posterior)
+    return log_likelihood, (posterior.T.copy() if forward else posterior).ravel()
+
+
+@njit(parallel=True, cache=True)
+def all_posteriors(bitext, forward, tables, diagonal, posteriors):
+    """-> (log likelihood, expected counts of the jumps); no jumps given: IBM model 1. Sums do not depend on threads."""
+    source, source_start, target, target_start, cell_start, entry, _, _ = bitext
+    table, null_table, jump = tables
+    posterior, null_posterior = posteriors
+    said, start = (target, target_start) if forward else (source, source_start)
+    log_likelihood, jump_counts = np.zeros(len(start) - 1), np.zeros((len(start) - 1, 2 * WIDTH + 1))
+    for s in prange(len(start) - 1):
+        I, J = source_start[s + 1] - source_start[s], target_start[s + 1] - target_start[s]
+        cells, null = slice(cell_start[s], cell_start[s + 1]), null_posterior[start[s]:start[s + 1]]
+        if I and J:
+            null[:] = NULL * null_table[said[start[s]:start[s + 1]]]
+            log_likelihood[s], posterior[cells] = sentence_posteriors(
+                table[entry[cells]].reshape(I, J), null, forward, jump, diagonal, jump_counts[s])
+    return log_likelihood.sum(), jump_counts.sum(0)
 
 
 # ---- M-step: expected counts -> tables ------------------------------------------------------------------------------
@@ -225,7 +221,7 @@ class Direction:
     """One of the two stories: its tables and, after an E-step, its posteriors."""
 
     def __init__(self, bitext, forward, start):
-        self.bitext, self.forward, self.jump_counts = bitext, forward, None
+        self.bitext, self.forward = bitext, forward
         self.given = bitext.entry_source if forward else bitext.entry_target
         self.words = bitext.target if forward else bitext.source  # the words that are said
         size = self.words.max() + 1
@@ -234,10 +230,9 @@ class Direction:
         self.posterior, self.null_posterior = (np.zeros(len(x), np.float32) for x in (bitext.entry, self.words))
 
     def e_step(self, hmm, diagonal):
-        log_likelihood, counts = all_posteriors(self.bitext, self.forward, self.table, self.null_table,
-                                                self.jump if hmm else self.jump[:0], diagonal,
-                                                self.posterior, self.null_posterior)
-        self.jump_counts = counts if hmm else None
+        tables = self.table, self.null_table, self.jump if hmm else self.jump[:0]
+        posteriors = self.posterior, self.null_posterior
+        log_likelihood, self.jump_counts = all_posteriors(tuple(self.bitext), self.forward, tables, diagonal, posteriors)
         return log_likelihood
 
     def m_step(self, counts, prior, stems, recipe):
@@ -248,7 +243,7 @@ class Direction:
         self.table = divide(counts + prior, self.given, recipe.variational)
         null = add_up(self.words, self.null_posterior, None, len(self.null_table)) + 1e-6
         self.null_table = (null / null.sum()).astype(np.float32)
-        if self.jump_counts is not None:
+        if self.jump_counts.any():
             self.jump = np.maximum(self.jump_counts / self.jump_counts.sum(), 1e-6)
 
 
@@ -257,18 +252,14 @@ def spelled_alike(left, right, entry_source, entry_target):
     """For each entry 0 .. 1 from the longest common subsequence of its words: 0 for half of the longer word or less."""
     alike = np.zeros(len(entry_source))
     for k in prange(len(entry_source)):
-        alike[k] = common_letters(left[entry_source[k]], right[entry_target[k]])
+        a, b = left[entry_source[k]], right[entry_target[k]]  # letters, padded with 0
+        m, n = (a > 0).sum(), (b > 0).sum()
+        common = np.zeros((m + 1, n + 1), np.int8)
+        for i in range(m):
+            for j in range(n):
+                common[i + 1, j + 1] = common[i, j] + 1 if a[i] == b[j] else max(common[i, j + 1], common[i + 1, j])
+        alike[k] = max(0.0, 2 * common[m, n] / max(m, n) - 1)
     return alike
-
-
-@njit(cache=True)
-def common_letters(a, b):
-    m, n = (a > 0).sum(), (b > 0).sum()  # letters, padded with 0
-    longest = np.zeros((m + 1, n + 1), np.int8)
-    for i in range(m):
-        for j in range(n):
-            longest[i + 1, j + 1] = longest[i, j] + 1 if a[i] == b[j] else max(longest[i, j + 1], longest[i + 1, j])
-    return max(0.0, 2 * longest[m, n] / max(m, n) - 1)
 
 
 def stem_entries(bitext, *vocabularies):
@@ -326,22 +317,23 @@ def choose_links(forward, backward, recipe):
 
 
 def symmetrise(forward, backward, method="grow-diag-final-and"):
-    """Two sets of links -> one. Methods: forward, backward, intersection, union, grow-diag-final-and."""
-    simple = {"forward": forward, "backward": backward, "intersection": forward & backward, "union": forward | backward}
-    if method in simple:
-        return simple[method]
+    """Two sets of links -> one; method: any of METHODS but posterior."""
+    union, links = forward | backward, forward & backward
     if method != "grow-diag-final-and":
-        raise ValueError(f"unknown method {method!r}; there are posterior, {', '.join(simple)}, grow-diag-final-and")
-    links = forward & backward
-    rows, columns, todo = {i for i, _ in links}, {j for _, j in links}, sorted(links)
-    while todo:  # grow-diag: a neighbour of a link is added if one of its words has no link yet
-        i, j = todo.pop(0)
-        for a, b in [(i + p, j + q) for p, q in NEIGHBOURS]:
-            if (a, b) in simple["union"] and (a, b) not in links and (a not in rows or b not in columns):
-                links.add((a, b)), rows.add(a), columns.add(b), todo.append((a, b))
-    for a, b in sorted(forward) + sorted(backward):  # final-and: two words that both have no link
-        if a not in rows and b not in columns:
-            links.add((a, b)), rows.add(a), columns.add(b)
+        return {"forward": forward, "backward": backward, "intersection": links, "union": union}[method]
+
+    def linked(link):
+        return any(link[0] == i for i, _ in links), any(link[1] == j for _, j in links)
+    todo = sorted(links)
+    for i, j in todo:  # grow-diag: add a neighbour of a link where one of its words has no link yet, then its neighbours
+        for a, b in (-1, 0), (0, -1), (1, 0), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1):
+            near = i + a, j + b
+            if near in union - links and not all(linked(near)):
+                links.add(near)
+                todo.append(near)
+    for link in sorted(forward) + sorted(backward):  # final-and: where both words have no link yet
+        if not any(linked(link)):
+            links.add(link)
     return links
 
 
@@ -357,9 +349,8 @@ def aer(links, sure, possible=None):
 # ---- Links from a pretrained multilingual encoder -------------------------------------------------------------------
 
 def extract_links(source, source_word, target, target_word, threshold=1e-3):
-    """awesome-align (Dou, Neubig 2021): two pieces are linked where the softmax of their similarity exceeds the
-    threshold both ways, two words where any of their pieces are. source (m, D) and target (n, D) are the vectors of
-    the pieces, source_word (m,) and target_word (n,) the words that they belong to."""
+    """awesome-align (Dou, Neubig 2021): link two pieces where the softmax of their similarity exceeds the threshold both
+    ways, and two words where any of their pieces are linked. (m, D), (m,) the word of each piece; (n, D), (n,)"""
     similarity = np.asarray(source, np.float64) @ np.asarray(target, np.float64).T  # (m, n)
 
     def softmax(axis):
@@ -388,13 +379,13 @@ def contextual_links(pairs, name, layer=8):
 
 def word_times(frames, word_of_token, frame_s):
     """frames (U,): the encoder frame that wrote each token; word_of_token (U,): the word it belongs to, -1 for a tag.
-    -> for each word the end in seconds of the frame that wrote its last token."""
-    last = {word: int(frame) for word, frame in zip(word_of_token, frames, strict=True)}
-    return [(last[word] + 1) * frame_s for word in range(len(last.keys() - {-1}))]
+    -> for each word the end, in seconds, of the frame that wrote its last token."""
+    last = {word: int(frame) for word, frame in zip(word_of_token, frames, strict=True) if word >= 0}
+    return [(last[word] + 1) * frame_s for word in range(len(last))]
 
 
 def times_by_checkpoint(rows, path):
-    """The best path through a trained transducer (Viterbi) says when each word that it writes is complete."""
+    """The best path through a trained transducer says when each word of what it writes is complete: {tag: ends}."""
     import torch
     from tqdm import tqdm
     import serialize
@@ -412,50 +403,43 @@ def times_by_checkpoint(rows, path):
             continue
         with torch.inference_mode():
             frames, _ = model.encoder(log_mel(pad_samples(samples, model.config.subsampling))[None])
-            labels, _ = model.label_encoder(torch.tensor([ids]))
-            path = joint_rnnt_align(joint.encoder_proj(frames), joint.label_proj(labels), joint.output.weight,
-                                    joint.output.bias, torch.tensor([ids]), torch.tensor([frames.shape[1]]),
-                                    torch.tensor([len(ids)]), blank=0)[0].tolist()
-        parser, written = serialize.StreamParser(tokenizer), {}
-        for frame, token in zip(path, ids):
-            for tag, _ in parser.feed(token):  # the token that completes a word
-                written.setdefault(tag, []).append(frame)
-        yield row, {tag: word_times(ends, range(len(ends)), model.config.frame_s) for tag, ends in written.items()}
+            targets, lengths = torch.tensor([ids]), (torch.tensor([frames.shape[1]]), torch.tensor([len(ids)]))
+            labels, _ = model.label_encoder(targets)
+            written = joint_rnnt_align(joint.encoder_proj(frames), joint.label_proj(labels), joint.output.weight,
+                                       joint.output.bias, targets, *lengths, blank=0)[0].tolist()
+        parser, ends = serialize.StreamParser(tokenizer), {}
+        for frame, token in zip(written, ids):
+            for tag, _ in parser.feed(token):  # this token completes a word
+                ends.setdefault(tag, []).append(frame)
+        yield row, {tag: word_times(e, range(len(e)), model.config.frame_s) for tag, e in ends.items()}
 
 
 def read_times(path):
-    """A CTM, `utterance channel start duration word` a line, or a folder of Praat TextGrids with a tier named words
-    -> {utterance: [(word, end)]}, without silences."""
+    """A CTM, or a folder of Praat TextGrids with a tier named words -> {utterance: [(word, end)]}"""
     found = {}
-    if not Path(path).is_dir():
-        for n, line in enumerate(read_lines(path), 1):
-            fields = line.partition(";;")[0].split()
-            try:
-                if fields:
-                    found.setdefault(fields[0], []).append((fields[4], float(fields[2]) + float(fields[3])))
-            except (ValueError, IndexError):
-                warn(f"{path}:{n}: left out, not a line of a CTM: {line[:80]!r}")
     for file in sorted(Path(path).glob("*.TextGrid")):
-        raw = file.read_bytes()
-        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace")
-        tier = re.search(r'"IntervalTier"\s+(?:name = )?"words"(.*?)(?:"IntervalTier"|"TextTier"|$)', text, re.S | re.I)
-        if not tier:
-            warn(f"{file}: left out, no interval tier named words")
-            continue
-        intervals = re.findall(r'([-+.\de]+)\s+(?:text = )?"((?:[^"]|"")*)"', tier[1])  # the long form and the short one
+        text = file.read_bytes()
+        text = text.decode("utf-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace")
+        tier = re.search(r'"IntervalTier"\s+(?:name = )?"words"(.*?)(?:"IntervalTier"|"TextTier"|$)', text, re.S)
+        intervals = re.findall(r'([-+.\de]+)\s+(?:text = )?"((?:[^"]|"")*)"', tier[1] if tier else "")
         found[file.stem] = [(word.strip().replace('""', '"'), float(end)) for end, word in intervals]
-    silence = ("", "sil", "sp", "<eps>")
-    return {name: [(word, end) for word, end in words if word not in silence] for name, words in found.items()}
+    for n, line in enumerate(read_lines(path) if not Path(path).is_dir() else (), 1):
+        fields = re.match(r"(\S+)\s+\S+\s+([\d.]+)\s+([\d.]+)\s+(\S+)", line)  # utterance channel start duration word
+        if fields:
+            found.setdefault(fields[1], []).append((fields[4], float(fields[2]) + float(fields[3])))
+        elif line.strip() and not line.startswith(";;"):
+            warn(f"{path}:{n}: left out, not a line of a CTM: {line[:80]!r}")
+    return found
 
 
 def times_by_annotation(rows, path):
-    known = read_times(path)
+    found = read_times(path)
     for row in rows:
-        found = known.get(row.id, [])
-        if [word.lower() for word, _ in found] == (row.asr or "").lower().split():
-            yield row, {"<asr>": [end for _, end in found]}
+        words = [(word.lower(), end) for word, end in found.get(row.id, []) if word not in ("", "sil", "sp", "<eps>")]
+        if [word for word, _ in words] == (row.asr or "").lower().split():
+            yield row, {"<asr>": [end for _, end in words]}
         else:
-            warn(f"{row.where}: no times: {len(found)} words of {row.id!r} in {path} are not those of {row.asr!r}")
+            warn(f"{row.where}: no times: {len(words)} words of {row.id!r} in {path} are not those of {row.asr!r}")
 
 
 # ---- Files and the command line -------------------------------------------------------------------------------------
@@ -469,19 +453,19 @@ def read_lines(path):
         return [line.decode("utf-8-sig", "surrogateescape") for line in file.read().removesuffix(b"\n").split(b"\n")]
 
 
-def check_pair(source, target, where):
-    """The words of both sides; of a pair that cannot be aligned, which is reported, two empty lists."""
-    text = f"{source} {target}"
-    problem = ("a NUL character" if "\0" in text else "a separator inside a side" if "|||" in text else
+def read_pair(source, target, where):
+    """The words of both sides; where they cannot be aligned, which is reported, two empty lists."""
+    text, source, target = f"{source} {target}", source.split(), target.split()
+    problem = ("a NUL character" if "\0" in text else "a second separator |||" if "|||" in text else
                "bytes that are not UTF-8" if re.search("[\udc80-\udcff]", text) else
-               "" if source.split() and target.split() else "an empty side")
+               "an empty side" if not (source and target) else "")
     if problem:
-        warn(f"{where}: not aligned, {problem}: {source[:40]!r} ||| {target[:40]!r}")
-    return ([], []) if problem else (source.split(), target.split())
+        warn(f"{where}: not aligned: {problem}: {text[:80]!r}")
+    return ([], []) if problem else (source, target)
 
 
 def read_pairs(path):
-    return [check_pair(*line.partition("|||")[::2], f"{path}:{n}") for n, line in enumerate(read_lines(path), 1)]
+    return [read_pair(*line.partition("|||")[::2], f"{path}:{n}") for n, line in enumerate(read_lines(path), 1)]
 
 
 def read_gold(path, pairs):
@@ -499,34 +483,31 @@ def read_gold(path, pairs):
     return gold["-"], gold["p"]
 
 
-def align_manifest(options, aligner):
-    """Add links and times to the rows of a manifest. Links that are there stay, and are compared; so are times."""
-    from serialize import read_manifest, write_manifest
-    rows = read_manifest(options.input)
+def add_links(rows, aligner):
+    """Links that a row has stay, and ours are compared with them."""
     for lang in sorted({lang for row in rows for lang in row.st}):
         todo = [row for row in rows if row.asr is not None and lang in row.st]
-        links = aligner([check_pair(row.asr, row.st[lang], row.where) for row in todo])
+        links = aligner([read_pair(row.asr, row.st[lang], row.where) for row in todo])
         given = [(found, row.links[lang]) for row, found in zip(todo, links) if lang in row.links]
-        score = f", AER {100 * aer(*zip(*given)):.1f}" if given else ""
-        warn(f"{lang}: {len(todo)} rows aligned, {len(given)} keep the links that they had{score}")
         for row, found in zip(todo, links):
             row.links.setdefault(lang, found or [(len(row.asr.split()) - 1, 0)])  # no idea: say it when all was heard
+        score = f", AER {100 * aer(*zip(*given)):.1f} against them" if given else ""
+        warn(f"{lang}: {len(todo)} rows aligned, {len(given)} keep the links that they had{score}")
+
+
+def add_times(rows, path):
+    """Times that a row has are replaced, and ours are compared with them."""
     errors = {}
-    find = times_by_checkpoint if str(options.times).endswith(".pt") else times_by_annotation
-    for row, streams in find(rows, options.times) if options.times else ():
+    for row, streams in (times_by_checkpoint if path.endswith(".pt") else times_by_annotation)(rows, path):
+        known = {"<asr>": row.times, **{f"<st:{lang}>": times for lang, times in row.st_times.items()}}
         for tag, ends in streams.items():
-            lang, ends = tag[4:-1], [round(end, 3) for end in ends]
-            known = (row.times if tag == "<asr>" else row.st_times.get(lang)) or []
-            errors.setdefault(tag, []).extend(abs(a - b) for a, b in zip(ends, known) if b is not None)
-            if tag == "<asr>":
-                row.times = ends
-            else:
-                row.st_times[lang] = ends
+            errors.setdefault(tag, []).extend(abs(a - b) for a, b in zip(ends, known.get(tag) or []) if b is not None)
+            streams[tag] = [round(end, 3) for end in ends]
+        row.times = streams.pop("<asr>", row.times)
+        row.st_times.update((tag[4:-1], ends) for tag, ends in streams.items())
     for tag, error in errors.items():
-        if error:
-            warn(f"{tag}: |end - reference| of {len(error)} words: median {np.median(error):.3f} s, "
-                 f"90th percentile {np.percentile(error, 90):.3f} s")
-    write_manifest(options.out, rows)
+        median, most = np.percentile(error, (50, 90)) if error else (0, 0)
+        warn(f"{tag}: |end - reference| over {len(error)} words: median {median:.3f} s, 90th percentile {most:.3f} s")
 
 
 def demonstrate():
@@ -542,23 +523,32 @@ def demonstrate():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", nargs="?", help="FILE.pairs, or a manifest IN.jsonl")
+    parser.add_argument("input", nargs="?", help="FILE.pairs, or a manifest IN.jsonl; nothing: a demonstration")
     parser.add_argument("-o", "--out", help="the manifest to write")
     parser.add_argument("--train", nargs="+", default=[], metavar="FILE.pairs", help="more text to learn from")
     parser.add_argument("--gold", help="`i-j` sure, `ipj` possible: print the alignment error rate to standard error")
-    parser.add_argument("--model", help="a multilingual encoder for transformers: its name or folder")
-    parser.add_argument("--times", help="a checkpoint RUN/model.pt, a CTM, or a folder of TextGrids: times of words")
+    parser.add_argument("--method", choices=METHODS, default=Recipe.method, help="how the two directions are joined")
+    parser.add_argument("--model", help="link by this encoder instead: a name for transformers, or its folder")
+    parser.add_argument("--times", help="a checkpoint RUN/model.pt, a CTM, or a folder of TextGrids named by row id")
     options = parser.parse_args()
-    aligner = (lambda pairs: contextual_links(pairs, options.model)) if options.model else align_bitext
+
+    def aligner(pairs):
+        return contextual_links(pairs, options.model) if options.model else align_bitext(pairs, Recipe(method=options.method))
     if not options.input:
-        return demonstrate()
-    if options.input.endswith(".jsonl"):
-        return align_manifest(options, aligner) if options.out else parser.error("a manifest needs -o OUT.jsonl")
-    pairs = read_pairs(options.input)
-    links = aligner(pairs + [pair for path in options.train for pair in read_pairs(path)])[:len(pairs)]
-    print("\n".join(" ".join(f"{i}-{j}" for i, j in pair) for pair in links))
-    if options.gold:
-        warn(f"AER {100 * aer(links, *read_gold(options.gold, pairs)):.1f}")
+        demonstrate()
+    elif options.input.endswith(".jsonl"):
+        from serialize import read_manifest, write_manifest
+        rows = read_manifest(options.input) if options.out else parser.error("a manifest needs -o OUT.jsonl")
+        add_links(rows, aligner)
+        if options.times:
+            add_times(rows, options.times)
+        write_manifest(options.out, rows)
+    else:
+        pairs = read_pairs(options.input)
+        links = aligner(pairs + [pair for path in options.train for pair in read_pairs(path)])[:len(pairs)]
+        print("\n".join(" ".join(f"{i}-{j}" for i, j in pair) for pair in links))
+        if options.gold:
+            warn(f"AER {100 * aer(links, *read_gold(options.gold, pairs)):.1f}")
 
 
 if __name__ == "__main__":
