@@ -84,6 +84,8 @@ class Config:
         return max(1, -(-n_samples // (HOP * self.subsampling)))
 
     def left_chunks(self, chunk: int) -> int:
+        if chunk < 0:
+            raise ValueError(f"a chunk has one or more frames (0: the whole utterance), not {chunk}")
         return -(-self.left_frames // chunk) if chunk else 0
 
 
@@ -240,12 +242,11 @@ class Stack(nn.Module):
         are real. Returns (B, Q, D) and the keys and values of past and present, (B, H, K, D / H) per layer."""
         Q, past = x.shape[1], state.keys[0].shape[2] if state else 0
         bias = self.bias(Q, past, chunk or Q, left)[None]
-        if state is not None or lengths is not None:
-            position = torch.arange(-past, Q, device=x.device)
-            absent = position < -state.filled[:, None] if state else torch.zeros_like(position, dtype=torch.bool)
-            if lengths is not None:
-                absent = absent | (position >= lengths[:, None])
-            bias = bias.masked_fill(absent[:, None, None], MASKED)
+        position = torch.arange(-past, Q, device=x.device)
+        if state is not None:
+            bias = bias.masked_fill((position < -state.filled[:, None])[:, None, None], MASKED)
+        if lengths is not None:
+            bias = bias.masked_fill((position >= lengths[:, None])[:, None, None], MASKED)
         keys, values = [], []
         for i, block in enumerate(self.blocks):
             x, k, v = block(x, bias, (state.keys[i], state.values[i]) if state else None)
@@ -284,7 +285,7 @@ class Encoder(nn.Module):
 
     def initial_state(self, batch: int, chunk: int | None = None) -> EncoderState:
         c = self.config
-        chunk = self._chunk(chunk)
+        chunk = c.chunks[0] if chunk is None else chunk
         new = self.stack.distance_bias.new_zeros
         past = tuple(new(batch, c.heads, c.left_chunks(chunk) * chunk, c.dim // c.heads) for _ in range(c.layers))
         return EncoderState(past, past, new(batch, dtype=torch.long), new(batch, sum(self.tail_widths)), chunk)
@@ -307,7 +308,8 @@ class Encoder(nn.Module):
         s = self.config.subsampling
         if mel.shape[1] % s or not mel.shape[1]:
             raise ValueError(f"{mel.shape[1]} mel frames are not a positive multiple of {s}; pad_samples makes them so")
-        chunk = self._chunk(chunk if state is None else state.chunk)
+        if state is not None or chunk is None:
+            chunk = state.chunk if state else self.config.chunks[0]
         left = self.config.left_chunks(chunk)
         if state is not None and chunk and mel.shape[1] > chunk * s:
             raise ValueError(f"a call with a state takes one chunk, {chunk * s} mel frames, not {mel.shape[1]}")
@@ -319,12 +321,6 @@ class Encoder(nn.Module):
             return x, None
         return x, EncoderState(**remember(keys, values, state.filled + x.shape[1], left * chunk), tails=tails,
                                chunk=chunk)
-
-    def _chunk(self, chunk):
-        chunk = self.config.chunks[0] if chunk is None else chunk
-        if chunk < 0:
-            raise ValueError(f"a chunk has at least one frame (0: the whole utterance), not {chunk}")
-        return chunk
 
 
 # ---------------------------------------------------------------------------------------------------- label encoder
@@ -432,13 +428,6 @@ def _read(path, map_location):
 
 # ---------------------------------------------------------------------------------------------------- demonstration
 
-def draw_mask(config, chunk, frames):
-    """Rows are frames that look, columns frames that are looked at."""
-    stack = Stack(config, 1, 1, 1)
-    seen = stack.bias(frames, 0, chunk, config.left_chunks(chunk))[0] > MASKED / 2
-    return "\n".join("".join(" #" if x else " ." for x in row) for row in seen.tolist())
-
-
 def main():
     print(f"{'preset':8}{'encoder':>10}{'labels':>10}{'joint':>10}{'all':>10}   frame   chunks (look-ahead at most)")
     for name, config in PRESETS.items():
@@ -452,7 +441,8 @@ def main():
     config = replace(PRESETS["tiny"], left_frames=6)
     print(f"\nThe chunk mask: 4 frames a chunk, {config.left_frames} frames of left context, rounded up to "
           f"{config.left_chunks(4)} chunks. A row is a frame that looks, # what it sees.\n")
-    print(draw_mask(config, 4, 16))
+    for row in Stack(config, 1, 1, 1).bias(16, 0, 4, config.left_chunks(4))[0]:
+        print("".join(" #" if bias > MASKED / 2 else " ." for bias in row))
 
 
 if __name__ == "__main__":

@@ -356,7 +356,8 @@ def test_random_numbers_are_those_of_the_seed():
 
 @pytest.mark.parametrize("wrong, words", [
     ({"dim": 30}, "dim 30 .* heads 4"), ({"layers": 0}, "layers .* 0"), ({"vocab": "9"}, "vocab .* '9'"),
-    ({"subsampling": 3}, "subsampling .* 3"), ({"chunks": ()}, r"chunks .* \(\)"), ({"chunks": (4, -1)}, "chunks .* -1"),
+    ({"subsampling": 3}, "subsampling .* 3"), ({"chunks": ()}, r"chunks .* \(\)"),
+    ({"chunks": (4, -1)}, "chunks .* -1"),
     ({"left_frames": -5}, "left_frames -5"), ({"dropout": 1.0}, r"dropout .* 1\.0"),
     ({"label_encoder": "gru"}, "label_encoder .* 'gru'"), ({"ctc_vocab": -1}, "ctc_vocab -1")])
 def test_options_are_validated(wrong, words):
