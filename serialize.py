@@ -34,8 +34,8 @@ MODES = ["asr", "st", "ratio:0.0", "ratio:0.5", "ratio:1.0", "align", "time"]
 def interleave_time(streams):
     """Merge {tag: [(word, end_s)]} into [(tag, word)] by (end_s, order of the streams in the dict, index of the word).
 
-    Inside a stream times never fall: one below its predecessor's counts as that. A word without a time (None) has its
-    predecessor's, at the head the first that is known, without any infinity. At equal times the earlier stream goes
+    Inside a stream times never fall: one below its predecessor's counts as that. A word without a time (None) takes its
+    predecessor's; at the head, the first that is known; infinity if none is. At equal times the earlier stream goes
     first, so that a transcribed word precedes what it allows to be said.
     """
     events = []
@@ -48,8 +48,8 @@ def interleave_time(streams):
 
 
 def _merge(asr, st, asr_times, st_times):
-    translations = {f"<st:{lang}>": list(zip(words, st_times[lang])) for lang, words in st.items()}
-    return interleave_time({ASR: list(zip(asr, asr_times))} | translations)
+    translations = {f"<st:{lang}>": list(zip(words, st_times[lang], strict=True)) for lang, words in st.items()}
+    return interleave_time({ASR: list(zip(asr, asr_times, strict=True))} | translations)
 
 
 def needs(n_asr, words, links):
@@ -80,7 +80,7 @@ def interleave_ratio(asr, st, gamma):
 
 
 def interleave(row, mode):
-    """The (tag, word) pairs of a Row in the order that `mode` names; ValueError when the row lacks what it needs."""
+    """The (tag, word) pairs of a Row in the order `mode` names; ValueError if it lacks what they need (align: links)."""
     (asr, st), both = row.words(), row.asr is not None and row.st
     if mode == "asr" and row.asr is not None:
         return interleave_ratio(asr, {}, 0)
@@ -250,7 +250,7 @@ class Row:
 
 
 KEYS = {"id": str, "audio": re.compile(r"[^\0]+"), "start": float, "duration": float, "lang": str, "speaker": str,
-        "asr": str, "st": {str: str}, "links": {str: re.compile(r"(\d+-\d+(\s+|$))*")}, "times": [float],
+        "asr": str, "st": {str: str}, "links": {str: re.compile(r"\s*(\d+-\d+(\s+|$))*")}, "times": [float],
         "st_times": {str: [float]}}
 
 

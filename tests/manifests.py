@@ -39,6 +39,18 @@ def delays(row, pairs):
     return out
 
 
+def project_times(row):
+    """Where a row has no times for a translation: a word could be said when the last word linked to it has been.
+
+    A stand-in for times found by a trained translation transducer (align.py --times): it makes `time` equal `align`.
+    """
+    for lang, links in row.links.items():
+        if row.times and lang not in row.st_times:
+            row.st_times[lang] = [None] * len(row.st[lang].split())
+            for i, j in sorted(links):
+                row.st_times[lang][j] = row.times[i]
+
+
 def _mean(values):
     return sum(values) / len(values) if values else math.nan
 
@@ -60,9 +72,10 @@ def measure(rows, size):
                 done.append((row, interleave(row, mode)))
         ids = [token for _, pairs in done for token in serialize(pairs, tokenizer)]
         late = [delay for row, pairs in done if mode != "st" for delay in delays(row, pairs)]
-        words, seconds = [max(0, n) for n, _ in late], sorted(s if s != s else max(0.0, s) for _, s in late)
-        numbers = [len(ids) / (sum(row.duration or math.nan for row, _ in done) or math.nan),
-                   sum(token < tokenizer.first_byte for token in ids) / max(1, sum(len(pairs) for _, pairs in done)),
+        words, seconds = [max(0, n) for n, _ in late], sorted(max(0.0, s) for _, s in late if s == s)
+        tags, n_words = sum(token < tokenizer.first_byte for token in ids), sum(len(pairs) for _, pairs in done)
+        spoken = sum(row.duration or math.nan for row, _ in done)
+        numbers = [len(ids) / (spoken or math.nan), tags / (n_words or math.nan),
                    100 * _mean([n < 0 for n, _ in late]), _mean(words), _mean(seconds),
                    seconds[math.ceil(0.9 * len(seconds)) - 1] if seconds else math.nan]
         cells = ["-" if number != number else f"{number:.2f}" for number in numbers]
@@ -164,6 +177,7 @@ def main():
     parser.add_argument("--from", dest="kind", choices=IMPORTERS, help="the format of the files, if not a manifest")
     parser.add_argument("-o", "--out", help="write a manifest instead of the table")
     parser.add_argument("--size", type=int, default=1000, help="size of the vocabulary for the table (1000)")
+    parser.add_argument("--project", action="store_true", help="missing times of translations: through the links")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad line instead of skipping it")
     args = parser.parse_args()
     try:
@@ -173,6 +187,8 @@ def main():
             rows = [row for path in args.files for row in read_manifest(path, args.strict, allow_outside=True)]
         if not rows:
             raise ValueError(f"{', '.join(args.files)}: no usable line")
+        for row in rows if args.project else []:
+            project_times(row)
         if args.out:
             write_manifest(args.out, rows)
             print(f"{args.out}: {len(rows)} rows", file=sys.stderr)

@@ -217,6 +217,8 @@ def test_modes_of_a_row():
     for missing, mode in [({"links": {}}, "align"), ({"times": None}, "time"), ({"st_times": {}}, "time")]:
         with pytest.raises(ValueError, match=f"no {'links' if mode == 'align' else 'times'}.*'{mode}'"):
             interleave(Row(**{**vars(row), **missing}), mode)
+    with pytest.raises(ValueError, match="zip"):
+        interleave(Row(**{**vars(row), "times": [1.0]}), "time")  # no word is lost without a message
     for mode in ["", "alig", "st:fr", "ratio", "ratio:", "ratio:x", "ratio:2", "ratio:nan"]:
         with pytest.raises(ValueError, match="gamma|float" if ":" in mode[5:] else f"unknown mode '{mode}'"):
             interleave(row, mode)
@@ -451,6 +453,10 @@ def test_command_line(tmp_path):
     assert code == 0 and "m.jsonl:2: skipped" in err
     table = {line.split()[0]: line.split()[1:] for line in out.strip().split("\n")[1:]}
     assert list(table) == manifests.MODES and table["align"][3] == "0.00" and table["ratio:1.0"][3] == "100.00"
+    assert table["ratio:1.0"][4] == "0.00" and table["ratio:0.0"][4] == "1.00"  # guesses do not make up for waiting
+    untimed = {key: value for key, value in GOOD.items() if key != "st_times"} | {"times": [0.5, 1, 2]}
+    assert command(manifest(tmp_path, untimed))[1].split("\n")[7].split() == ["time", "0"] + ["-"] * 6
+    assert command(manifest(tmp_path, untimed), "--project")[1].split("\n")[7].split()[1] == "1"
     code, out, err = command(tmp_path / "none.jsonl")
     assert code == 1 and err.startswith("serialize.py: ") and "none.jsonl" in err and "Traceback" not in err
 
@@ -488,12 +494,14 @@ def test_mustc_is_imported(tmp_path):
 
 def test_nemo_is_imported(tmp_path):
     sound = {"audio_filepath": "wav/a.wav", "duration": 2.0, "offset": 0.5, "source_lang": "en"}
-    path = manifest(tmp_path, {**sound, "target_lang": "en", "text": "hello"},
+    longer = {**sound, "duration": 9.0, "text": "long"}
+    path = manifest(tmp_path, {**sound, "target_lang": "en", "text": "hello"}, longer,
                     {**sound, "target_lang": "de", "text": "hallo"}, b"{",
                     {**sound, "audio_filepath": "wav/b.wav", "target_lang": "fr", "answer": "salut"}, {"text": "a"})
     code, _, err = command("--from", "nemo", path, "-o", tmp_path / "out.jsonl")
-    assert code == 0 and "m.jsonl:3: skipped" in err and "m.jsonl:5: skipped" in err and "2 lines skipped" in err
-    first, second = read_manifest(tmp_path / "out.jsonl", strict=True)
+    assert code == 0 and "m.jsonl:4: skipped" in err and "m.jsonl:6: skipped" in err and "2 lines skipped" in err
+    first, other, second = read_manifest(tmp_path / "out.jsonl", strict=True)
+    assert (other.asr, other.duration) == ("long", 9.0)  # another stretch of the same file
     assert first == Row("m:1", str(tmp_path / "wav/a.wav"), 0.5, 2.0, "en", "hello", {"de": "hallo"})
     assert (second.asr, second.st) == (None, {"fr": "salut"})
     assert command("--from", "nemo", path, "--strict", "-o", tmp_path / "no.jsonl")[0] == 1
