@@ -10,6 +10,7 @@ it either writes a blank (go to the next frame) or the next label (stay on the f
       u=0   o--o--o--o
            t=0  1  2  3       cost = -log P(labels | frames) = -beta(0,0)
 """
+import itertools
 import math
 from collections import namedtuple
 
@@ -359,77 +360,59 @@ def rnnt_loss(logits, targets, logit_lengths, target_lengths, blank=-1, clamp=-1
 
 # ----------------------------------------------------------------------------------------------- fused with the joint
 class _Joint:
-    """The joint network over tiles of packed nodes: whole utterances where they fit the budget, else some frames."""
+    """The joint network over tiles of packed nodes: whole utterances where each fits the budget, else just rows."""
     def __init__(self, inputs, job, lengths, tile_bytes):
-        kind, encoder_out = inputs[0].device.type, inputs[0]
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else encoder_out.dtype
-        self.encoder_out, self.label_out = encoder_out.detach(), inputs[1].detach()
-        self.weight, self.bias = inputs[2].detach().to(dtype), inputs[3].detach().to(dtype)
+        kind, self.job = inputs[0].device.type, job
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs[0].dtype
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32       # of costs and sums of gradients
-        self.job, self.backend = job, _backend(encoder_out.device, dtype)
-        V, J = self.weight.shape
-        self.widths, rows = [u + 1 for u in lengths[1]], max(1, tile_bytes // ((2 * V + 3 * J) * self.weight.itemsize))
-        self.tiles, self.whole = _tiles(lengths[0], self.widths, rows)
-        T, U1 = job.lse.shape[1:]
-        nodes = [((b * T + np.arange(n))[:, None] * U1 + np.arange(w)).ravel()
-                 for b, (n, w) in enumerate(zip(lengths[0], self.widths))]
-        self.nodes = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *nodes])).to(encoder_out.device)
+        self.backend = _backend(inputs[0].device, dtype)
+        self.encoder_out, self.label_out = (a.detach().reshape(-1, a.shape[-1]) for a in inputs[:2])
+        self.weight, self.bias = (a.detach().to(dtype) for a in inputs[2:])
+        (V, J), (T, U1) = self.weight.shape, job.lse.shape[1:]
+        nodes = [((b * T + np.arange(n))[:, None] * U1 + np.arange(u + 1)).ravel() for b, (n, u) in enumerate(lengths)]
+        self.nodes = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *nodes])).to(inputs[0].device)
+        self.tiles, self.whole = _tiles([len(n) for n in nodes], tile_bytes // ((2 * V + 4 * J) * self.weight.itemsize))
 
-    def rows(self, tile):
-        return sum((t1 - t0) * self.widths[b] for b, t0, t1 in tile)
-
-    def pieces(self, tile, packed):
-        """The rows of each piece (b, t0, t1) of a tile, as a (frames, labels + 1, width) view."""
-        row = 0
-        for b, t0, t1 in tile:
-            n = (t1 - t0) * self.widths[b]
-            yield b, slice(t0, t1), packed[row:row + n].view(t1 - t0, self.widths[b], -1)
-            row += n
-
-    def __iter__(self):                                    # -> tile, first node, hidden (n,J), logits and room (n,V)
-        first, most = 0, max(map(self.rows, self.tiles), default=0)
-        V, J = self.weight.shape
-        hidden, logits, room = (self.weight.new_empty((most, n)) for n in (J, V, V))
+    def __iter__(self):                                    # -> tile, hidden (n,J), logits and room for more (n,V)
+        T, U1 = self.job.lse.shape[1:]
+        logits, room = self.weight.new_empty((2, max((j - i for i, j, _ in self.tiles), default=0), len(self.weight)))
         for tile in self.tiles:
-            n = self.rows(tile)
-            for b, ts, part in self.pieces(tile, hidden):
-                torch.add(self.encoder_out[b, ts, None], self.label_out[b, :part.shape[1]], out=part)
-            torch.addmm(self.bias, hidden[:n].tanh_(), self.weight.T, out=logits[:n])
-            yield tile, first, hidden[:n], logits[:n], room[:n]
-            first += n
+            nodes = self.nodes[tile[0]:tile[1]]
+            tile = (*tile, nodes // U1, nodes // (T * U1) * U1 + nodes % U1)          # rows of encoder_out, label_out
+            hidden = self.encoder_out.index_select(0, tile[3]).add_(self.label_out.index_select(0, tile[4]))
+            hidden, n = hidden.tanh_().to(self.weight.dtype), len(nodes)
+            yield tile, hidden, torch.addmm(self.bias, hidden, self.weight.T, out=logits[:n]), room[:n]
 
     def zeros(self):
         inputs = (self.encoder_out, self.label_out, self.weight, self.bias)
         return [torch.zeros(a.shape, dtype=self.wide, device=a.device) for a in inputs]
 
-    def add_gradients(self, grads, scale, tile, first, hidden, logits, grad):
+    def add_gradients(self, grads, scale, tile, hidden, logits, grad):
+        first, _, _, encoder_rows, label_rows = tile
         self.backend.gradient(logits, first, self.nodes, self.job, scale, grad)
-        d_encoder, d_label, d_weight, d_bias = grads
         if grad.dtype == self.wide:
-            d_weight.addmm_(grad.T, hidden)
+            grads[2].addmm_(grad.T, hidden)
         else:
-            d_weight += grad.T @ hidden
-        d_bias += grad.sum(0, dtype=self.wide)
-        d_sum = torch.ops.aten.tanh_backward(grad @ self.weight, hidden)
-        for b, ts, part in self.pieces(tile, d_sum):
-            d_encoder[b, ts] = part.sum(1, dtype=self.wide)
-            d_label[b, :part.shape[1]] += part.sum(0, dtype=self.wide)
+            grads[2].add_(grad.T @ hidden)
+        grads[3].add_(grad.sum(0, dtype=self.wide))
+        d_sum = torch.ops.aten.tanh_backward(grad @ self.weight, hidden).to(self.wide)
+        grads[0].index_add_(0, encoder_rows, d_sum)
+        grads[1].index_add_(0, label_rows, d_sum)
 
 
-def _tiles(frames, widths, rows):
-    """Pieces (b, t0, t1) gathered into tiles of about `rows` nodes, and whether no utterance had to be cut."""
-    tiles, room, whole = [], 0, True
-    for b, (T, width) in enumerate(zip(frames, widths)):
-        fits, t = T * width <= rows, 0
-        whole = whole and fits
-        while t < T:
-            if room < (T if fits else 1) * width:
-                tiles.append([])
-                room = rows
-            n = max(1, min(T - t, room // width))
-            tiles[-1].append((b, t, t + n))
-            t, room = t + n, room - n * width
-    return tiles, whole
+def _tiles(sizes, rows):
+    """Ranges of packed nodes with the utterances they hold, (first, end, utterances), and whether all hold whole ones."""
+    ends = list(itertools.accumulate(sizes))
+    if max(sizes, default=0) > rows:
+        step = max(1, rows)
+        return [(i, min(i + step, ends[-1]), None) for i in range(0, ends[-1], step)], False
+    tiles = []
+    for b, (size, end) in enumerate(zip(sizes, ends)):
+        if tiles and end - tiles[-1][0] <= rows:
+            tiles[-1] = (tiles[-1][0], end, slice(tiles[-1][2].start, b + 1))
+        else:
+            tiles.append((end - size, end, slice(b, b + 1)))
+    return tiles, True
 
 
 class _JointLoss(torch.autograd.Function):
@@ -441,12 +424,11 @@ class _JointLoss(torch.autograd.Function):
         ctx.joint, ctx.factor, job, backend = joint, factor, joint.job, joint.backend
         ctx.grads = joint.zeros() if want and factor and joint.whole else None
         scale = torch.full_like(job.costs, factor or 1)
-        for tile, first, hidden, logits, room in joint:
-            backend.log_probs(logits, first, joint.nodes, job)
+        for tile, hidden, logits, room in joint:
+            backend.log_probs(logits, tile[0], joint.nodes, job)
             if ctx.grads:
-                some = slice(tile[0][0], tile[-1][0] + 1)
-                backend.lattice(Job(*(a[some] if isinstance(a, torch.Tensor) else a for a in job)), True)
-                joint.add_gradients(ctx.grads, scale, tile, first, hidden, logits, room)
+                backend.lattice(Job(*(a[tile[2]] if isinstance(a, torch.Tensor) else a for a in job)), True)
+                joint.add_gradients(ctx.grads, scale, tile, hidden, logits, room)
         if not ctx.grads:
             backend.lattice(job, want)
         return (job.costs.sum() * factor if factor else job.costs).to(joint.wide)
@@ -459,9 +441,9 @@ class _JointLoss(torch.autograd.Function):
             grads = [g * upstream for g in ctx.grads]
         else:
             grads, scale = joint.zeros(), (upstream.double() * (ctx.factor or 1)).expand_as(joint.job.costs).contiguous()
-            for tile, first, hidden, logits, room in joint:
-                joint.add_gradients(grads, scale, tile, first, hidden, logits, room)
-        return (*(g.to(a.dtype) for g, a in zip(grads, inputs)), None, None, None)
+            for tile in joint:
+                joint.add_gradients(grads, scale, *tile)
+        return (*(g.to(a.dtype).view(a.shape) for g, a in zip(grads, inputs)), None, None, None)
 
 
 def joint_rnnt_loss(encoder_out, label_out, weight, bias, targets, logit_lengths, target_lengths, *, blank,
@@ -488,7 +470,7 @@ def _make_joint(inputs, targets, logit_lengths, target_lengths, blank, tile_byte
     logit_lengths, target_lengths = logit_lengths.cpu(), target_lengths.cpu()
     shape = (*encoder_out.shape[:2], label_out.shape[1], len(weight))
     job = _make_job(shape, encoder_out, targets, logit_lengths, target_lengths, blank, **options)
-    return _Joint(inputs, job, (logit_lengths.tolist(), target_lengths.tolist()), tile_bytes)
+    return _Joint(inputs, job, list(zip(logit_lengths.tolist(), target_lengths.tolist())), tile_bytes)
 
 
 # ------------------------------------------------------------------------------------------------------------- Viterbi
@@ -532,6 +514,6 @@ def joint_rnnt_align(encoder_out, label_out, weight, bias, targets, logit_length
     """rnnt_align without the logits; arguments as joint_rnnt_loss."""
     joint = _make_joint((encoder_out, label_out, weight, bias), targets, logit_lengths, target_lengths, blank,
                         TILE_BYTES)
-    for _, first, _, logits, _ in joint:
-        joint.backend.log_probs(logits, first, joint.nodes, joint.job)
+    for tile, _, logits, _ in joint:
+        joint.backend.log_probs(logits, tile[0], joint.nodes, joint.job)
     return _align(joint.job)
