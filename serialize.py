@@ -80,7 +80,7 @@ def interleave_ratio(asr, st, gamma):
 
 
 def interleave(row, mode):
-    """The (tag, word) pairs of a Row in the order `mode` names; ValueError if it lacks what they need (align: links)."""
+    """The (tag, word) pairs of a Row in the order `mode` names; ValueError if it lacks what they need, as links."""
     (asr, st), both = row.words(), row.asr is not None and row.st
     if mode == "asr" and row.asr is not None:
         return interleave_ratio(asr, {}, 0)
