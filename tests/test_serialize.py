@@ -1,4 +1,5 @@
 """The laws of interleaving and of the tokens, on random input, and everything that can be wrong with a manifest."""
+import gzip
 import json
 import os
 import random
@@ -327,6 +328,25 @@ def test_training_is_byte_pair_encoding(texts):
     counted = Counter(tuple(tokenizer.encode_word(word)) for text in texts for word in text.split())
     assert counted == words  # encoding segments the training text as training did
     assert len(tokenizer) == 2 + 256 + len(merges)
+
+
+def test_merges_are_those_of_the_industrial_tool():
+    """Hugging Face's trainer learns the same merges in the same order, from bytes spelled as letters."""
+    industrial = pytest.importorskip("tokenizers", reason="pip install tokenizers to compare with its BPE")
+    path = DATA / "multi30k" / "train.fr.gz"
+    if not path.exists():
+        pytest.skip(f"needs {path}")
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        texts = [next(file) for _ in range(3000)]
+    spelled = [" ".join("".join(chr(256 + b) for b in word.encode() + b" ") for word in text.split()) for text in texts]
+    peer = industrial.Tokenizer(industrial.models.BPE())
+    peer.pre_tokenizer = industrial.pre_tokenizers.WhitespaceSplit()
+    peer.train_from_iterator(spelled, industrial.trainers.BpeTrainer(
+        vocab_size=256 + 1000, min_frequency=2, initial_alphabet=[chr(256 + b) for b in range(256)], show_progress=False))
+    theirs = [tuple(pair) for pair in json.loads(peer.to_str())["model"]["merges"]]
+    ours = Tokenizer.train(texts, 2 + 256 + 1000)
+    pieces = ["".join(chr(256 + b) for b in piece) for piece in ours.pieces]
+    assert theirs == [(pieces[a], pieces[b]) for a, b in ours.merges] and len(theirs) == 1000
 
 
 def test_training_depends_on_counts_alone():
