@@ -341,8 +341,9 @@ def test_merges_are_those_of_the_industrial_tool():
     spelled = [" ".join("".join(chr(256 + b) for b in word.encode() + b" ") for word in text.split()) for text in texts]
     peer = industrial.Tokenizer(industrial.models.BPE())
     peer.pre_tokenizer = industrial.pre_tokenizers.WhitespaceSplit()
+    alphabet = [chr(256 + b) for b in range(256)]
     peer.train_from_iterator(spelled, industrial.trainers.BpeTrainer(
-        vocab_size=256 + 1000, min_frequency=2, initial_alphabet=[chr(256 + b) for b in range(256)], show_progress=False))
+        vocab_size=256 + 1000, min_frequency=2, initial_alphabet=alphabet, show_progress=False))
     theirs = [tuple(pair) for pair in json.loads(peer.to_str())["model"]["merges"]]
     ours = Tokenizer.train(texts, 2 + 256 + 1000)
     pieces = ["".join(chr(256 + b) for b in piece) for piece in ours.pieces]
