@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import model as m  # noqa: E402
 
@@ -172,7 +172,7 @@ def test_streaming_is_the_offline_forward(config, dtype):
 def test_streaming_is_the_offline_forward_for_the_presets(name):
     config = m.PRESETS[name]
     model = make(config, torch.float32)
-    mel = mel_of(config, 20 * 16000, torch.float32)[None]
+    mel = mel_of(config, 8 * 16000, torch.float32)[None]
     for chunk in config.chunks:
         difference = (stream(model, mel, chunk)[0] - model.encoder(mel, chunk=chunk)[0]).abs().max()
         assert difference < 1e-5, (chunk, difference)
@@ -350,6 +350,34 @@ def test_random_numbers_are_those_of_the_seed():
     a, b, c = make(seed=1), make(seed=1), make(seed=2)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
     assert not torch.equal(a.joint.output.weight, c.joint.output.weight) and not a.joint.output.bias.any()
+
+
+# ------------------------------------------------------------------------------------------ the bench and the picture
+
+def test_the_planted_model_of_the_bench_hears_its_tones():
+    """Random weights but for three units: one label for every tone, in every preset that a test can afford."""
+    bench = pytest.importorskip("bench")
+    for preset in ("tiny", "small"):
+        _, new = bench.planted_streamer(preset, chunk=8)
+        _, words = bench.stream_chunks(new(), bench.tones(0, 3))
+        assert [word.text for word in words] == ["ab"] * 10
+        assert all(abs(word.frame_s - 0.1 * (3 * k + 2)) < 0.1 for k, word in enumerate(words))
+
+
+def test_timeline_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    soundfile, bench = pytest.importorskip("soundfile"), pytest.importorskip("bench")
+    from serialize import Tokenizer
+    tokenizer = Tokenizer(("<asr>", "<st:en>"))
+    labels = [tokenizer.tag_id["<st:en>"], tokenizer.first_byte + ord("a"), tokenizer.first_byte + ord(" ")]
+    config = replace(m.PRESETS["tiny"], vocab=len(tokenizer))
+    m.save(tmp_path / "model.pt", bench.planted(config, labels), tokenizer=tokenizer.to_dict())
+    soundfile.write(tmp_path / "tones.wav", bench.tones(0, 2), 16000)
+    subprocess.run([sys.executable, ROOT / "tests" / "figures.py", "timeline", tmp_path / "model.pt",
+                    tmp_path / "tones.wav", "-o", tmp_path / "timeline.png"], check=True)
+    from matplotlib import image
+    height, width, _ = image.imread(tmp_path / "timeline.png").shape
+    assert width > 1000 and height > 300
 
 
 # ------------------------------------------------------------------------------------------------ options and files
