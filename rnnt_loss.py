@@ -10,14 +10,16 @@ it either writes a blank (go to the next frame) or the next label (stay on the f
       u=0   o--o--o--o
            t=0  1  2  3       cost = -log P(labels | frames) = -beta(0,0)
 """
+import functools
 import itertools
 import math
+import warnings
 from collections import namedtuple
 
 import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import cuda, njit, prange
 from numba.extending import overload
 
 SLAB_BYTES = 4 << 20      # half-precision logits are cast to float32 this much at a time
@@ -275,6 +277,259 @@ def _empty(shape, dtype):
         if dtype in (torch.float32, torch.float64) else torch.empty(shape, dtype=dtype)
 
 
+# --------------------------------------------------------------------------------------------------------------- CUDA
+# The same three steps. 32 lanes share a row of logits, so that they read neighbours; a block holds ROWS rows. numba has
+# no bfloat16: such logits come as int16, their bits, and `brain` is true.
+ROWS = 8
+_LOWEST = np.float32(-3e38)                                # where a running maximum starts: -inf - -inf would be NaN
+
+
+@cuda.jit(device=True)
+def _real(v, brain):
+    return np.int32(np.int32(v) << 16).view(np.float32) if brain else np.float32(v)
+
+
+@cuda.jit(device=True)
+def _brain(v):
+    """The bits of the bfloat16 nearest to a float32, ties to even; NaN stays NaN."""
+    bits = np.int64(np.float32(v).view(np.int32))
+    if v != v:
+        return np.int16(0x7fc0)
+    return np.int16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)
+
+
+@cuda.jit(device=True)
+def _gpu_node(i, nodes, job):
+    T, U1 = job.lse.shape[1], job.lse.shape[2]
+    n = nodes[i] if nodes.shape[0] else i
+    b, t, u = n // (T * U1), n // U1 % T, n % U1
+    return b, t, u, t < job.frames[b] and u <= job.counts[b]
+
+
+@cuda.jit
+def _gpu_log_probs(x, first, nodes, job, brain):
+    """One pass: every lane keeps the maximum so far and the sum of exp(x - maximum), and the 32 pairs are merged."""
+    lane, r = cuda.threadIdx.x, cuda.threadIdx.y
+    i, V = np.int64(cuda.blockIdx.x) * ROWS + r, x.shape[1]
+    tops = cuda.shared.array((ROWS, 32), np.float32)       # the simulator tells shared arrays apart by their line
+    sums = cuda.shared.array((ROWS, 32), np.float32)
+    b, t, u, inside = _gpu_node(first + min(i, x.shape[0] - 1), nodes, job)
+    inside = inside and i < x.shape[0]
+    top, total = _LOWEST, np.float32(0)
+    if inside and job.fused:
+        for k in range(lane, V, 128):                      # four loads in flight, one rescaling for the four
+            v0 = _real(x[i, k], brain)
+            v1 = _real(x[i, k + 32], brain) if k + 32 < V else _LOWEST
+            v2 = _real(x[i, k + 64], brain) if k + 64 < V else _LOWEST
+            v3 = _real(x[i, k + 96], brain) if k + 96 < V else _LOWEST
+            new = max(max(max(v0, v1), max(v2, v3)), top)
+            total = total * math.exp(top - new) + math.exp(v0 - new) + math.exp(v1 - new)
+            total += math.exp(v2 - new) + math.exp(v3 - new)
+            top = new
+    tops[r, lane], sums[r, lane] = top, total
+    step = 16
+    while step:
+        cuda.syncthreads()
+        if lane < step:
+            top0, top1 = tops[r, lane], tops[r, lane + step]
+            new = max(top0, top1)
+            sums[r, lane] = sums[r, lane] * math.exp(top0 - new) + sums[r, lane + step] * math.exp(top1 - new)
+            tops[r, lane] = new
+        step //= 2
+    if inside and lane == 0:
+        lse = tops[r, 0] + math.log(sums[r, 0]) if job.fused else np.float32(0)
+        job.lse[b, t, u] = lse
+        job.blank[b, t, u] = _real(x[i, job.blank_id], brain) - lse
+        if u < job.counts[b]:
+            y, delay = job.labels[b, u], np.float32(job.delay * ((job.frames[b] - 1) / 2 - t))
+            job.label[b, t, u] = _real(x[i, y], brain) - lse + delay if 0 <= y < V else np.float32(math.nan)
+
+
+@cuda.jit
+def _gpu_gradient(x, first, nodes, job, scale, out, brain):
+    lane, i, V = cuda.threadIdx.x, np.int64(cuda.blockIdx.x) * ROWS + cuda.threadIdx.y, x.shape[1]
+    if i < x.shape[0]:
+        b, t, u, inside = _gpu_node(first + i, nodes, job)
+        on, up, lse, y = np.float32(0), np.float32(0), np.float32(0), np.int64(-1)
+        if inside:
+            on, lse = job.blank[b, t, u], job.lse[b, t, u]
+            if u < job.counts[b]:
+                y, up = job.labels[b, u], job.label[b, t, u] * np.float32(1 + job.fastemit)
+        factor, clamp, weight = np.float32(scale[b]), np.float32(job.clamp), on + up
+        for k in range(lane, V, 32):
+            g = np.float32(0)
+            if weight != 0:                                # else the row is written but not read
+                if job.fused:
+                    g = weight * math.exp(_real(x[i, k], brain) - lse)
+                if k == job.blank_id:
+                    g -= on
+                if k == y:
+                    g -= up
+                if clamp > 0:
+                    g = min(max(g, -clamp), clamp)
+                g *= factor
+            if brain:
+                out[i, k] = _brain(g)
+            else:
+                out[i, k] = g
+
+
+@cuda.jit(device=True)
+def _gpu_join(a, b):
+    """_join with float64 sums and float32 corrections: log1p(e) <= ln 2, so that its error does not grow with audio."""
+    if a == -math.inf and b == -math.inf:
+        return a, np.float32(0), np.float32(0)
+    e = math.exp(np.float32(-abs(a - b)))
+    large = np.float32(1) / (np.float32(1) + e)
+    rest = np.float64(math.log1p(e))
+    if a >= b:
+        return a + rest, large, e * large
+    return b + rest, e * large, large
+
+
+@cuda.jit
+def _gpu_lattice(job, edge, want):
+    """_lattice_of by antidiagonals, one block an utterance, one thread a label: at step d thread i is at frame d - i.
+
+    A thread keeps what came over the blank; what came over the label it takes from its neighbour by way of `turn`, two
+    slots deep, so that one barrier a step is enough. What the next step needs from memory is fetched a step ahead. More
+    labels than threads are done strip by strip, `edge` (B,T) carrying alpha from one strip to the next.
+    """
+    b, i, wide = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
+    T, U = job.frames[b], job.counts[b]
+    blank, label = job.blank[b], job.label[b]
+    turn = cuda.shared.array((2, 1024), np.float64)
+    if T < 1:                                              # lengths out of range, unseen by the host
+        if i == 0:
+            job.costs[b] = math.nan
+        return
+    strips = U // wide + 1
+    for strip in range(strips):
+        u, many = strip * wide + i, min(wide, U + 1 - strip * wide)
+        alpha, next_on, next_up = -math.inf, np.float32(0), np.float32(0)
+        for d in range(-1, T + many - 1):
+            t, here_on, here_up = d - i, next_on, next_up
+            if -1 <= t < T - 1 and u <= U:
+                next_on = blank[t, u] if t >= 0 else np.float32(0)
+                next_up = label[t + 1, u - 1] if u > 0 else np.float32(0)
+            if 0 <= t < T and u <= U:
+                on = alpha + here_on if t > 0 else (0.0 if u == 0 else -math.inf)
+                up = -math.inf
+                if u > 0:
+                    up = here_up + (turn[(d + 1) % 2, i - 1] if i > 0 else edge[b, t])
+                alpha, share_on, share_up = _gpu_join(on, up)
+                turn[d % 2, i] = alpha
+                if t > 0:
+                    blank[t - 1, u] = share_on
+                if u > 0:
+                    label[t, u - 1] = share_up
+                if i == wide - 1:
+                    edge[b, t] = alpha
+                if t == T - 1:
+                    logp = alpha + blank[t, u]
+                    if u == U:
+                        job.costs[b] = -logp
+                    blank[t, u] = 0.0 if u < U or logp == -math.inf else math.exp(logp - logp)
+            cuda.syncthreads()
+    for strip in range(strips - 1 if want else -1, -1, -1):
+        u, many = strip * wide + i, min(wide, U + 1 - strip * wide)
+        on, next_on, next_up = np.float32(0), np.float32(0), np.float32(0)
+        for d in range(-1, T + many - 1):
+            t, share_on, share_up = T - 1 - (d - (many - 1 - i)), next_on, next_up
+            if 0 < t <= T and u <= U:
+                next_on = blank[t - 2, u] if t > 1 else np.float32(0)
+                next_up = label[t - 1, u - 1] if u > 0 else np.float32(0)
+            if 0 <= t < T and u <= U:
+                if t == T - 1:
+                    on = blank[t, u]
+                up = np.float32(0)
+                if u < U:
+                    up = np.float32(turn[(d + 1) % 2, i + 1]) if i < wide - 1 else label[t, u]
+                gamma = on + up
+                on = share_on * gamma
+                if t > 0:
+                    blank[t - 1, u] = on
+                if u > 0:
+                    label[t, u - 1] = share_up * gamma
+                    turn[d % 2, i] = share_up * gamma
+            cuda.syncthreads()
+
+
+class _Cuda:
+    """The kernels on torch's memory, stream and device. Under numba's simulator the same code runs on CPU tensors."""
+    threads = 1024                                         # of a block of the lattice, at most
+
+    @staticmethod
+    def array(a):
+        if not isinstance(a, torch.Tensor):
+            return a
+        a = a.detach().view(torch.int16) if a.dtype == torch.bfloat16 else a.detach()
+        return cuda.as_cuda_array(a, sync=False) if a.is_cuda else a.numpy()
+
+    @classmethod
+    def run(cls, kernel, grid, block, like, *args):
+        args = [Job(*map(cls.array, a)) if isinstance(a, Job) else cls.array(a) for a in args]
+        if not like.is_cuda:
+            kernel[grid, block](*args)
+        elif grid:
+            with torch.cuda.device(like.device):
+                kernel[grid, block, cuda.external_stream(torch.cuda.current_stream().cuda_stream)](*args)
+
+    @classmethod
+    def log_probs(cls, x, first, nodes, job):
+        cls.run(_gpu_log_probs, -(-len(x) // ROWS), (32, ROWS), x, x, first, nodes, job, x.dtype == torch.bfloat16)
+
+    @classmethod
+    def lattice(cls, job, want):
+        edge, width = torch.empty(job.lse.shape[:2], dtype=torch.float64, device=job.lse.device), job.lse.shape[2]
+        cls.run(_gpu_lattice, len(edge), min(cls.threads, -(-width // 32) * 32), edge, job, edge, want)
+
+    @classmethod
+    def gradient(cls, x, first, nodes, job, scale, out):
+        cls.run(_gpu_gradient, -(-len(x) // ROWS), (32, ROWS), x, x, first, nodes, job, scale, out,
+                x.dtype == torch.bfloat16)
+
+
+class _Torch:
+    """The plain fallback for a GPU without numba's compiler: rows by torch, the lattice on the CPU."""
+    @staticmethod
+    def rows(x, first, nodes, job):
+        T, U1 = job.lse.shape[1:]
+        for i, j in _slabs(x):
+            n = nodes[first + i:first + j] if len(nodes) else torch.arange(first + i, first + j, device=x.device)
+            b, u = n // (T * U1), n % U1
+            inside = (n // U1 % T < job.frames[b]) & (u <= job.counts[b])
+            yield slice(i, j), n, b, n // U1 % T, job.labels[b, u], inside, torch.arange(j - i, device=x.device)
+
+    @classmethod
+    def log_probs(cls, x, first, nodes, job):
+        for rows, n, b, t, y, _, i in cls.rows(x, first, nodes, job):
+            wide = x[rows].to(job.lse.dtype)
+            lse = wide.logsumexp(-1) if job.fused else torch.zeros_like(wide[:, 0])
+            job.lse.view(-1)[n], job.blank.view(-1)[n] = lse, wide[:, job.blank_id] - lse
+            job.label.view(-1)[n] = wide[i, y.clamp(min=0)] - lse + job.delay * ((job.frames[b] - 1) / 2 - t)
+
+    @staticmethod
+    def lattice(job, want):
+        here = Job(*(a.cpu() if isinstance(a, torch.Tensor) else a for a in job))
+        _Cpu.lattice(here, want)
+        for a, b in zip(job, here):
+            if isinstance(a, torch.Tensor):
+                a.copy_(b)
+
+    @classmethod
+    def gradient(cls, x, first, nodes, job, scale, out):
+        for rows, n, b, _, y, inside, i in cls.rows(x, first, nodes, job):
+            on = torch.where(inside, job.blank.view(-1)[n], 0)
+            up = torch.where(inside & (y >= 0), job.label.view(-1)[n] * (1 + job.fastemit), 0)
+            grad = (x[rows].to(on.dtype) - job.lse.view(-1)[n, None]).exp_().mul_((on + up)[:, None]) * int(job.fused)
+            grad.masked_fill_((on + up == 0)[:, None], 0)
+            grad[:, job.blank_id] -= on
+            grad[i, y.clamp(min=0)] -= up
+            grad = grad.clamp_(-job.clamp, job.clamp) if job.clamp > 0 else grad
+            out[rows] = grad.mul_(scale.to(grad.dtype)[b, None])
+
+
 # ------------------------------------------------------------------------------------------------------------ checking
 def _make_job(shape, like, targets, logit_lengths, target_lengths, blank, *, fused=True, fastemit=0.0, delay=0.0,
               clamp=-1.0):
@@ -322,8 +577,24 @@ def _check_reduction(reduction):
 _EVERY = torch.empty(0, dtype=torch.int64)     # no list of nodes: row i is node i
 
 
+@functools.cache
+def _gpu_compiles():
+    """Whether numba can compile for the GPU at hand; says so once where it cannot."""
+    try:
+        probe = cuda.jit(lambda a: None)
+        probe[1, 1](np.zeros(1, np.float32))
+        return True
+    except Exception as error:                             # no driver, no NVVM, a version that does not fit: all the same
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        warnings.warn(f"numba cannot compile for this GPU ({reason}): rnnt_loss runs through torch and the CPU, slowly. "
+                      "pip install 'numba-cuda[cu12]' (or [cu13]) helps.", stacklevel=2)
+        return False
+
+
 def _backend(device, dtype):
-    return _Cpu
+    if device.type == "cpu" and not numba.config.ENABLE_CUDASIM:
+        return _Cpu
+    return _Cuda if dtype != torch.float64 and device.type in ("cuda", "cpu") and _gpu_compiles() else _Torch
 
 
 class _Loss(torch.autograd.Function):
