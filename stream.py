@@ -6,17 +6,13 @@ A stream is cut into chunks of C encoder frames. When the samples of one more ch
 
 and less than a chunk waits. So the same computations run on the same shapes however the audio is cut into packets, and
 the result is the same to the last bit. `step` is the whole loop; searches, audio files and captions follow, and
-measuring comes last. What this file does not do: the network (model.py), tokens <-> words (serialize.py).
-
-    python stream.py MODEL FILE             live captions; - instead of FILE: 16-bit PCM at 16 kHz from standard input
-    python stream.py MODEL --eval MANIFEST  error rates, BLEU and latency of a whole set
-    python stream.py                        random weights hear noise in packets of several sizes: nothing changes
+measuring comes last. The network is model.py's, turning tokens into words serialize.py's. `python stream.py MODEL FILE`
+prints captions, with `--eval MANIFEST` error rates and latency; alone, it shows that packets do not matter.
 """
 import argparse
 import json
 import math
 import os
-import shutil
 import sys
 import time
 import unicodedata
@@ -31,7 +27,7 @@ from serialize import StreamParser, Tokenizer, read_manifest
 
 BLANK = 0
 LIMITS = (20, 500)  # symbols in one frame, and in the last one, where a whole translation may still have to come
-PER_MS = SAMPLE_RATE / 1000  # samples
+PER_MS = SAMPLE_RATE / 1000  # samples in a millisecond
 NOTHING = torch.zeros(1, 0, dtype=torch.long)  # the labels of a stream that has just begun
 
 
@@ -114,17 +110,12 @@ class Streamer:
 
 def advance(streamers):
     """Run all that can run, chunks of the same size as one batch -> the new words of each stream."""
-    words = {streamer: [] for streamer in streamers}
-    while True:
-        groups = {}
-        for streamer in streamers:
-            if due := streamer.due():
-                groups.setdefault((due, streamer.chunk, type(streamer.search)), []).append(streamer)
-        if not groups:
-            return list(words.values())
-        for (due, *_), group in groups.items():
-            for streamer, new in zip(group, step(group, *due)):
-                words[streamer] += new
+    words, kind = {streamer: [] for streamer in streamers}, lambda s: (s.due(), s.chunk, type(s.search))
+    while ready := [streamer for streamer in streamers if streamer.due()]:
+        group = [streamer for streamer in ready if kind(streamer) == kind(ready[0])]
+        for streamer, new in zip(group, step(group, *ready[0].due())):
+            words[streamer] += new
+    return list(words.values())
 
 
 @torch.inference_mode()
@@ -137,11 +128,11 @@ def step(streamers, n_frames, last):
     for b, streamer in enumerate(streamers):
         streamer.encoder_state = state.select(slice(b, b + 1))
     searches = [streamer.search for streamer in streamers]
-    tokens = type(searches[0]).advance(searches, model.joint.encoder_proj(frames), last)       # frames: (B, T, J)
+    tokens = type(searches[0]).advance(searches, model.joint.encoder_proj(frames), last)       # from (B, T, J)
     return [streamer.words(found, last, began) for streamer, found in zip(streamers, tokens)]
 
 
-# ---- Greedy search --------------------------------------------------------------------------------------------------
+# ---- Searches: greedy, and beam -------------------------------------------------------------------------------------
 
 @dataclass
 class Labels:
@@ -159,8 +150,6 @@ class Labels:
 
     @staticmethod
     def join(parts):
-        if len(parts) == 1:
-            return parts[0]
         return Labels(torch.cat([part.proj for part in parts]), State.join([part.state for part in parts]))
 
 
@@ -169,8 +158,9 @@ class Greedy:
 
     def __init__(self, model, limits=LIMITS):
         self.model, self.limits, self.labels = model, limits, Labels.read(model, NOTHING)
-        self.at = self.symbols = 0        # the frame it stands at, and the labels written there
+        self.first = self.at = self.symbols = 0  # frames of earlier calls, frame of this one, labels written there
         self.score, self.capped = 0.0, 0  # log-probability of the path; frames that wanted more labels than the limit
+        self.tokens = []                  # [(token, frame)] of this call
 
     @staticmethod
     def advance(searches, frames, last, lengths=None, window=8):
@@ -179,56 +169,51 @@ class Greedy:
         Only a label moves the label encoder, never blank. So until a label comes, nothing in the joint depends on the
         search, and one call looks at `window` frames: the path runs through their blanks and stops at a label.
         """
-        model, labels = searches[0].model, Labels.join([search.labels for search in searches])
-        starts, tokens = [search.at for search in searches], [[] for _ in searches]
-        ends = [start + n for start, n in zip(starts, lengths or [frames.shape[1]] * len(searches))]
-        while rows := [b for b, search in enumerate(searches) if search.at < ends[b]]:
-            at = torch.tensor([searches[b].at - starts[b] for b in rows])[:, None] + torch.arange(window)
-            some, at = torch.tensor(rows).to(frames.device), at.clamp(max=frames.shape[1] - 1).to(frames.device)
-            nodes = torch.tanh(frames[some[:, None], at] + labels.proj[some][:, None])           # (R, W, J)
-            log_probs = model.joint.output(nodes).log_softmax(-1)                                # (R, W, V)
+        (B, T, _), model, labels = frames.shape, searches[0].model, Labels.join([s.labels for s in searches])
+        lengths, ahead = lengths or [T] * B, torch.arange(window, device=frames.device)
+        for search in searches:
+            search.at, search.tokens = 0, []
+        while rows := [b for b, search in enumerate(searches) if search.at < lengths[b]]:
+            some = torch.tensor(rows, device=frames.device)
+            at = torch.tensor([searches[b].at for b in rows], device=frames.device)[:, None] + ahead
+            nodes = torch.tanh(frames[some[:, None], at.clamp(max=T - 1)] + labels.proj[some][:, None])  # (R, W, J)
+            log_probs = model.joint.output(nodes).log_softmax(-1)                                        # (R, W, V)
             best, token = log_probs.max(-1)
-            table = zip(token.tolist(), best.tolist(), log_probs[..., BLANK].tolist())
-            new = {b: searches[b].follow(zip(*row), ends[b], last) for b, row in zip(rows, table)}
-            wrote = {b: found for b, found in new.items() if found}
-            for b in wrote:
-                tokens[b].append(wrote[b])
-            if wrote:  # every row reads a label, and the rows that wrote none keep what they had
-                everyone = range(len(searches))
-                moved = Labels.read(model, torch.tensor([wrote.get(b, (BLANK,))[:1] for b in everyone]), labels.state)
-                labels = moved if len(wrote) == len(searches) else Labels.join([labels, moved]).select(
-                    [b + len(searches) * (b in wrote) for b in everyone])
+            new = [BLANK] * B
+            for b, *row in zip(rows, token.tolist(), best.tolist(), log_probs[..., BLANK].tolist()):
+                new[b] = searches[b].follow(zip(*row), lengths[b], last)
+            if any(new):  # every row reads a label, and those that wrote none keep what they had
+                moved = Labels.read(model, torch.tensor(new)[:, None], labels.state)
+                labels = moved if all(new) else Labels.join([labels, moved]).select(
+                    [b + B * (token != BLANK) for b, token in enumerate(new)])
         for b, search in enumerate(searches):
-            search.labels = labels.select(slice(b, b + 1))
-        return tokens
+            search.labels, search.first = labels.select(slice(b, b + 1)), search.first + lengths[b]
+        return [search.tokens for search in searches]
 
-    def follow(self, nodes, end, last):
-        """Walk along (best token, its log-probability, that of blank) of successive frames, to a label or the end."""
+    def follow(self, nodes, length, last):
+        """Walk along (best token, its log-probability, that of blank) of successive frames; the label it writes."""
         for token, best, blank in nodes:
-            if self.at == end:
-                return None
-            if token != BLANK and self.symbols < self.limits[last and self.at == end - 1]:
+            if self.at == length:
+                break
+            if token != BLANK and self.symbols < self.limits[last and self.at == length - 1]:
                 self.score, self.symbols = self.score + best, self.symbols + 1
-                return token, self.at
+                self.tokens.append((token, self.first + self.at))
+                return token
             self.score, self.capped = self.score + blank, self.capped + (token != BLANK)
             self.at, self.symbols = self.at + 1, 0
+        return BLANK
 
 
 @torch.inference_mode()
 def greedy_batch(model, mel, lengths, chunk=None, limits=LIMITS):
-    """Whole utterances through the offline masked encoder -> (ids, frames) of each, the same as streaming gives.
-
-    mel (B, F, 80) padded, lengths (B,) in mel frames.
-    """
+    """mel (B, F, 80) padded, lengths (B,) in mel frames -> (ids, frames) of each, as streaming gives, but offline."""
     lengths = torch.as_tensor(lengths, device=mel.device)
     out, _ = model.encoder(mel, lengths=lengths, chunk=chunk)
-    n_frames = [max(1, -(-n // model.config.subsampling)) for n in lengths.tolist()]
+    n_frames = (-(-lengths // model.config.subsampling)).tolist()
     searches = [Greedy(model, limits) for _ in n_frames]
     found = Greedy.advance(searches, model.joint.encoder_proj(out), True, n_frames)
-    return [([token for token, _ in path], [frame for _, frame in path]) for path in found]
+    return [([token for token, _ in tokens], [frame for _, frame in tokens]) for tokens in found]
 
-
-# ---- Beam search ----------------------------------------------------------------------------------------------------
 
 @dataclass
 class Hypothesis:
@@ -282,15 +267,13 @@ class Beam:
     def prune(self, active, log_probs, left):
         """The best of those that left and of every active one with every label -> what is active and left now."""
         scores = log_probs.double() + log_probs.new_tensor([hyp.score for hyp in active], dtype=torch.double)[:, None]
-        scores = scores[:, BLANK + 1:]
+        scores, n = scores[:, BLANK + 1:], scores.shape[1] - 1  # labels only
         best, index = scores.flatten().topk(min(self.size, scores.numel()))
-        pool = [(hyp.score, hyp, None) for hyp in left.values()]
-        for score, k in zip(best.tolist(), index.tolist()):
-            parent, token = divmod(k, scores.shape[1])
-            pool.append((score, active[parent], token + BLANK + 1))
+        pool = [(hyp.score, hyp, BLANK) for hyp in left.values()]
+        pool += [(score, active[k // n], k % n + BLANK + 1) for score, k in zip(best.tolist(), index.tolist())]
         pool = sorted(pool, key=lambda entry: -entry[0])[:self.size]
-        left = {hyp.tokens: hyp for _, hyp, token in pool if token is None}
-        grown = [entry for entry in pool if entry[2] is not None]
+        left = {hyp.tokens: hyp for _, hyp, token in pool if token == BLANK}
+        grown = [entry for entry in pool if entry[2] != BLANK]
         if not grown:
             return [], left
         labels = Labels.join([hyp.labels for _, hyp, _ in grown])
@@ -309,7 +292,7 @@ class Beam:
         return tokens
 
 
-# ---- Audio ----------------------------------------------------------------------------------------------------------
+# ---- Audio and captions ---------------------------------------------------------------------------------------------
 
 class AudioError(ValueError):
     """Audio that cannot be used; the message names the file."""
@@ -319,12 +302,11 @@ def read_audio(path, start=0.0, duration=None):
     """A file, or a piece of it in seconds -> float32 samples (N,), mono, 16 kHz. Channels are averaged."""
     import soundfile
     try:
-        with soundfile.SoundFile(path) as file:
+        with open(path, "rb") as raw, soundfile.SoundFile(raw) as file:
             rate, first = file.samplerate, round(start * file.samplerate)
             wanted = file.frames - first if duration is None else round(duration * rate)
             if wanted <= 0 or first + wanted > file.frames + rate // 20:  # manifests may round
-                piece = f", no {duration or 0:.2f} s from {start:.2f} s on" if start or duration is not None else ""
-                raise AudioError(f"{path}: holds {file.frames / rate:.2f} s of audio{piece}")
+                raise AudioError(f"{path}: {file.frames / rate:.2f} s long, not {duration or 'more'} from {start} on")
             file.seek(first)
             samples = file.read(wanted, dtype="float32", always_2d=True).mean(axis=1)
     except (soundfile.SoundFileError, OSError, TypeError) as error:
@@ -357,8 +339,6 @@ def resample(samples, rate, to, crossings=32):
     return out
 
 
-# ---- Captions -------------------------------------------------------------------------------------------------------
-
 def packets(source, realtime):
     """The audio of a file, or 16-bit PCM from standard input as it comes."""
     if source == "-":
@@ -370,14 +350,13 @@ def packets(source, realtime):
             received, heard = received + len(samples), heard or samples.any()
             yield samples
         if not heard:
-            raise AudioError(f"standard input: {received} samples of 16-bit PCM and none but zeros")
+            raise AudioError(f"standard input: no sound, {received} samples and none but zeros")
         return
     samples, began, size = read_audio(source), time.perf_counter(), SAMPLE_RATE // 10
     for start in range(0, len(samples), size):
-        packet = samples[start:start + size]
         if realtime:
-            time.sleep(max(0.0, began + (start + len(packet)) / SAMPLE_RATE - time.perf_counter()))
-        yield packet
+            time.sleep(max(0.0, began + min(start + size, len(samples)) / SAMPLE_RATE - time.perf_counter()))
+        yield samples[start:start + size]
 
 
 def show_json(words):
@@ -396,27 +375,20 @@ class Terminal:
     """One line for each stream, growing in place. When one is full they all stay, and fresh ones begin below."""
 
     def __init__(self, tags):
-        self.lines = dict.fromkeys(tags)
-        self.fresh()
-
-    def fresh(self):
-        self.lines = dict.fromkeys(self.lines, "")
-        print("\n" * len(self.lines), end="")
+        self.lines, self.drawn = dict.fromkeys(tags, ""), 0
 
     def __call__(self, words):
-        width = shutil.get_terminal_size().columns - 9
+        width = os.get_terminal_size().columns - 9
+        columns = lambda text: sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF")
+                                   for c in text)
         for word in words:
             text = "".join(c if c.isprintable() else "\ufffd" for c in word.text)  # a model may write any byte
             if columns(f"{self.lines[word.stream]} {text}") > width and self.lines[word.stream]:
-                self.fresh()
+                self.lines, self.drawn = dict.fromkeys(self.lines, ""), 0
             self.lines[word.stream] += f" {text}"
             rows = (f"\x1b[2K\x1b[2m{tag:8}\x1b[0m{line[:width]}\n" for tag, line in self.lines.items())
-            print(f"\x1b[{len(self.lines)}F" + "".join(rows), end="", flush=True)  # from the first line of the block
-
-
-def columns(text):
-    """How wide a terminal shows it: accents stand on the letter before, East Asian letters are two wide."""
-    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+            print(f"\x1b[{self.drawn}F" * (self.drawn > 0) + "".join(rows), end="", flush=True)  # F: so many lines up
+            self.drawn = len(self.lines)
 
 
 def caption(model, tokenizer, options):
@@ -430,49 +402,39 @@ def caption(model, tokenizer, options):
     if streamer.received:
         show(streamer.flush())
     if streamer.search.capped:
-        print(f"{streamer.search.capped} frames were cut off at {LIMITS[0]} symbols (the last: {LIMITS[1]})",
-              file=sys.stderr)
+        print(f"frames cut off at {LIMITS[0]} symbols (last: {LIMITS[1]}): {streamer.search.capped}", file=sys.stderr)
 
 
 # ---- Evaluation: stream a set, then compare words and delays with the references -----------------------------------
 
 def evaluate(model, tokenizer, items, *, chunk=None, beam=1, batch_size=16, progress=False, bootstrap=0):
-    """items: [(row, samples)] -> (metrics by stream, one record by utterance).
-
-    `batch_size` utterances are streamed in step. That changes no word and no delay; the computation-aware figures
-    become those of a machine that serves as many listeners.
-    """
+    """items: [(row, samples)] -> (metrics by stream, one record by utterance). `batch_size` utterances are streamed in
+    step; that changes no word and no delay, but computation-aware figures become those of a server with as many."""
     training, records, starts = model.training, [], range(0, len(items), batch_size)
     if progress:
         from tqdm import tqdm
         starts = tqdm(starts, desc="evaluating", leave=False)
     model.eval()
     for start in starts:
-        group = items[start:start + batch_size]
-        for (row, samples), heard in zip(group, hear(model, tokenizer, [x for _, x in group], chunk, beam)):
+        group, began = items[start:start + batch_size], time.perf_counter()
+        streamers = [Streamer(model, tokenizer, chunk=chunk, beam=beam) for _ in group]
+        for streamer, (_, samples) in zip(streamers, group):
+            streamer.push(samples)
+            streamer.closed = True
+        for (row, samples), streamer, words in zip(group, streamers, advance(streamers)):
             texts = {"<asr>": row.asr, **{f"<st:{lang}>": text for lang, text in row.st.items()}}
             references = {tag: text.split() for tag, text in texts.items() if text is not None}
-            records.append({"id": row.id, "audio": row.audio, "samples": samples, "references": references, **heard})
+            records.append({"id": row.id, "audio": row.audio, "duration_ms": len(samples) / PER_MS, "words": words,
+                            "references": references, "score": streamer.search.score,
+                            "capped": streamer.search.capped, "seconds": (time.perf_counter() - began) / len(group)})
     model.train(training)
     return summarise(records, tokenizer.tags, bootstrap), records
 
 
-def hear(model, tokenizer, audio, chunk, beam):
-    """Stream some recordings in one batch -> for each what was written, and when."""
-    began, streamers = time.perf_counter(), [Streamer(model, tokenizer, chunk=chunk, beam=beam) for _ in audio]
-    for streamer, samples in zip(streamers, audio):
-        streamer.push(samples)
-        streamer.closed = True
-    words = advance(streamers)
-    return [{"words": own, "duration_ms": streamer.received / PER_MS, "score": streamer.search.score,
-             "capped": streamer.search.capped, "seconds": (time.perf_counter() - began) / len(audio)}
-            for streamer, own in zip(streamers, words)]
-
-
 def summarise(records, tags, bootstrap=0):
     """Metrics by stream, flat and plain; with `bootstrap` draws of the utterances, name_95 are 95 % intervals."""
-    return {tag: _score([row for row in records if tag in row["references"]], tag, bootstrap)
-            for tag in tags if any(tag in row["references"] for row in records)}
+    rows = {tag: [record for record in records if tag in record["references"]] for tag in tags}
+    return {tag: _score(rows[tag], tag, bootstrap) for tag in tags if rows[tag]}
 
 
 def _score(rows, tag, bootstrap):
@@ -480,7 +442,6 @@ def _score(rows, tag, bootstrap):
     words = [[word for word in row["words"] if word.stream == tag] for row in rows]
     texts = [[word.text for word in own] for own in words]
     metrics = {"utterances": len(rows), "silent": sum(not own for own in words)}
-
     def ratio(name, above, below):  # of two sums over the utterances
         above, below = np.array(above, float), np.array(below, float)
         metrics[name] = float(above.sum() / below.sum()) if below.sum() else None
@@ -489,7 +450,8 @@ def _score(rows, tag, bootstrap):
             values = above[drawn].sum(1) / np.maximum(below[drawn].sum(1), 1e-9)
             metrics[f"{name}_95"] = np.quantile(values, [0.025, 0.975]).tolist()
 
-    for suffix, clean in (("", list), ("_norm", normalise)):
+    plain = lambda words: "".join(c for c in " ".join(words).lower() if unicodedata.category(c)[0] != "P").split()
+    for suffix, clean in (("", list), ("_norm", plain)):  # norm: lower-cased, without punctuation
         pairs = [(clean(ref), clean(hyp)) for ref, hyp in zip(references, texts)]
         for name, unit in (("wer", list), ("cer", " ".join)):
             ratio(name + suffix, [100 * edit_distance(unit(ref), unit(hyp)) for ref, hyp in pairs],
@@ -505,11 +467,8 @@ def _score(rows, tag, bootstrap):
 
 
 def edit_distance(a, b):
-    """Substitutions, insertions and deletions that turn one sequence into the other (Levenshtein).
-
-    Row i of the table: cost[j] = min(above[j] + 1, above[j-1] + (a[i] != b[j-1]), cost[j-1] + 1). The last of these,
-    along the row, is a running minimum of cost[j] - j, so that each row is a handful of vector operations.
-    """
+    """Levenshtein: row i of the table is cost[j] = min(above[j] + 1, above[j-1] + (a[i] != b[j-1]), cost[j-1] + 1).
+    The last of these, along the row, is a running minimum of cost[j] - j: a row is a few vector operations."""
     number = {item: k for k, item in enumerate(dict.fromkeys([*a, *b]))}
     codes, steps = np.array([number[item] for item in b], int), np.arange(len(b) + 1)
     cost = steps
@@ -520,15 +479,8 @@ def edit_distance(a, b):
     return int(cost[-1])
 
 
-def normalise(words):
-    """Lower-cased, without punctuation."""
-    kept = ("".join(c for c in word.lower() if unicodedata.category(c)[0] != "P") for word in words)
-    return [word for word in kept if word]
-
-
 def latency(delays, source_ms, n_ref):
-    """How far the words lag behind an ideal that spreads them evenly over the source: (AL, LAAL) in ms.
-
+    """How far the words lag behind an ideal that spreads them evenly over the source: (AL, LAAL) in ms
     AL    1/tau * sum over i <= tau of d_i - (i - 1) S / n_ref,  tau the first word that needed the whole source
     LAAL  the same with max(n_hyp, n_ref), so that writing too much does not look fast
     """
@@ -548,22 +500,14 @@ def sacre(hypotheses, references, bootstrap):
         return {"bleu": None, "chrf": None}
     metrics = {}
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
-        score = metric.corpus_score(hypotheses, [references], n_bootstrap=bootstrap or 1)
+        score = metric.corpus_score(hypotheses, [references])
         metrics |= {name: score.score, f"{name}_signature": str(metric.get_signature())}
-        if bootstrap:
-            found = json.loads(score.format(width=4, is_json=True))
-            middle, half = found["confidence_mean"], found["confidence_var"]
-            metrics[f"{name}_95"] = [middle - half, middle + half]
+        if bootstrap:  # its own intervals fail where a draw scores 0; a set's statistics are the sums of its sentences'
+            sums = np.array(metric._extract_corpus_statistics(hypotheses, [references]))
+            drawn = np.random.default_rng(0).integers(len(sums), size=(bootstrap, len(sums)))
+            values = [metric._compute_score_from_stats(sums[some].sum(0).tolist()).score for some in drawn]
+            metrics[f"{name}_95"] = np.quantile(values, [0.025, 0.975]).tolist()
     return metrics
-
-
-def played_after(a, b):
-    """The record of recording b played right after recording a, each heard alone."""
-    late = [replace(word, delay_ms=word.delay_ms + a["duration_ms"], elapsed_ms=word.elapsed_ms + a["duration_ms"])
-            for word in b["words"]]
-    texts = {tag: a["references"].get(tag, []) + text for tag, text in b["references"].items()}
-    return {**a, "words": a["words"] + late, "references": texts, "samples": np.concatenate([a["samples"], b["samples"]]),
-            "duration_ms": a["duration_ms"] + b["duration_ms"], "seconds": a["seconds"] + b["seconds"]}
 
 
 def write_logs(folder, records, metrics):
@@ -574,24 +518,13 @@ def write_logs(folder, records, metrics):
         with open(path / "instances.log", "w", encoding="utf-8") as file:
             for index, row in enumerate(row for row in records if tag in row["references"]):
                 words = [word for word in row["words"] if word.stream == tag]
-                file.write(json.dumps({
-                    "index": index, "prediction": " ".join(word.text for word in words),
-                    "delays": [word.delay_ms for word in words], "elapsed": [word.elapsed_ms for word in words],
-                    "prediction_length": len(words), "reference": " ".join(row["references"][tag]),
-                    "source": [row["audio"]], "source_length": row["duration_ms"]}, ensure_ascii=False) + "\n")
+                entry = {"index": index, "prediction": " ".join(word.text for word in words),
+                         "delays": [word.delay_ms for word in words], "elapsed": [word.elapsed_ms for word in words],
+                         "prediction_length": len(words), "reference": " ".join(row["references"][tag]),
+                         "source": [row["audio"]], "source_length": row["duration_ms"]}
+                print(json.dumps(entry, ensure_ascii=False), file=file)
         (path / "config.yaml").write_text("source_type: speech\ntarget_type: text\n")
     Path(folder, "metrics.json").write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n")
-
-
-def report(title, metrics):
-    for tag, figures in metrics.items():
-        print(f"\n{tag}  {title}")
-        for name, value in figures.items():
-            if isinstance(value, float):
-                low, high = figures.get(f"{name}_95", (math.nan, math.nan))
-                value = f"{value:10.3f}" + f"   95 %: {low:.3f} .. {high:.3f}" * (low == low)
-            if not isinstance(value, list):
-                print(f"  {name:18} {value}")
 
 
 def evaluation(model, tokenizer, options):
@@ -603,23 +536,17 @@ def evaluation(model, tokenizer, options):
             print(f"{row.where}: skipped: {error}", file=sys.stderr)
     if not items:
         raise ValueError(f"{options.eval}: no row with usable audio")
-    how = {"chunk": options.chunk, "beam": options.beam}
-    metrics, records = evaluate(model, tokenizer, items, **how, batch_size=1, progress=True, bootstrap=1000)
-    report(f"{len(items)} utterances, {len(rows) - len(items)} skipped", metrics)
+    metrics, records = evaluate(model, tokenizer, items, chunk=options.chunk, beam=options.beam, batch_size=1,
+                                progress=True, bootstrap=1000)
+    for tag, figures in metrics.items():
+        print(f"\n{tag}")
+        for name, value in figures.items():
+            if not isinstance(value, list):
+                interval = "   95 %%: %.3f .. %.3f" % tuple(figures[f"{name}_95"]) if f"{name}_95" in figures else ""
+                print(f"  {name:18} {f'{value:10.3f}' if isinstance(value, float) else value}{interval}")
     if options.log:
         write_logs(options.log, records, metrics)
-    if options.join:
-        alone = []
-        for record in records:
-            if alone and alone[-1]["duration_ms"] < options.join * 1000:
-                record = played_after(alone.pop(), record)
-            alone.append(record)
-        joined = [{**whole, **hear(model, tokenizer, [whole["samples"]], **how)[0]} for whole in alone]
-        report(f"{len(alone)} joined streams, but each utterance heard alone", summarise(alone, tokenizer.tags))
-        report(f"{len(alone)} joined streams, each heard as a whole", summarise(joined, tokenizer.tags))
 
-
-# ---- Command line ---------------------------------------------------------------------------------------------------
 
 def demonstration():
     torch.manual_seed(0)
@@ -629,9 +556,9 @@ def demonstration():
     results = set()
     for packet in (1, 700, 4000, len(samples)):
         streamer = Streamer(model, tokenizer, limits=(3, 10))
-        words = [w for start in range(0, len(samples), packet) for w in streamer.accept(samples[start:start + packet])]
-        words += streamer.flush()
-        results.add(repr((streamer.search.score, [replace(word, elapsed_ms=0) for word in words])))
+        words = [streamer.accept(samples[start:start + packet]) for start in range(0, len(samples), packet)]
+        words = [replace(word, elapsed_ms=0) for some in [*words, streamer.flush()] for word in some]
+        results.add(repr((streamer.search.score, words)))
         print(f"packets of {packet:6} samples: log-probability {streamer.search.score!r}, {len(words)} words")
     print("match" if len(results) == 1 else "NO MATCH")
 
@@ -647,21 +574,17 @@ def main(argv=None):
     add("--realtime", action="store_true", help="play a file at its own pace")
     add("--eval", metavar="MANIFEST", help="stream all of a manifest and compare with its texts")
     add("--log", metavar="DIR", help="with --eval: write metrics.json and SimulEval logs there")
-    add("--join", metavar="S", type=float, help="with --eval: also join the utterances into streams of S seconds")
     add("--allow-outside", action="store_true", help="with --eval: audio may lie outside the manifest's folder")
     add("--device", default="cpu")
-    add("--threads", type=int, default=1, help="of torch (default 1)")
     options = parser.parse_args(argv)
     if not options.checkpoint:
         return demonstration()
     if bool(options.audio) == bool(options.eval):
         parser.error("give an audio file, - for standard input, or --eval MANIFEST")
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)  # a chunk is too little work to share
     try:
         model, beside = load(options.checkpoint, map_location=options.device)
-        if "tokenizer" not in beside:
-            raise ValueError(f"{options.checkpoint}: holds no tokenizer")
-        tokenizer = Tokenizer.from_dict(beside["tokenizer"])
+        tokenizer = Tokenizer.from_dict(beside.get("tokenizer"))
         (evaluation if options.eval else caption)(model, tokenizer, options)
     except BrokenPipeError:  # whoever reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

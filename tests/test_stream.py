@@ -1,10 +1,14 @@
 """stream.py: the same words however the audio comes, the scores that training would give, the delays of SimulEval."""
+import io
 import itertools
 import json
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
+import types
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -131,7 +135,8 @@ def test_many_streams_in_one_batch():
     model = lively(seed=0, dtype=torch.float64)
     audio = [noise(20000 + 1111 * k, k) for k in range(16)]
     alone = [run(model, samples, limits=LIMITS) for samples in audio]
-    streamers, words, rng = [Streamer(model, TOKENIZER, limits=LIMITS) for _ in audio], [[] for _ in audio], np.random.default_rng(0)
+    streamers = [Streamer(model, TOKENIZER, limits=LIMITS) for _ in audio]
+    words, rng = [[] for _ in audio], np.random.default_rng(0)
     at = [0] * 16
     while any(at[k] < len(audio[k]) for k in range(16)):
         cut = [a + int(rng.integers(0, 9000)) for a in at]
@@ -250,3 +255,310 @@ def test_caps_are_counted():
     finally:
         with torch.no_grad():
             bias[0] = keep
+
+
+# ---- Words and their times ------------------------------------------------------------------------------------------
+
+def test_a_word_is_delayed_by_the_audio_it_needs():
+    """The chunk's last window ends 240 samples after the chunk, and never after the end of the audio."""
+    model, samples, written = lively(seed=2), noise(9600 + 5), 0
+    for chunk in (1, 4, 8):
+        streamer, used = Streamer(model, TOKENIZER, chunk=chunk, limits=LIMITS), 0
+        for k in range(len(samples)):
+            for word in streamer.accept(samples[k:k + 1]):  # it comes with exactly the sample that completes the chunk
+                written += 1
+                assert word.delay_ms == (k + 1) / 16 == (used + chunk * 640 + 240) / 16
+                assert word.frame_s * 1000 <= word.delay_ms <= word.elapsed_ms
+            if k + 1 == used + chunk * 640 + 240:
+                used += chunk * 640
+        for word in streamer.flush():
+            assert word.delay_ms == len(samples) / 16
+    assert written > 10
+
+
+def test_elapsed_waits_for_the_audio_and_for_the_step_before(monkeypatch):
+    """elapsed = max(arrival of the audio, end of the previous step) + computing time; here every step takes 500 ms."""
+    clock = itertools.count()
+    monkeypatch.setattr(stream.time, "perf_counter", lambda: next(clock) * 0.5)
+    streamer = Streamer(lively(), TOKENIZER, limits=LIMITS)
+    words = streamer.accept(noise(16000)) + streamer.flush()
+    ends = dict.fromkeys((word.delay_ms, word.elapsed_ms) for word in words)
+    assert set(ends) <= {(335.0, 835.0), (655.0, 1335.0), (975.0, 1835.0), (1000.0, 2335.0)} and len(ends) > 2
+
+
+PLANTED = [  # source ms, delays, elapsed, reference; scored by SimulEval 1.1.4 and OmniSTEval, see below
+    (3200.0, [655.0, 655.0, 1295.0, 2575.0, 3200.0, 3200.0], [670.5, 670.5, 1309.25, 2590.0, 3213.0, 3213.0],
+     "a b c d e f"),
+    (2500.5, [335.0, 655.0, 975.0], [351.0, 670.0, 990.0], "a b c d e"),
+    (1800.0, [975.0, 1295.0, 1295.0, 1615.0, 1800.0, 1800.0], [985.0, 1304.0, 1304.0, 1830.0, 1841.0, 1841.0],
+     "a b c"),
+    (900.0, [900.0, 900.0], [935.0, 935.0], "a b"),
+    (700.0, [], [], "a b c"),
+    (5000.0, [1295.0], [1400.0], "a")]
+
+
+def planted_records():
+    return [{"id": str(k), "audio": f"{k}.wav", "duration_ms": source, "seconds": 0.1,
+             "references": {"<asr>": ref.split()},
+             "words": [Word("<asr>", "abcdef"[i], d, 0.0, e) for i, (d, e) in enumerate(zip(delays, elapsed))]}
+            for k, (source, delays, elapsed, ref) in enumerate(PLANTED)]
+
+
+def test_latency_equals_simuleval_and_omnisteval(tmp_path):
+    """The log below, given to `simuleval --score-only` and to `omnisteval shortform`, has these figures (in ms)."""
+    records = planted_records()
+    metrics = stream.summarise(records, ["<asr>", "<st:en>"])
+    figures = metrics["<asr>"]
+    assert list(metrics) == ["<asr>"] and figures["silent"] == 1 and figures["utterances"] == 6
+    assert figures["al_ms"] == pytest.approx(631.047, abs=1e-3)      # both tools
+    assert figures["laal_ms"] == pytest.approx(751.047, abs=1e-3)
+    assert figures["al_ca_ms"] == pytest.approx(716.993, abs=1e-3)
+    assert figures["laal_ca_ms"] == pytest.approx(806.993, abs=1e-3)
+    assert figures["bleu"] == pytest.approx(60.839, abs=1e-3)
+    assert figures["chrf"] == pytest.approx(75.8014, abs=1e-4)
+    stream.write_logs(tmp_path, records, metrics)
+    lines = [json.loads(line) for line in open(tmp_path / "asr" / "instances.log")]
+    assert [line["index"] for line in lines] == list(range(6))
+    assert lines[1] == {"index": 1, "prediction": "a b c", "delays": [335.0, 655.0, 975.0],
+                        "elapsed": [351.0, 670.0, 990.0], "prediction_length": 3, "reference": "a b c d e",
+                        "source": ["1.wav"], "source_length": 2500.5}
+    assert (tmp_path / "asr" / "config.yaml").read_text() == "source_type: speech\ntarget_type: text\n"
+    assert json.loads((tmp_path / "metrics.json").read_text())["<asr>"]["silent"] == 1
+
+
+def test_latency_of_known_speech():
+    """Ten words in 5 s, each written at its end: LAAL 500 ms; with chunks of a second, 778 ms."""
+    ends = [500.0 * (k + 1) for k in range(10)]
+    assert latency(ends, 5000.0, 10)[1] == pytest.approx(500)
+    assert latency([1000.0 * math.ceil(end / 1000) for end in ends], 5000.0, 10)[1] == pytest.approx(777.7, abs=0.1)
+    assert latency([6000.0, 6500.0], 5000.0, 2) == (6000.0, 6000.0)
+    al, laal = latency([100.0] * 4, 1000.0, 2)  # twice as many words as there should be: AL is fooled, LAAL is not
+    assert al == pytest.approx(-650) and laal == pytest.approx(-275)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_edit_distance(seed):
+    def plain(a, b):  # the definition
+        if not a or not b:
+            return len(a) + len(b)
+        return min(plain(a[1:], b) + 1, plain(a, b[1:]) + 1, plain(a[1:], b[1:]) + (a[0] != b[0]))
+    rng = np.random.default_rng(seed)
+    for _ in range(20):
+        a, b = ("".join(rng.choice(list("abc"), size=rng.integers(0, 6))) for _ in range(2))
+        assert edit_distance(a, b) == plain(a, b) == edit_distance(list(b), list(a))
+
+
+def test_scores_and_intervals():
+    """10 wrong words of 40 in every second utterance: 12.5 % overall, and an interval of the right width."""
+    def record(k):
+        wrong = 10 * (k % 2)
+        words = [Word("<st:en>", f"no{i}" if i < wrong else f"W{i},", 100.0, 0.1, 120.0) for i in range(40)]
+        return {"references": {"<st:en>": [f"W{i}," for i in range(40)]}, "words": words, "duration_ms": 1000.0,
+                "seconds": 0.02}
+    figures = stream.summarise([record(k) for k in range(100)], ["<asr>", "<st:en>"], bootstrap=1000)["<st:en>"]
+    assert figures["wer"] == 12.5 and figures["silent"] == 0
+    half = 1.96 * 12.5 / 10  # of a mean of 100 draws of 0 or 25
+    assert figures["wer_95"] == pytest.approx([12.5 - half, 12.5 + half], abs=0.5)
+    assert figures["bleu_95"][0] < figures["bleu"] < figures["bleu_95"][1] and "nrefs:1" in figures["bleu_signature"]
+    assert figures["real_time_factor"] == pytest.approx(0.02)
+    clean = [{"references": {"<asr>": ["Ja,", "-", "GUT."]}, "duration_ms": 9.0, "seconds": 0.1,
+              "words": [Word("<asr>", w, 1, 1, 1) for w in ("ja", "gut")]}]
+    figures = stream.summarise(clean, ["<asr>"])["<asr>"]
+    assert figures["wer"] == 100 and figures["wer_norm"] == 0 == figures["cer_norm"]
+
+
+# ---- Audio ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000])
+def test_resampling(rate):
+    """A tone below half of both rates keeps its shape; one above half of the new rate is gone."""
+    t = np.arange(rate) / rate
+    out = resample(np.sin(2 * np.pi * 1234 * t).astype(np.float32), rate, 16000)
+    assert len(out) == 16000
+    inner = slice(200, -200)  # the ends miss their neighbours
+    assert np.abs(out - np.sin(2 * np.pi * 1234 * np.arange(16000) / 16000))[inner].max() < 1e-3
+    if rate > 16000:
+        gone = resample(np.sin(2 * np.pi * 9500 * t).astype(np.float32), rate, 16000) if rate > 19000 else out * 0
+        assert np.abs(gone[inner]).max() < 1e-3
+
+
+def test_read_audio(tmp_path):
+    x = noise(32000) * 0.5
+    soundfile.write(tmp_path / "mono.flac", x, 16000)
+    assert np.abs(read_audio(tmp_path / "mono.flac") - x).max() < 1e-4
+    assert np.array_equal(read_audio(tmp_path / "mono.flac", 0.5, 1.0), read_audio(tmp_path / "mono.flac")[8000:24000])
+    soundfile.write(tmp_path / "stereo.wav", np.stack([x, np.zeros_like(x)], 1), 16000)
+    assert np.abs(read_audio(tmp_path / "stereo.wav") - x / 2).max() < 1e-4
+    soundfile.write(tmp_path / "fast.ogg", x, 48000)
+    assert len(read_audio(tmp_path / "fast.ogg")) == 10667
+
+
+def broken_audio(folder):
+    """name -> (path, what the message must say)"""
+    x = noise(16000)
+    bad = {"nan": (np.where(np.arange(16000) == 5, np.nan, x), "1 of 16000 samples are NaN"),
+           "silent": (x * 0, "silent"), "clipped": (np.clip(x * 100, -1, 1), "clipped"),
+           "empty": (x[:0], "0.00 s long")}
+    for name, (samples, message) in bad.items():
+        soundfile.write(folder / f"{name}.wav", samples, 16000, subtype="FLOAT")
+        yield folder / f"{name}.wav", message
+    (folder / "text.wav").write_text("this is no audio")
+    yield folder / "text.wav", "not a readable audio file"
+    (folder / "zero.wav").write_bytes(b"")
+    yield folder / "zero.wav", "not a readable audio file"
+    yield folder / "missing.wav", "No such file"
+    yield folder, "not a readable audio file"
+
+
+def test_bad_audio_names_the_file(tmp_path):
+    for path, message in broken_audio(tmp_path):
+        with pytest.raises(AudioError, match=message) as caught:
+            read_audio(path)
+        assert str(path) in str(caught.value)
+    soundfile.write(tmp_path / "short.wav", noise(16000), 16000)
+    with pytest.raises(AudioError, match="1.00 s long"):
+        read_audio(tmp_path / "short.wav", 0.5, 2.0)
+    with pytest.raises(AudioError, match="1.00 s long"):
+        read_audio(tmp_path / "short.wav", 1.5)
+
+
+def test_bad_samples_are_refused():
+    streamer = Streamer(lively(), TOKENIZER, limits=LIMITS)
+    for bad in (np.array([0.1, np.nan]), np.zeros((2, 2)), np.array([np.inf])):
+        with pytest.raises(ValueError, match="finite numbers in one dimension"):
+            streamer.accept(bad)
+    streamer.flush()
+    with pytest.raises(ValueError, match="was flushed"):
+        streamer.accept(np.zeros(1))
+    with pytest.raises(ValueError, match="tokens"):
+        Streamer(lively(), Tokenizer(["<asr>"]))
+
+
+# ---- The command ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint, three recordings and their manifest, one row of which has no audio."""
+    folder = tmp_path_factory.mktemp("stream")
+    model = lively(seed=2)
+    save(folder / "model.pt", model, tokenizer=TOKENIZER.to_dict(), mode="align")
+    rows = []
+    for k in range(3):
+        soundfile.write(folder / f"{k}.wav", noise(20000 + 9000 * k, k) * 0.5, 16000, subtype="PCM_16")
+        rows.append({"id": str(k), "audio": f"{k}.wav", "asr": "la le li lo", "st": {"en": "la lu"}})
+    rows.append({"id": "gone", "audio": "gone.wav", "asr": "la"})
+    (folder / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def pcm(folder):
+    return soundfile.read(folder / "2.wav", dtype="int16")[0].tobytes()
+
+
+def captions(folder, capsys, monkeypatch, source, *more, data=b""):
+    """Run the command in this process; returns its exit code, standard output and error."""
+    class Pipe(io.BytesIO):
+        def read1(self, _=-1):
+            return super().read1(333)  # an odd number of bytes, as pipes give them
+    monkeypatch.setattr(stream.sys, "stdin", types.SimpleNamespace(buffer=Pipe(data)))
+    code = stream.main([str(folder / "model.pt"), source, *more])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_captions(folder, capsys, monkeypatch):
+    """File and pipe give the same lines; an odd last byte is dropped; --json has every field of every word."""
+    code, lines, _ = captions(folder, capsys, monkeypatch, str(folder / "2.wav"))
+    assert code == 0 and len(lines.splitlines()) > 3 and "<asr>" in lines and "\x1b" not in lines
+    assert captions(folder, capsys, monkeypatch, "-", data=pcm(folder) + b"\x01")[:2] == (0, lines)
+    code, events, _ = captions(folder, capsys, monkeypatch, str(folder / "2.wav"), "--json")
+    words = [json.loads(line) for line in events.splitlines()]
+    assert code == 0 and sum(len(line.split()) - 3 for line in lines.splitlines()) == len(words)
+    assert set(words[0]) == set(asdict(Word("", "", 0, 0, 0)))
+
+
+def test_captions_grow_in_place(monkeypatch, capsys):
+    """A terminal of 30 columns, played back: a full line stays, and the next words begin a block below."""
+    monkeypatch.setattr(stream.os, "get_terminal_size", lambda: os.terminal_size((30, 24)))
+    terminal = stream.Terminal(["<asr>", "<st:en>"])
+    for k, text in enumerate(["ich", "habe", "e\u0301te\u0301", "gekauft\x1b[2J", "was?"]):
+        terminal([Word("<asr>", text, 0, 0, 0)] + [Word("<st:en>", "I", 0, 0, 0)] * (k == 0))
+    screen, row = {}, 0
+    for part in re.split(r"(\x1b\[\d+F|\n)", capsys.readouterr().out):
+        if re.fullmatch(r"\x1b\[\d+F", part):
+            row -= int(part[2:-1])
+        elif part == "\n":
+            row += 1
+        elif part:
+            assert part.startswith("\x1b[2K")
+            screen[row] = re.sub(r"\x1b\[\d*[Km]", "", part)
+    assert screen == {0: "<asr>    ich habe e\u0301te\u0301", 1: "<st:en>  I",
+                      2: "<asr>    gekauft\ufffd[2J was?", 3: "<st:en> "}
+
+
+def test_realtime_keeps_the_pace(folder, capsys, monkeypatch):
+    slept = []
+    monkeypatch.setattr(stream.time, "sleep", slept.append)
+    monkeypatch.setattr(stream.time, "perf_counter", lambda: 0.0)
+    assert captions(folder, capsys, monkeypatch, str(folder / "0.wav"), "--realtime")[0] == 0
+    assert slept[0] == pytest.approx(0.1) and slept[-1] == pytest.approx(20000 / 16000)
+
+
+def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, monkeypatch, tmp_path):
+    audio = str(folder / "0.wav")
+    code_in_pickle = tmp_path / "evil.pt"
+    torch.save({"format": "x", "run": print}, code_in_pickle)
+    other = torch.load(folder / "model.pt", weights_only=True)
+    torch.save({**other, "version": 99}, tmp_path / "later.pt")
+    for checkpoint, message in [(folder / "nothing.pt", "no such file"), (folder / "0.wav", "not a checkpoint"),
+                                (code_in_pickle, "refused"), (tmp_path / "later.pt", "version 99")]:
+        assert stream.main([str(checkpoint), audio]) == 2
+        out, err = capsys.readouterr()
+        assert not out and err.startswith(f"stream.py: {checkpoint}: ") and message in err
+    for path, message in broken_audio(tmp_path):
+        code, out, err = captions(folder, capsys, monkeypatch, str(path))
+        assert code == 2 and not out and str(path) in err and message in err and err.count("\n") == 1
+    for data, count in ((b"", 0), (b"\x01", 0), (bytes(2000), 1000)):
+        code, out, err = captions(folder, capsys, monkeypatch, "-", data=data)
+        assert code == 2 and f"no sound, {count} samples" in err
+    assert stream.main([str(folder / "model.pt"), "--eval", str(folder / "missing.jsonl")]) == 2
+    assert captions(folder, capsys, monkeypatch, audio, "--beam", "0")[0] == 2
+    with pytest.raises(SystemExit) as caught:
+        stream.main([str(folder / "model.pt")])
+    assert caught.value.code == 2
+
+
+def test_eval(folder, capsys, monkeypatch):
+    """Figures on the screen, logs in the folder, bad rows skipped and named."""
+    command = [str(folder / "model.pt"), "--eval", str(folder / "set.jsonl"), "--log", str(folder / "log")]
+    assert stream.main(command) == 0
+    out, err = capsys.readouterr()
+    assert "set.jsonl:4: skipped" in err and "gone.wav" in err
+    for name in ("wer", "cer_norm", "bleu", "chrf", "laal_ca_ms", "real_time_factor", "nrefs:1"):
+        assert name in out
+    metrics = json.loads((folder / "log" / "metrics.json").read_text())
+    assert metrics["<asr>"]["utterances"] == 3 and metrics["<st:en>"]["laal_ms"] <= metrics["<st:en>"]["laal_ca_ms"]
+    for name in ("asr", "st-en"):
+        lines = [json.loads(line) for line in open(folder / "log" / name / "instances.log")]
+        assert len(lines) == 3 and all(len(x["delays"]) == x["prediction_length"] for x in lines)
+        assert all(x["delays"] == sorted(x["delays"]) <= [x["source_length"]] * 10**4 for x in lines)
+
+
+def test_closed_pipe_and_interrupt(folder):
+    """A reader that has seen enough, and Ctrl-C at a microphone: both end quietly, the latter with its last words."""
+    command = [sys.executable, str(ROOT / "stream.py"), str(folder / "model.pt")]
+    end = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    reader = subprocess.Popen([*command, str(folder / "2.wav"), "--json"], **end)
+    microphone = subprocess.Popen([*command, "-"], stdin=subprocess.PIPE, **end)
+    reader.stdout.readline()
+    reader.stdout.close()
+    assert reader.wait(60) == 0 and reader.stderr.read().count(b"Traceback") == 0
+    microphone.stdin.write(pcm(folder))
+    microphone.stdin.flush()
+    lines = [microphone.stdout.readline().decode()]
+    while float(lines[-1].split()[0]) < 1.5:
+        lines.append(microphone.stdout.readline().decode())
+    microphone.send_signal(signal.SIGINT)
+    out, err = microphone.communicate(timeout=60)
+    assert microphone.returncode == 0 and b"Traceback" not in err
+    assert float((lines + out.decode().splitlines())[-1].split()[0]) > 1.5 and out
