@@ -19,7 +19,7 @@ import soundfile
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import stream
 from model import PRESETS, Transducer, log_mel, pad_samples, save
@@ -562,3 +562,22 @@ def test_closed_pipe_and_interrupt(folder):
     out, err = microphone.communicate(timeout=60)
     assert microphone.returncode == 0 and b"Traceback" not in err
     assert float((lines + out.decode().splitlines())[-1].split()[0]) > 1.5 and out
+
+
+def test_joined_streams_are_cut_back():
+    """Words of a joined stream go back to their utterances, with delays from the start of each."""
+    import long_streams
+    texts = ["a b c", "d e", "", "f g h"]
+    singles = [{"references": {"<asr>": text.split()}, "duration_ms": 1000.0, "id": str(k)}
+               for k, text in enumerate(texts)]
+    written = [("a", 400.0), ("x", 900.0), ("d", 1500.0), ("e", 1600.0), ("g", 3400.0), ("h", 3500.0), ("h", 4000.0)]
+    whole = {"seconds": 4.0, "words": [Word("<asr>", text, ms, 0.0, ms) for text, ms in written]}
+    parts = [[(word.text, word.delay_ms) for word in part["words"]] for part in long_streams.cut(whole, singles)]
+    assert parts == [[("a", 400.0), ("x", 900.0)], [("d", 500.0), ("e", 600.0)], [],
+                     [("g", 400.0), ("h", 500.0), ("h", 1000.0)]]
+    items = [(Row(id="x", audio="x"), np.zeros(16000 * n)) for n in (1, 2, 3, 1, 1)]
+    assert [len(group) for group in long_streams.join(items, 3)] == [2, 1, 2]
+    assert [len(group) for group in long_streams.join(items, 4)] == [3, 2] and len(long_streams.join(items, 5)) == 1
+    rows = [(Row(id=str(k), audio="x", asr="la lo"), noise(16000, k)) for k in range(4)]
+    n, alone, joined = long_streams.compare(lively(seed=2), TOKENIZER, rows, 2)
+    assert n == 2 and alone["<asr>"]["utterances"] == joined["<asr>"]["utterances"] == 4
