@@ -10,7 +10,6 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -205,33 +204,51 @@ def spelled(words):
 
 
 def long_stream(preset, minutes):
-    """Time per chunk and memory from one end to the other; then once more in other packets."""
-    digests = []
-    for packet in (None, 7001):
-        _, new = planted_streamer(preset)
-        streamer, digest, count, times, memory = new(), hashlib.sha256(), 0, [], []
-        step = packet or streamer.chunk * 160 * streamer.model.config.subsampling
-        rest = np.zeros(0, np.float32)
-        for minute in range(minutes):
-            audio = np.concatenate([rest, tones(60 * minute, 60, seed=1)])
-            used = len(audio) // step * step
-            times.append([])
-            for start in range(0, used, step):
-                began, frames = now(), streamer.frames
-                words = streamer.accept(audio[start:start + step])
-                times[-1] += [now() - began] if streamer.frames > frames else []
-                count += len(words)
-                digest.update(repr(spelled(words)).encode())
-            rest = audio[used:]
-            memory.append(resident_mb())
-        digest.update(repr(spelled(streamer.accept(rest) + streamer.flush())).encode())
-        digests.append(digest.hexdigest())
-        if packet is None:
-            first, last = (statistics.median(sum(part, [])) for part in (times[:5], times[-5:]))
-            print(f"\n{minutes} minutes, {preset}: {count} words; median per chunk {1000 * first:.3f} ms in the first "
-                  f"five minutes, {1000 * last:.3f} ms in the last five ({100 * (last / first - 1):+.1f} %); memory "
-                  f"{memory[min(4, minutes - 1)]:.1f} MB after five minutes, {memory[-1]:.1f} MB at the end")
-    print(f"in packets of {packet} samples: {'the same words' if digests[0] == digests[1] else 'OTHER WORDS'}")
+    """Time per chunk and memory from one end to the other, the end beside a fresh stream that hears the same; then
+    everything once more in other packets."""
+    _, new = planted_streamer(preset)
+    streamer, fresh, digest, memory, count = new(), new(), hashlib.sha256(), [], 0
+    step = streamer.chunk * 160 * streamer.model.config.subsampling
+    times, beside = [], []
+    for audio in minutes_of_tones(minutes, step):
+        times.append([])
+        for start in range(0, len(audio), step):
+            began = now()
+            words = streamer.accept(audio[start:start + step])
+            times[-1].append(now() - began)
+            count += note(digest, words)
+            if len(times) > minutes - 5:
+                beside.append(timed(lambda: fresh.accept(audio[start:start + step])))
+        memory.append(resident_mb())
+    note(digest, streamer.flush())
+    first, last = (1000 * statistics.median(sum(part, [])) for part in (times[:5], times[-5:]))
+    other = 1000 * statistics.median(beside)
+    print(f"\n{minutes} minutes, {preset}: {count} words\nmedian per chunk: {first:.3f} ms in the first five minutes, "
+          f"{last:.3f} ms in the last five ({100 * (last / first - 1):+.1f} %);\n    {other:.3f} ms in a fresh stream "
+          f"stepped in turn with it in the last five ({100 * (last / other - 1):+.1f} %)\n"
+          f"memory: {memory[min(4, minutes - 1)]:.1f} MB after five minutes, {memory[-1]:.1f} MB at the end", flush=True)
+    streamer, again = new(), hashlib.sha256()
+    for audio in minutes_of_tones(minutes, 7001):
+        for start in range(0, len(audio), 7001):
+            note(again, streamer.accept(audio[start:start + 7001]))
+    note(again, streamer.flush())
+    print(f"in packets of 7001 samples: {'the same words' if digest.digest() == again.digest() else 'OTHER WORDS'}")
+
+
+def minutes_of_tones(minutes, step):
+    """A minute after the other, cut so that each but the last is a whole number of steps."""
+    rest = np.zeros(0, np.float32)
+    for minute in range(minutes):
+        audio = np.concatenate([rest, tones(60 * minute, 60, seed=1)])
+        used = len(audio) if minute == minutes - 1 else len(audio) // step * step
+        rest = audio[used:]
+        yield audio[:used]
+
+
+def note(digest, words):
+    for word in spelled(words):
+        digest.update(repr(word).encode())
+    return len(words)
 
 
 def resident_mb():
