@@ -226,7 +226,8 @@ def long_stream(preset, minutes):
     print(f"\n{minutes} minutes, {preset}: {count} words\nmedian per chunk: {first:.3f} ms in the first five minutes, "
           f"{last:.3f} ms in the last five ({100 * (last / first - 1):+.1f} %);\n    {other:.3f} ms in a fresh stream "
           f"stepped in turn with it in the last five ({100 * (last / other - 1):+.1f} %)\n"
-          f"memory: {memory[min(4, minutes - 1)]:.1f} MB after five minutes, {memory[-1]:.1f} MB at the end", flush=True)
+          f"memory: {memory[min(4, minutes - 1)]:.1f} MB after five minutes, {memory[-1]:.1f} MB at the end",
+          flush=True)
     streamer, again = new(), hashlib.sha256()
     for audio in minutes_of_tones(minutes, 7001):
         for start in range(0, len(audio), 7001):
