@@ -1,17 +1,28 @@
 """The RNN-T (transducer) loss: plain, fast on a CPU, fast on a GPU, and fused with the joint network.
 
-A transducer reads T encoder frames and writes U labels. At node (t, u) it has read t frames and written u labels, and
-it either writes a blank (go to the next frame) or the next label (stay on the frame):
+A transducer reads T encoder frames and writes U labels. At node (t,u) it has u labels written and looks at frame t; it
+writes either a blank (and goes to the next frame) or the next label (and stays):
 
-      u=2   o--o--o--o->      a path climbs from the lower left corner to the upper right one and ends
-            |  |  |  |        with a blank there; --> is a blank, | is the label y[u]
-      u=1   o--o--o--o        alpha(t,u) = log of the sum over the paths from the start to (t,u)
-            |  |  |  |        beta(t,u)  = log of the sum over the paths from (t,u) to the end
-      u=0   o--o--o--o
-           t=0  1  2  3       cost = -log P(labels | frames) = -beta(0,0)
+      u=2   o--o--o--o--->    a path climbs from the lower left corner to the upper right one and leaves by a blank
+            |  |  |  |        --  blank: (t,u) to (t+1,u)
+      u=1   o--o--o--o        |   label y[u]: (t,u) to (t,u+1)
+            |  |  |  |
+      u=0   o--o--o--o        alpha(t,u) = log of the sum, over all paths from the start to (t,u), of their probability
+           t=0  1  2  3                  = log(exp(alpha(t-1,u) + blank(t-1,u)) + exp(alpha(t,u-1) + label(t,u-1)))
+
+      cost = -log P(labels | frames) = -(alpha(T-1,U) + blank(T-1,U))
+
+The gradient for logit k of a node needs no more than the posterior of its two arcs, the probability that a path drawn
+from those that spell the labels goes over the arc:
+
+      dcost/dlogit[t,u,k] = (on + up) softmax[k] - on [k is blank] - up [k is y[u]],    on, up: of the blank, the label
+
+So every version is three steps: `log_probs` reads the logits (B,T,U1,V) and keeps three numbers a node; `lattice` turns
+two of them into posteriors; `gradient` reads the logits again and writes their gradient. Nothing else has the logits'
+size. rnnt_loss does it for logits, joint_rnnt_loss for the joint network's, a tile at a time, so that the logits never
+exist. rnnt_align finds the best single path. What runs where: _Cpu and _Cuda, by numba. `python rnnt_loss.py` compares.
 """
 import functools
-import itertools
 import math
 import warnings
 from collections import namedtuple
@@ -23,38 +34,38 @@ from numba import cuda, njit, prange
 from numba.extending import overload
 
 SLAB_BYTES = 4 << 20      # half-precision logits are cast to float32 this much at a time
-TILE_BYTES = 48 << 20     # the fused joint holds at most about this much of the logits
+TILE_BYTES = 48 << 20     # the fused joint holds about this much at a time
 
 
 def rnnt_loss_reference(logits, targets, logit_lengths, target_lengths, *, blank, fused_log_softmax=True,
                         delay_penalty=0.0):
-    """Costs (B,) in float64, by the definition and one utterance at a time; autograd gives the gradient."""
+    """Costs (B,) in float64, by the definition and one node at a time; autograd gives the gradient."""
     costs = []
     for b in range(len(logits)):
         T, U = int(logit_lengths[b]), int(target_lengths[b])
-        logp = logits[b].double()
-        logp = logp.log_softmax(-1) if fused_log_softmax else logp
+        logp = logits[b].double().log_softmax(-1) if fused_log_softmax else logits[b].double()
         alpha = {}
         for t in range(T):
             for u in range(U + 1):
-                arcs = []
+                arcs = [] if t or u else [logp.new_zeros(())]
                 if t > 0:
                     arcs.append(alpha[t - 1, u] + logp[t - 1, u, blank])
-                if u > 0:
+                if u > 0:                                  # the penalty favours early labels: design choice, see rnnt_loss
                     delay = delay_penalty * ((T - 1) / 2 - t)
                     arcs.append(alpha[t, u - 1] + logp[t, u - 1, int(targets[b, u - 1])] + delay)
-                alpha[t, u] = torch.stack(arcs).logsumexp(0) if arcs else logp.new_zeros(())
+                alpha[t, u] = torch.stack(arcs).logsumexp(0)
         costs.append(-(alpha[T - 1, U] + logp[T - 1, U, blank]))
     return torch.stack(costs)
 
 
-# A batch in the form the kernels take. Planes hold one number per node, in float64: the log-normaliser of the logits and
-# the log-probabilities of the two arcs, which the lattice replaces by the arcs' posteriors.
+# A batch in the form the kernels take: labels (B,U1), -1 where a node has no label arc; frames (B,) and counts (B,), the
+# lengths; the planes lse, blank, label (B,T,U1), the log-normaliser and the two arcs of each node; costs (B,); numbers.
 Job = namedtuple("Job", "labels frames counts lse blank label costs blank_id fused fastemit delay clamp")
 
 
 # ---------------------------------------------------------------------------------------------------------------- CPU
-# 2^f = 1 + f q(f) on [-1/2, 1/2]: q is interpolated, so that 2^0 is exactly 1; 1e-7 relative.
+# Two loops over the vocabulary take nearly all of the time: they must run at the speed of memory, so they must vectorise,
+# and numba has no vectorised exp. Here is one. 2^f = 1 + f q(f) on [-1/2, 1/2], q interpolated: 2^0 is exactly 1.
 _Q = np.polynomial.chebyshev.Chebyshev.interpolate(lambda f: np.expm1(f * math.log(2)) / f, 4, [-0.5, 0.5 + 1e-9])
 _Q = tuple(np.float32(c) for c in _Q.convert(kind=np.polynomial.Polynomial).coef)
 _LOG2E = np.float32(1 / math.log(2))
@@ -64,44 +75,35 @@ _FLOOR = np.float32(-127)              # 2^-127 comes out as exactly 0: its expo
 
 @njit(fastmath={"contract"}, cache=True)
 def _exp32(x):
-    """exp(x) for x <= 88 without a branch or a call, so that LLVM vectorises the loop around it."""
+    """exp(x) for x <= 88 without a branch or a call; relative error 1e-7 near 0, 1e-6 at -15."""
     y = x * _LOG2E
     y = _FLOOR if y < _FLOOR else y                        # NaN stays NaN
     shifted = y + _ROUND
-    f = y - (shifted - _ROUND)                             # x log2(e) = n + f, |f| <= 1/2
+    f = y - (shifted - _ROUND)                             # y = n + f, |f| <= 1/2
     p = np.float32(1) + f * (_Q[0] + f * (_Q[1] + f * (_Q[2] + f * (_Q[3] + f * _Q[4]))))
     bits = np.int32(np.float32(shifted).view(np.int32) << 23) + np.float32(p).view(np.int32)
-    return np.int32(bits).view(np.float32)
+    return np.int32(bits).view(np.float32)                 # n added to the exponent of p
 
 
 @njit(cache=True)
 def _max32(row):
-    """The largest float32 of a row, compared as integers: a loop over floats would not vectorise."""
-    bits = row.view(np.int32)
+    """The largest of a row of float32, compared as integers: the same loop over floats does not vectorise."""
     top = np.int32(-2 ** 31)
-    for k in range(bits.shape[0]):
-        v = bits[k]
-        v = np.int32(v ^ (np.int32(v >> 31) & np.int32(0x7fffffff)))     # negative floats sort backwards
-        top = max(top, v)
+    for v in row.view(np.int32):
+        top = max(top, np.int32(v ^ (np.int32(v >> 31) & np.int32(0x7fffffff))))      # negative floats sort backwards
     return np.int32(top ^ (np.int32(top >> 31) & np.int32(0x7fffffff))).view(np.float32)
 
 
-def _exp(x):
-    raise NotImplementedError("only inside a kernel")
+def _by_type(single, other):
+    """A function for kernels: `single` for float32, `other` for float64."""
+    def choose(x):
+        raise NotImplementedError("only inside a kernel")
+    overload(choose)(lambda x: (lambda x: single(x)) if getattr(x, "dtype", x) == numba.float32 else (lambda x: other(x)))
+    return choose
 
 
-@overload(_exp)
-def _exp_overload(x):
-    return (lambda x: _exp32(x)) if x == numba.float32 else (lambda x: math.exp(x))
-
-
-def _max(row):
-    raise NotImplementedError("only inside a kernel")
-
-
-@overload(_max)
-def _max_overload(row):
-    return (lambda row: _max32(row)) if row.dtype == numba.float32 else (lambda row: row.max())
+_exp = _by_type(_exp32, njit(lambda x: math.exp(x)))
+_max = _by_type(_max32, njit(lambda x: x.max()))
 
 
 @njit(fastmath={"reassoc", "contract", "nsz"}, cache=True)
@@ -118,18 +120,36 @@ def _scaled_softmax(row, lse, factor, out):
         out[k] = factor * _exp(row[k] - lse)
 
 
-@njit(cache=True)
-def _node(i, nodes, T, U1):
-    """Row i of the logits at hand belongs to node (b, t, u)."""
+def _node(i, nodes, job):
+    """Row i of the logits at hand belongs to node (b,t,u): the i-th of a list, or simply the i-th; is it in use?"""
+    T, U1 = job.lse.shape[1], job.lse.shape[2]
     n = nodes[i] if nodes.shape[0] else i
-    return n // (T * U1), n // U1 % T, n % U1
+    b, t, u = n // (T * U1), n // U1 % T, n % U1
+    return b, t, u, t < job.frames[b] and u <= job.counts[b]
+
+
+def _make_join(real):
+    def join(a, b):
+        """log(e^a + e^b), and the shares of the two in the sum."""
+        if a == -math.inf and b == -math.inf:
+            return a, real(0), real(0)
+        e = math.exp(real(-abs(a - b)))
+        large = real(1) / (real(1) + e)
+        rest = np.float64(math.log1p(e))
+        if a >= b:
+            return a + rest, large, e * large
+        return b + rest, e * large, large
+    return join
+
+
+_cpu_node, _gpu_node = njit(_node), cuda.jit(device=True)(_node)
+_cpu_join, _gpu_join = njit(_make_join(np.float64)), cuda.jit(device=True)(_make_join(np.float32))
 
 
 @njit(cache=True)
 def _log_probs_row(row, i, nodes, job):
-    T, U1 = job.lse.shape[1:]
-    b, t, u = _node(i, nodes, T, U1)
-    if t < job.frames[b] and u <= job.counts[b]:
+    b, t, u, inside = _cpu_node(i, nodes, job)
+    if inside:
         lse = 0.0
         if job.fused:
             top = _max(row)
@@ -141,79 +161,60 @@ def _log_probs_row(row, i, nodes, job):
 
 
 @njit(cache=True)
-def _join(a, b):
-    """log(e^a + e^b) and the shares of the two in the sum."""
-    if a == -math.inf and b == -math.inf:
-        return a, 0.0, 0.0
-    e = math.exp(-abs(a - b))
-    large = 1 / (1 + e)
-    if a >= b:
-        return a + math.log1p(e), large, e * large
-    return b + math.log1p(e), e * large, large
+def _lattice_row(b, job, want):
+    """The cost of utterance b. Its arcs' log-probabilities become, in place, their posteriors.
 
-
-@njit(cache=True)
-def _lattice_of(blank, label, T, U, want):
-    """The cost of one utterance. The arcs' log-probabilities (T,U1) become, in place, their posteriors.
-
-    Forward, alpha(t,u) joins what comes over the blank from (t-1,u) and over the label from (t,u-1); on each of the two
-    arcs we leave the share that came over it. Backward, the probability gamma of passing through a node, 1 at the end,
-    is dealt out over the two arcs that enter it by those shares: no beta, no exp, and nothing to cancel in long audio.
+    Forward, alpha joins what comes over a blank and what comes over a label, and leaves on each of these two arcs the
+    share that came over it. Backward, the probability of passing through a node, 1 at the end, is dealt out over the
+    two arcs that enter it by those shares. There is no beta, hardly an exp, and alpha + beta - log P, whose digits
+    cancel in long audio, is never formed.
     """
-    alpha = np.empty(U + 1)                                # of the current frame up to u, of the one before beyond
+    blank, label, T, U = job.blank[b], job.label[b], job.frames[b], job.counts[b]
+    alpha = np.empty(U + 1)                                # of frame t up to u, of frame t - 1 from there on
     for t in range(T):
         for u in range(U + 1):
             on = alpha[u] + blank[t - 1, u] if t else 0.0 if u == 0 else -math.inf
             up = alpha[u - 1] + label[t, u - 1] if u else -math.inf
-            alpha[u], share_on, share_up = _join(on, up)
+            alpha[u], share_on, share_up = _cpu_join(on, up)
             if t:
                 blank[t - 1, u] = share_on
             if u:
                 label[t, u - 1] = share_up
     logp = alpha[U] + blank[T - 1, U]
+    job.costs[b] = -logp
     if want:
-        blank[T - 1] = 0                                   # no way out of the last frame but from the last label
-        label[:, U] = 0
-        blank[T - 1, U] = 0.0 if logp == -math.inf else math.exp(logp - logp)
+        label[:T, U] = 0                                   # arcs that lead out of the lattice; all but one:
+        blank[T - 1, :U] = 0
+        blank[T - 1, U] = 0.0 if logp == -math.inf else math.exp(logp - logp)         # no path: 0 everywhere; NaN: NaN
         for t in range(T - 1, -1, -1):
             for u in range(U, -1, -1):
-                gamma = blank[t, u] + label[t, u]
+                through = blank[t, u] + label[t, u]
                 if t:
-                    blank[t - 1, u] *= gamma
+                    blank[t - 1, u] *= through
                 if u:
-                    label[t, u - 1] *= gamma
-    return -logp
-
-
-@njit(cache=True)
-def _lattice_row(b, job, want):
-    U = job.counts[b]
-    job.costs[b] = _lattice_of(job.blank[b, :, :U + 1], job.label[b, :, :U + 1], job.frames[b], U, want)
+                    label[t, u - 1] *= through
 
 
 @njit(cache=True)
 def _gradient_row(row, i, nodes, job, scale, grad):
-    T, U1 = job.lse.shape[1:]
-    b, t, u = _node(i, nodes, T, U1)
-    on, up = 0.0, 0.0
-    if t < job.frames[b] and u <= job.counts[b]:
-        on, up = job.blank[b, t, u], job.label[b, t, u] * (1 + job.fastemit)
+    b, t, u, inside = _cpu_node(i, nodes, job)
+    on = job.blank[b, t, u] if inside else 0.0
+    up = (1 + job.fastemit) * job.label[b, t, u] if inside else 0.0
     if (on == 0 and up == 0) or not job.fused:
         grad[:] = 0
-    if on == 0 and up == 0:
-        return
-    s = 1.0 if job.clamp > 0 else scale[b]
-    if job.fused:
-        _scaled_softmax(row, row.dtype.type(job.lse[b, t, u]), row.dtype.type(s * (on + up)), grad)
-    grad[job.blank_id] -= s * on
-    if up != 0:
-        grad[job.labels[b, u]] -= s * up
-    if job.clamp > 0:
-        for k in range(grad.shape[0]):
-            grad[k] = min(max(grad[k], -job.clamp), job.clamp) * scale[b]
+    if on != 0 or up != 0:
+        factor = 1.0 if job.clamp > 0 else scale[b]        # clamped is the gradient of the cost itself
+        if job.fused:
+            _scaled_softmax(row, row.dtype.type(job.lse[b, t, u]), row.dtype.type(factor * (on + up)), grad)
+        grad[job.blank_id] -= factor * on
+        if u < job.counts[b]:
+            grad[job.labels[b, u]] -= factor * up
+        if job.clamp > 0:
+            for k in range(grad.shape[0]):
+                grad[k] = min(max(grad[k], -job.clamp), job.clamp) * scale[b]
 
 
-# The parallel loops call a function per row: numba would drop a store into a tuple's array from the loop itself.
+# The parallel loops do no more than call: a store to an array inside a tuple, in the loop itself, numba would drop.
 @njit(parallel=True, nogil=True, cache=True)
 def _cpu_log_probs(x, first, nodes, job):
     for i in prange(x.shape[0]):
@@ -233,16 +234,25 @@ def _cpu_gradient(x, first, nodes, job, scale, out):
 
 
 class _Cpu:
-    """The three steps over numpy views of torch's memory."""
+    """The three steps over torch's memory. x (n,V): the logits of nodes first, first + 1, ... of the list `nodes`."""
     @staticmethod
     def run(kernel, *args):
+        def array(a):
+            return a.detach().numpy() if isinstance(a, torch.Tensor) else a
         numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
-        kernel(*(Job(*map(_numpy, a)) if isinstance(a, Job) else _numpy(a) for a in args))
+        kernel(*(Job(*map(array, a)) if isinstance(a, Job) else array(a) for a in args))
+
+    @staticmethod
+    def slabs(x):                                          # -> first row, the rows in a type and place for the kernels
+        native = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+        step = max(1, len(x) if native else SLAB_BYTES // (4 * x.shape[1]))
+        for i in range(0, len(x), step):
+            yield i, x[i:i + step] if native else x[i:i + step].to("cpu", torch.promote_types(x.dtype, torch.float32))
 
     @classmethod
-    def log_probs(cls, x, first, nodes, job):              # x (n,V): rows first, first+1, ... of nodes
-        for i, j in _slabs(x):
-            cls.run(_cpu_log_probs, _wide(x[i:j]), first + i, nodes, job)
+    def log_probs(cls, x, first, nodes, job):
+        for i, rows in cls.slabs(x):
+            cls.run(_cpu_log_probs, rows, first + i, nodes, job)
 
     @classmethod
     def lattice(cls, job, want):
@@ -250,36 +260,17 @@ class _Cpu:
 
     @classmethod
     def gradient(cls, x, first, nodes, job, scale, out):
-        for i, j in _slabs(x):
-            wide = _wide(x[i:j])
-            part = out[i:j] if wide.dtype == out.dtype else torch.empty_like(wide)
-            cls.run(_cpu_gradient, wide, first + i, nodes, job, scale, part)
-            if part.dtype != out.dtype:
-                out[i:j] = part
-
-
-def _numpy(a):
-    return a.detach().numpy() if isinstance(a, torch.Tensor) else a
-
-
-def _wide(x):
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def _slabs(x):
-    step = len(x) if x.dtype in (torch.float32, torch.float64) else max(1, SLAB_BYTES // (4 * x.shape[1]))
-    return [(i, min(i + step, len(x))) for i in range(0, len(x), max(1, step))]
-
-
-def _empty(shape, dtype):
-    """Fresh CPU memory by way of numpy, which asks the system for huge pages: torch's costs more than the arithmetic."""
-    return torch.from_numpy(np.empty(shape, {torch.float32: np.float32, torch.float64: np.float64}[dtype])) \
-        if dtype in (torch.float32, torch.float64) else torch.empty(shape, dtype=dtype)
+        for i, rows in cls.slabs(x):
+            here = out[i:i + len(rows)]
+            grad = here if here.dtype == rows.dtype and here.device == rows.device else torch.empty_like(rows)
+            cls.run(_cpu_gradient, rows, first + i, nodes, job, scale, grad)
+            if grad is not here:
+                here.copy_(grad)
 
 
 # --------------------------------------------------------------------------------------------------------------- CUDA
-# The same three steps. 32 lanes share a row of logits, so that they read neighbours; a block holds ROWS rows. numba has
-# no bfloat16: such logits come as int16, their bits, and `brain` is true.
+# The same three steps. 32 lanes share a row of logits, so that neighbours read neighbours; a block holds ROWS rows.
+# numba has no bfloat16: such logits come as int16, their bits, and `brain` is true. Sums are float32, alpha is float64.
 ROWS = 8
 _LOWEST = np.float32(-3e38)                                # where a running maximum starts: -inf - -inf would be NaN
 
@@ -293,17 +284,7 @@ def _real(v, brain):
 def _brain(v):
     """The bits of the bfloat16 nearest to a float32, ties to even; NaN stays NaN."""
     bits = np.int64(np.float32(v).view(np.int32))
-    if v != v:
-        return np.int16(0x7fc0)
-    return np.int16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)
-
-
-@cuda.jit(device=True)
-def _gpu_node(i, nodes, job):
-    T, U1 = job.lse.shape[1], job.lse.shape[2]
-    n = nodes[i] if nodes.shape[0] else i
-    b, t, u = n // (T * U1), n // U1 % T, n % U1
-    return b, t, u, t < job.frames[b] and u <= job.counts[b]
+    return np.int16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) if v == v else np.int16(0x7fc0)
 
 
 @cuda.jit
@@ -314,7 +295,7 @@ def _gpu_log_probs(x, first, nodes, job, brain):
     tops = cuda.shared.array((ROWS, 32), np.float32)       # the simulator tells shared arrays apart by their line
     sums = cuda.shared.array((ROWS, 32), np.float32)
     b, t, u, inside = _gpu_node(first + min(i, x.shape[0] - 1), nodes, job)
-    inside = inside and i < x.shape[0]
+    inside = inside and i < x.shape[0]                     # every thread must meet every barrier below
     top, total = _LOWEST, np.float32(0)
     if inside and job.fused:
         for k in range(lane, V, 128):                      # four loads in flight, one rescaling for the four
@@ -374,22 +355,9 @@ def _gpu_gradient(x, first, nodes, job, scale, out, brain):
                 out[i, k] = g
 
 
-@cuda.jit(device=True)
-def _gpu_join(a, b):
-    """_join with float64 sums and float32 corrections: log1p(e) <= ln 2, so that its error does not grow with audio."""
-    if a == -math.inf and b == -math.inf:
-        return a, np.float32(0), np.float32(0)
-    e = math.exp(np.float32(-abs(a - b)))
-    large = np.float32(1) / (np.float32(1) + e)
-    rest = np.float64(math.log1p(e))
-    if a >= b:
-        return a + rest, large, e * large
-    return b + rest, e * large, large
-
-
 @cuda.jit
 def _gpu_lattice(job, edge, want):
-    """_lattice_of by antidiagonals, one block an utterance, one thread a label: at step d thread i is at frame d - i.
+    """_lattice_row by antidiagonals, one block an utterance, one thread a label: at step d thread i is at frame d - i.
 
     A thread keeps what came over the blank; what came over the label it takes from its neighbour by way of `turn`, two
     slots deep, so that one barrier a step is enough. What the next step needs from memory is fetched a step ahead. More
@@ -460,195 +428,163 @@ class _Cuda:
     threads = 1024                                         # of a block of the lattice, at most
 
     @staticmethod
-    def array(a):
-        if not isinstance(a, torch.Tensor):
+    def run(kernel, grid, block, *args):
+        def array(a):
+            if isinstance(a, torch.Tensor):
+                a = a.detach().view(torch.int16) if a.dtype == torch.bfloat16 else a.detach()
+                a = cuda.as_cuda_array(a, sync=False) if a.is_cuda else a.numpy()
             return a
-        a = a.detach().view(torch.int16) if a.dtype == torch.bfloat16 else a.detach()
-        return cuda.as_cuda_array(a, sync=False) if a.is_cuda else a.numpy()
-
-    @classmethod
-    def run(cls, kernel, grid, block, like, *args):
-        args = [Job(*map(cls.array, a)) if isinstance(a, Job) else cls.array(a) for a in args]
-        if not like.is_cuda:
-            kernel[grid, block](*args)
-        elif grid:
-            with torch.cuda.device(like.device):
+        job = next(a for a in args if isinstance(a, Job))
+        args = [Job(*map(array, a)) if a is job else array(a) for a in args]
+        if grid and job.costs.is_cuda:
+            with torch.cuda.device(job.costs.device):
                 kernel[grid, block, cuda.external_stream(torch.cuda.current_stream().cuda_stream)](*args)
+        elif grid:
+            kernel[grid, block](*args)
 
     @classmethod
     def log_probs(cls, x, first, nodes, job):
-        cls.run(_gpu_log_probs, -(-len(x) // ROWS), (32, ROWS), x, x, first, nodes, job, x.dtype == torch.bfloat16)
+        cls.run(_gpu_log_probs, -(-len(x) // ROWS), (32, ROWS), x, first, nodes, job, x.dtype == torch.bfloat16)
 
     @classmethod
     def lattice(cls, job, want):
-        edge, width = torch.empty(job.lse.shape[:2], dtype=torch.float64, device=job.lse.device), job.lse.shape[2]
-        cls.run(_gpu_lattice, len(edge), min(cls.threads, -(-width // 32) * 32), edge, job, edge, want)
+        (B, T, U1), device = job.lse.shape, job.lse.device
+        edge = torch.empty((B, T), dtype=torch.float64, device=device)
+        cls.run(_gpu_lattice, B, min(cls.threads, -(-U1 // 32) * 32), job, edge, want)
 
     @classmethod
     def gradient(cls, x, first, nodes, job, scale, out):
-        cls.run(_gpu_gradient, -(-len(x) // ROWS), (32, ROWS), x, x, first, nodes, job, scale, out,
-                x.dtype == torch.bfloat16)
-
-
-class _Torch:
-    """The plain fallback for a GPU without numba's compiler: rows by torch, the lattice on the CPU."""
-    @staticmethod
-    def rows(x, first, nodes, job):
-        T, U1 = job.lse.shape[1:]
-        for i, j in _slabs(x):
-            n = nodes[first + i:first + j] if len(nodes) else torch.arange(first + i, first + j, device=x.device)
-            b, u = n // (T * U1), n % U1
-            inside = (n // U1 % T < job.frames[b]) & (u <= job.counts[b])
-            yield slice(i, j), n, b, n // U1 % T, job.labels[b, u], inside, torch.arange(j - i, device=x.device)
-
-    @classmethod
-    def log_probs(cls, x, first, nodes, job):
-        for rows, n, b, t, y, _, i in cls.rows(x, first, nodes, job):
-            wide = x[rows].to(job.lse.dtype)
-            lse = wide.logsumexp(-1) if job.fused else torch.zeros_like(wide[:, 0])
-            job.lse.view(-1)[n], job.blank.view(-1)[n] = lse, wide[:, job.blank_id] - lse
-            job.label.view(-1)[n] = wide[i, y.clamp(min=0)] - lse + job.delay * ((job.frames[b] - 1) / 2 - t)
-
-    @staticmethod
-    def lattice(job, want):
-        here = Job(*(a.cpu() if isinstance(a, torch.Tensor) else a for a in job))
-        _Cpu.lattice(here, want)
-        for a, b in zip(job, here):
-            if isinstance(a, torch.Tensor):
-                a.copy_(b)
-
-    @classmethod
-    def gradient(cls, x, first, nodes, job, scale, out):
-        for rows, n, b, _, y, inside, i in cls.rows(x, first, nodes, job):
-            on = torch.where(inside, job.blank.view(-1)[n], 0)
-            up = torch.where(inside & (y >= 0), job.label.view(-1)[n] * (1 + job.fastemit), 0)
-            grad = (x[rows].to(on.dtype) - job.lse.view(-1)[n, None]).exp_().mul_((on + up)[:, None]) * int(job.fused)
-            grad.masked_fill_((on + up == 0)[:, None], 0)
-            grad[:, job.blank_id] -= on
-            grad[i, y.clamp(min=0)] -= up
-            grad = grad.clamp_(-job.clamp, job.clamp) if job.clamp > 0 else grad
-            out[rows] = grad.mul_(scale.to(grad.dtype)[b, None])
-
-
-# ------------------------------------------------------------------------------------------------------------ checking
-def _make_job(shape, like, targets, logit_lengths, target_lengths, blank, *, fused=True, fastemit=0.0, delay=0.0,
-              clamp=-1.0):
-    (B, T, U1, V), device = shape, like.device
-    blank_id = blank + V if blank < 0 else blank
-    if not 0 <= blank_id < V:
-        raise ValueError(f"blank is {blank}, but there are {V} logits per node")
-    for name, tensor, dims in (("targets", targets, 2), ("logit_lengths", logit_lengths, 1),
-                               ("target_lengths", target_lengths, 1)):
-        if tensor.dim() != dims or len(tensor) != B:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but the batch has {B} utterances")
-        if tensor.is_floating_point():
-            raise ValueError(f"{name} must hold integers, not {tensor.dtype}")
-    _check_lengths("logit_lengths", logit_lengths, 1, T)
-    _check_lengths("target_lengths", target_lengths, 0, min(U1 - 1, targets.shape[1]))
-    targets, counts = targets.to(device, torch.int64), target_lengths.to(device, torch.int64)
-    labels = torch.full((B, U1), -1, dtype=torch.int64, device=device)
-    U = min(U1 - 1, targets.shape[1])
-    within = torch.arange(U, device=device) < counts[:, None]
-    wrong = within & ((targets[:, :U] < 0) | (targets[:, :U] >= V) | (targets[:, :U] == blank_id))
-    if device.type == "cpu" and wrong.any():
-        b, u = wrong.nonzero()[0].tolist()
-        raise ValueError(f"targets[{b}, {u}] is {targets[b, u]}: labels must lie in 0..{V - 1} and differ from blank "
-                         f"({blank_id})")
-    labels[:, :U] = torch.where(within, targets[:, :U], -1)
-    planes = [torch.empty((B, T, U1), dtype=torch.float64, device=device) for _ in range(3)]
-    return Job(labels, logit_lengths.to(device, torch.int64), counts, *planes,
-               torch.empty(B, dtype=torch.float64, device=device), blank_id, fused, float(fastemit), float(delay),
-               float(clamp))
-
-
-def _check_lengths(name, lengths, low, high):
-    if lengths.device.type == "cpu":
-        for b, n in enumerate(lengths.tolist()):
-            if not low <= n <= high:
-                raise ValueError(f"{name}[{b}] is {n}, outside {low}..{high}")
-
-
-def _check_reduction(reduction):
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction is {reduction!r}, not 'none', 'mean' or 'sum'")
-    return reduction
-
-
-_EVERY = torch.empty(0, dtype=torch.int64)     # no list of nodes: row i is node i
+        brain = x.dtype == torch.bfloat16
+        cls.run(_gpu_gradient, -(-len(x) // ROWS), (32, ROWS), x, first, nodes, job, scale, out, brain)
 
 
 @functools.cache
 def _gpu_compiles():
     """Whether numba can compile for the GPU at hand; says so once where it cannot."""
     try:
-        probe = cuda.jit(lambda a: None)
-        probe[1, 1](np.zeros(1, np.float32))
+        cuda.jit(lambda a: None)[1, 1](np.zeros(1, np.float32))
         return True
     except Exception as error:                             # no driver, no NVVM, a version that does not fit: all the same
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
-        warnings.warn(f"numba cannot compile for this GPU ({reason}): rnnt_loss runs through torch and the CPU, slowly. "
-                      "pip install 'numba-cuda[cu12]' (or [cu13]) helps.", stacklevel=2)
+        reason = next(iter(str(error).split("\n")), "")
+        warnings.warn(f"numba cannot compile for this GPU ({reason}): rnnt_loss sends the logits through the CPU. "
+                      "pip install 'numba-cuda[cu12]' (or cu13, as your driver) makes it fast.", stacklevel=2)
         return False
 
 
 def _backend(device, dtype):
-    if device.type == "cpu" and not numba.config.ENABLE_CUDASIM:
-        return _Cpu
-    return _Cuda if dtype != torch.float64 and device.type in ("cuda", "cpu") and _gpu_compiles() else _Torch
+    on_gpu = device.type == "cuda" or numba.config.ENABLE_CUDASIM
+    return _Cuda if on_gpu and dtype != torch.float64 and _gpu_compiles() else _Cpu
 
 
+# ------------------------------------------------------------------------------------------------------------ checking
+def _make_job(shape, kind, targets, logit_lengths, target_lengths, blank, *, fused=True, fastemit=0.0, delay=0.0,
+              clamp=-1.0, validate=None):
+    """Check what can be checked without waiting for a GPU (everything with validate=True), and put it into a Job."""
+    B, T, U1, V = shape
+    blank_id, U = blank + V if blank < 0 else blank, min(U1 - 1, targets.shape[-1])
+    if not 0 <= blank_id < V:
+        raise ValueError(f"blank is {blank}, but a node has {V} logits")
+    for name, a, dims in (("targets", targets, 2), ("logit_lengths", logit_lengths, 1),
+                          ("target_lengths", target_lengths, 1)):
+        if a.dim() != dims or len(a) != B or a.is_floating_point():
+            raise ValueError(f"{name} must be {dims}-dimensional integers for {B} utterances, "
+                             f"not {a.dtype} of shape {tuple(a.shape)}")
+    backend = _backend(*kind)                              # kind: device, dtype
+    home = kind[0] if backend is _Cuda else "cpu"
+    frames, counts, labels = (a.to(home, torch.int64) for a in (logit_lengths, target_lengths, targets))
+    labels = torch.nn.functional.pad(labels[:, :U], (0, U1 - U), value=-1)
+    within = torch.arange(U1, device=home) < counts[:, None]
+    wrong = within & ((labels < 0) | (labels >= V) | (labels == blank_id))
+    short, long = (frames < 1) | (frames > T), (counts < 0) | (counts > U)
+    for name, given, a, bad, low, high in (
+            ("logit_lengths", logit_lengths, frames, short, 1, T), ("target_lengths", target_lengths, counts, long, 0, U),
+            ("targets", targets, labels, wrong, f"blank ({blank_id}) and outside 0", V - 1)):
+        if (validate or given.device.type == "cpu") and bad.any():
+            at = bad.nonzero()[0].tolist()
+            raise ValueError(f"{name}{at} is {a[tuple(at)]}, not in {low}..{high}")
+    frames = torch.where(short | long, 0, frames)          # unchecked on the GPU: no frames, and the cost is NaN
+    planes = torch.empty((3, B, T, U1), dtype=torch.float32 if backend is _Cuda else torch.float64, device=home)
+    return Job(torch.where(within, labels, -1), frames, counts, *planes, torch.empty_like(frames, dtype=torch.float64),
+               blank_id, fused, float(fastemit), float(delay), float(clamp))
+
+
+def _factor(reduction, B):
+    """What the sum of the costs is multiplied by; 0 where they stay apart."""
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction is {reduction!r}, not 'none', 'mean' or 'sum'")
+    return {"none": 0.0, "sum": 1.0, "mean": 1 / max(1, B)}[reduction]
+
+
+# ---------------------------------------------------------------------------------------------------- loss from logits
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, job, want):
         ctx.job, ctx.backend = job, _backend(logits.device, logits.dtype)
         ctx.save_for_backward(logits)
-        ctx.backend.log_probs(logits.view(-1, logits.shape[-1]), 0, _EVERY, job)
+        ctx.nodes = job.frames[:0]                         # no list: row i is node i
+        ctx.backend.log_probs(logits.view(-1, logits.shape[-1]), 0, ctx.nodes, job)
         ctx.backend.lattice(job, want)
-        return job.costs.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+        return job.costs.to(logits.device, torch.promote_types(logits.dtype, torch.float32))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_costs):
-        logits, V = ctx.saved_tensors[0], ctx.saved_tensors[0].shape[-1]
-        grad = _empty(logits.shape, logits.dtype)
-        ctx.backend.gradient(logits.view(-1, V), 0, _EVERY, ctx.job, grad_costs.double().contiguous(), grad.view(-1, V))
+    def backward(ctx, upstream):
+        logits, = ctx.saved_tensors
+        if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64):
+            grad = torch.from_numpy(np.empty_like(logits.detach().numpy()))     # huge pages: torch's cost 5 x a copy
+        else:
+            grad = torch.empty_like(logits)
+        scale, rows = upstream.to(ctx.job.costs.device, torch.float64).contiguous(), (-1, logits.shape[-1])
+        ctx.backend.gradient(logits.view(rows), 0, ctx.nodes, ctx.job, scale, grad.view(rows))
         return grad, None, None
 
 
 def rnnt_loss(logits, targets, logit_lengths, target_lengths, blank=-1, clamp=-1, reduction="mean",
-              fused_log_softmax=True, *, fastemit_lambda=0.0, delay_penalty=0.0):
-    """The cost -log P(targets | logits); arguments as torchaudio.functional.rnnt_loss.
+              fused_log_softmax=True, *, fastemit_lambda=0.0, delay_penalty=0.0, validate=None):
+    """-log P(targets | logits). Names, order and defaults of the arguments are torchaudio.functional.rnnt_loss's.
 
-    logits (B,T,U1,V) float, targets (B,U), logit_lengths (B,), target_lengths (B,) integers.
+    logits (B,T,U1,V) float32, float64, float16 or bfloat16; targets (B,U), logit_lengths (B,), target_lengths (B,) int.
+    fastemit_lambda multiplies the label arcs' part of the gradient by 1 + lambda; the cost is reported without it.
+    delay_penalty adds lambda ((T-1)/2 - t) to a label's log-probability at frame t, T the utterance's own length.
+    validate=True checks values on a GPU too, which waits for it; else a wrong length there gives a cost of NaN.
     """
-    job = _make_job(logits.shape, logits, targets, logit_lengths, target_lengths, blank,
-                    fused=fused_log_softmax, fastemit=fastemit_lambda, delay=delay_penalty, clamp=clamp)
+    if logits.dim() != 4 or not logits.is_floating_point():
+        raise ValueError(f"logits must be (B,T,U+1,V) floats, not {logits.dtype} of shape {tuple(logits.shape)}")
+    factor = _factor(reduction, len(logits))
+    job = _make_job(logits.shape, (logits.device, logits.dtype), targets, logit_lengths, target_lengths, blank, fused=fused_log_softmax,
+                    fastemit=fastemit_lambda, delay=delay_penalty, clamp=clamp, validate=validate)
     costs = _Loss.apply(logits.contiguous(), job, torch.is_grad_enabled() and logits.requires_grad)
-    if _check_reduction(reduction) == "none":
-        return costs
-    return costs.sum() / (max(1, len(costs)) if reduction == "mean" else 1)
+    return costs.sum() * factor if factor else costs
 
 
 # ----------------------------------------------------------------------------------------------- fused with the joint
 class _Joint:
     """The joint network over tiles of packed nodes: whole utterances where each fits the budget, else just rows."""
-    def __init__(self, inputs, job, lengths, tile_bytes):
-        kind, self.job = inputs[0].device.type, job
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs[0].dtype
-        self.wide = torch.float64 if dtype == torch.float64 else torch.float32       # of costs and sums of gradients
-        self.backend = _backend(inputs[0].device, dtype)
-        self.encoder_out, self.label_out = (a.detach().reshape(-1, a.shape[-1]) for a in inputs[:2])
+    def __init__(self, inputs, targets, logit_lengths, target_lengths, blank, tile_bytes=TILE_BYTES, **options):
+        like, (V, J) = inputs[0], inputs[2].shape
+        if any(a.shape[-1] != J for a in inputs[:2]) or len(inputs[3]) != V:
+            raise ValueError("the joint's widths disagree: encoder_out {}, label_out {}, weight {}, bias {}".format(
+                *(tuple(a.shape) for a in inputs)))
+        logit_lengths, target_lengths = logit_lengths.cpu(), target_lengths.cpu()      # the only wait for a GPU, if any
+        autocast = torch.is_autocast_enabled(like.device.type)
+        dtype = torch.get_autocast_dtype(like.device.type) if autocast else like.dtype
+        self.wide = torch.promote_types(dtype, torch.float32)                          # of costs and sums of gradients
+        (B, T), U1 = like.shape[:2], inputs[1].shape[1]
+        kind = like.device, dtype
+        self.job = _make_job((B, T, U1, V), kind, targets, logit_lengths, target_lengths, blank, **options)
+        self.backend = _backend(*kind)
+        self.encoder_out, self.label_out = (a.detach().reshape(-1, J) for a in inputs[:2])
         self.weight, self.bias = (a.detach().to(dtype) for a in inputs[2:])
-        (V, J), (T, U1) = self.weight.shape, job.lse.shape[1:]
-        nodes = [((b * T + np.arange(n))[:, None] * U1 + np.arange(u + 1)).ravel() for b, (n, u) in enumerate(lengths)]
-        self.nodes = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *nodes])).to(inputs[0].device)
+        nodes = [((b * T + np.arange(n))[:, None] * U1 + np.arange(u + 1)).ravel()
+                 for b, (n, u) in enumerate(zip(logit_lengths.tolist(), target_lengths.tolist()))]
+        self.nodes = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *nodes])).to(self.job.costs.device)
         self.tiles, self.whole = _tiles([len(n) for n in nodes], tile_bytes // ((2 * V + 4 * J) * self.weight.itemsize))
 
     def __iter__(self):                                    # -> tile, hidden (n,J), logits and room for more (n,V)
         T, U1 = self.job.lse.shape[1:]
         logits, room = self.weight.new_empty((2, max((j - i for i, j, _ in self.tiles), default=0), len(self.weight)))
         for tile in self.tiles:
-            nodes = self.nodes[tile[0]:tile[1]]
+            nodes = self.nodes[tile[0]:tile[1]].to(self.weight.device)
             tile = (*tile, nodes // U1, nodes // (T * U1) * U1 + nodes % U1)          # rows of encoder_out, label_out
             hidden = self.encoder_out.index_select(0, tile[3]).add_(self.label_out.index_select(0, tile[4]))
             hidden, n = hidden.tanh_().to(self.weight.dtype), len(nodes)
@@ -673,11 +609,10 @@ class _Joint:
 
 def _tiles(sizes, rows):
     """Ranges of packed nodes with the utterances they hold, (first, end, utterances), and whether all hold whole ones."""
-    ends = list(itertools.accumulate(sizes))
+    ends, tiles = np.cumsum(sizes, dtype=np.int64).tolist(), []
     if max(sizes, default=0) > rows:
-        step = max(1, rows)
-        return [(i, min(i + step, ends[-1]), None) for i in range(0, ends[-1], step)], False
-    tiles = []
+        rows = max(1, rows)
+        return [(i, min(i + rows, ends[-1]), None) for i in range(0, ends[-1], rows)], False
     for b, (size, end) in enumerate(zip(sizes, ends)):
         if tiles and end - tiles[-1][0] <= rows:
             tiles[-1] = (tiles[-1][0], end, slice(tiles[-1][2].start, b + 1))
@@ -694,7 +629,7 @@ class _JointLoss(torch.autograd.Function):
         ctx.save_for_backward(encoder_out, label_out, weight, bias)
         ctx.joint, ctx.factor, job, backend = joint, factor, joint.job, joint.backend
         ctx.grads = joint.zeros() if want and factor and joint.whole else None
-        scale = torch.full_like(job.costs, factor or 1)
+        scale = torch.full_like(job.costs, factor)
         for tile, hidden, logits, room in joint:
             backend.log_probs(logits, tile[0], joint.nodes, job)
             if ctx.grads:
@@ -702,7 +637,7 @@ class _JointLoss(torch.autograd.Function):
                 joint.add_gradients(ctx.grads, scale, tile, hidden, logits, room)
         if not ctx.grads:
             backend.lattice(job, want)
-        return (job.costs.sum() * factor if factor else job.costs).to(joint.wide)
+        return (job.costs.sum() * factor if factor else job.costs).to(weight.device, joint.wide)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -711,7 +646,8 @@ class _JointLoss(torch.autograd.Function):
         if ctx.grads:
             grads = [g * upstream for g in ctx.grads]
         else:
-            grads, scale = joint.zeros(), (upstream.double() * (ctx.factor or 1)).expand_as(joint.job.costs).contiguous()
+            scale = upstream.to(joint.job.costs.device, torch.float64) * (ctx.factor or 1)
+            grads, scale = joint.zeros(), scale.expand_as(joint.job.costs).contiguous()
             for tile in joint:
                 joint.add_gradients(grads, scale, *tile)
         return (*(g.to(a.dtype).view(a.shape) for g, a in zip(grads, inputs)), None, None, None)
@@ -724,24 +660,12 @@ def joint_rnnt_loss(encoder_out, label_out, weight, bias, targets, logit_lengths
     encoder_out (B,T,J) and label_out (B,U1,J) are already projected; weight (V,J), bias (V,). Under autocast the joint
     is computed in its dtype. Lengths on the CPU cost no synchronisation with a GPU. tile_bytes bounds the memory.
     """
-    inputs = (encoder_out, label_out, weight, bias)
-    joint = _make_joint(inputs, targets, logit_lengths, target_lengths, blank, tile_bytes,
-                        fastemit=fastemit_lambda, delay=delay_penalty)
-    factor = {"none": None, "sum": 1.0, "mean": 1 / max(1, len(targets))}[_check_reduction(reduction)]
+    inputs, factor = (encoder_out, label_out, weight, bias), _factor(reduction, len(targets))
+    joint = _Joint(inputs, targets, logit_lengths, target_lengths, blank, tile_bytes, fastemit=fastemit_lambda,
+                   delay=delay_penalty)
     want = torch.is_grad_enabled() and any(a.requires_grad for a in inputs)
     with torch.autocast(encoder_out.device.type, enabled=False):
         return _JointLoss.apply(*inputs, joint, factor, want)
-
-
-def _make_joint(inputs, targets, logit_lengths, target_lengths, blank, tile_bytes, **options):
-    encoder_out, label_out, weight, bias = inputs
-    if encoder_out.shape[2] != label_out.shape[2] or weight.shape != (len(bias), encoder_out.shape[2]):
-        raise ValueError("the joint's widths disagree: encoder_out {}, label_out {}, weight {}, bias {}".format(
-            *(tuple(a.shape) for a in inputs)))
-    logit_lengths, target_lengths = logit_lengths.cpu(), target_lengths.cpu()
-    shape = (*encoder_out.shape[:2], label_out.shape[1], len(weight))
-    job = _make_job(shape, encoder_out, targets, logit_lengths, target_lengths, blank, **options)
-    return _Joint(inputs, job, list(zip(logit_lengths.tolist(), target_lengths.tolist())), tile_bytes)
 
 
 # ------------------------------------------------------------------------------------------------------------- Viterbi
@@ -766,25 +690,60 @@ def _best_path(blank, label, T, U, frames):
 
 def _align(job):
     frames = torch.full((len(job.labels), job.labels.shape[1] - 1), -1, dtype=torch.int64)
-    blank, label, T, U = (_numpy(a.cpu()) for a in (job.blank, job.label, job.frames, job.counts))
+    blank, label, T, U = (a.cpu().numpy() for a in (job.blank, job.label, job.frames, job.counts))
     for b in range(len(frames)):
         _best_path(blank[b], label[b], T[b], U[b], frames[b].numpy())
-    return frames.to(job.labels.device)
+    return frames
 
 
 @torch.no_grad()
 def rnnt_align(logits, targets, logit_lengths, target_lengths, *, blank):
-    """The frame (B,U) at which the best path emits each label; -1 beyond the target's length."""
-    job = _make_job(logits.shape, logits, targets, logit_lengths, target_lengths, blank)
-    _backend(logits.device, logits.dtype).log_probs(logits.contiguous().view(-1, logits.shape[-1]), 0, _EVERY, job)
-    return _align(job)
+    """The frame (B,U1-1) at which the best path writes each label; -1 beyond the target and where there is no path."""
+    kind = logits.device, logits.dtype
+    job = _make_job(logits.shape, kind, targets, logit_lengths, target_lengths, blank)
+    _backend(*kind).log_probs(logits.contiguous().view(-1, logits.shape[-1]), 0, job.frames[:0], job)
+    return _align(job).to(logits.device)
 
 
 @torch.no_grad()
 def joint_rnnt_align(encoder_out, label_out, weight, bias, targets, logit_lengths, target_lengths, *, blank):
-    """rnnt_align without the logits; arguments as joint_rnnt_loss."""
-    joint = _make_joint((encoder_out, label_out, weight, bias), targets, logit_lengths, target_lengths, blank,
-                        TILE_BYTES)
-    for tile, _, logits, _ in joint:
-        joint.backend.log_probs(logits, tile[0], joint.nodes, joint.job)
-    return _align(joint.job)
+    """rnnt_align without the logits; arguments as joint_rnnt_loss's."""
+    joint = _Joint((encoder_out, label_out, weight, bias), targets, logit_lengths, target_lengths, blank)
+    with torch.autocast(encoder_out.device.type, enabled=False):
+        for tile, _, logits, _ in joint:
+            joint.backend.log_probs(logits, tile[0], joint.nodes, joint.job)
+    return _align(joint.job).to(encoder_out.device)
+
+
+def demonstrate():
+    """The known example by every version at hand, then a ragged batch: costs and gradients side by side."""
+    acts = torch.full((1, 2, 3, 5), 0.1, dtype=torch.float64)
+    for (t, u, k), value in {(0, 0, 1): .6, (0, 1, 2): .6, (0, 2, 3): .8, (0, 2, 2): .2, (1, 0, 1): .6, (1, 1, 2): .2,
+                             (1, 2, 0): .7, (1, 2, 2): .2}.items():
+        acts[0, t, u, k] = value
+    lengths = torch.tensor([[1, 2]]), torch.tensor([2]), torch.tensor([2])
+    print(f"known example      4.495666773771\nreference          {rnnt_loss_reference(acts, *lengths, blank=0).item():.12f}")
+    print(f"CPU                {rnnt_loss(acts, *lengths, blank=0).item():.12f}")
+    torch.manual_seed(0)
+    encoder_out, label_out, weight, bias = torch.randn(3, 9, 16), torch.randn(3, 5, 16), torch.randn(20, 16), torch.randn(20)
+    logits = torch.tanh(encoder_out[:, :, None] + label_out[:, None]) @ weight.T + bias
+    lengths = torch.randint(1, 20, (3, 4)), torch.tensor([9, 4, 1]), torch.tensor([3, 4, 0])
+    rows = {"reference": (lambda x: rnnt_loss_reference(x, *lengths, blank=0), logits.double()),
+            "CPU, float64": (lambda x: rnnt_loss(x, *lengths, blank=0, reduction="none"), logits.double()),
+            "CPU, float32": (lambda x: rnnt_loss(x, *lengths, blank=0, reduction="none"), logits)}
+    if torch.cuda.is_available():
+        rows["CUDA, float32"] = (rows["CPU, float32"][0], logits.cuda())
+    for name, (loss, x) in rows.items():
+        x = x.clone().requires_grad_()
+        costs = loss(x)
+        grad, = torch.autograd.grad(costs.sum(), x)
+        want = grad.cpu() if name == "reference" else want
+        print(f"{name:18s} costs {' '.join(f'{c:.6f}' for c in costs.tolist())}, gradient differs by at most "
+              f"{(grad.cpu() - want).abs().max():.0e}")
+    costs = joint_rnnt_loss(encoder_out, label_out, weight, bias, *lengths, blank=0, reduction="none")
+    print(f"{'fused with joint':18s} costs {' '.join(f'{c:.6f}' for c in costs.tolist())}")
+    print("best path          labels at frames", rnnt_align(logits, *lengths, blank=0).tolist())
+
+
+if __name__ == "__main__":
+    demonstrate()
