@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import time
 import unicodedata
@@ -28,7 +29,6 @@ from serialize import StreamParser, Tokenizer, read_manifest
 BLANK = 0
 LIMITS = (20, 500)  # symbols in one frame, and in the last one, where a whole translation may still have to come
 PER_MS = SAMPLE_RATE / 1000  # samples in a millisecond
-NOTHING = torch.zeros(1, 0, dtype=torch.long)  # the labels of a stream that has just begun
 
 
 # ---- The loop -------------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ class Labels:
     state: State
 
     @staticmethod
-    def read(model, tokens, state=None):  # tokens (B, 1); (B, 0) without a state: the start symbol alone
+    def read(model, tokens=torch.zeros(1, 0, dtype=torch.long), state=None):  # tokens (B, 1), none at the start
         out, state = model.label_encoder(tokens.to(model.joint.output.weight.device), state)
         return Labels(model.joint.label_proj(out[:, -1]), state)
 
@@ -157,7 +157,7 @@ class Greedy:
     """One stream's way through the lattice: up by a label, on to the next frame by blank, the better one each time."""
 
     def __init__(self, model, limits=LIMITS):
-        self.model, self.limits, self.labels = model, limits, Labels.read(model, NOTHING)
+        self.model, self.limits, self.labels = model, limits, Labels.read(model)
         self.first = self.at = self.symbols = 0  # frames of earlier calls, frame of this one, labels written there
         self.score, self.capped = 0.0, 0  # log-probability of the path; frames that wanted more labels than the limit
         self.tokens = []                  # [(token, frame)] of this call
@@ -233,7 +233,7 @@ class Beam:
 
     def __init__(self, model, size, limits=LIMITS, hold=100):
         self.model, self.size, self.limits, self.hold = model, size, limits, hold
-        self.hyps = [Hypothesis((), (), 0.0, Labels.read(model, NOTHING))]
+        self.hyps = [Hypothesis((), (), 0.0, Labels.read(model))]
         self.at = self.capped = self.score = 0
 
     @staticmethod
@@ -309,23 +309,22 @@ def read_audio(path, start=0.0, duration=None):
                 raise AudioError(f"{path}: {file.frames / rate:.2f} s long, not {duration or 'more'} from {start} on")
             file.seek(first)
             samples = file.read(wanted, dtype="float32", always_2d=True).mean(axis=1)
+            cut = re.search(r"lacks an end-of-stream|data : [1-9]\d{,8} \(should be", file.extra_info)  # its log
     except (soundfile.SoundFileError, OSError, TypeError) as error:
         raise AudioError(f"{path}: not a readable audio file ({error})") from None
-    if len(samples) < wanted - rate // 20:
-        raise AudioError(f"{path}: cut off, {len(samples) / rate:.2f} s of {wanted / rate:.2f} s could be read")
+    if len(samples) < wanted - rate // 20 or cut and duration is None:
+        raise AudioError(f"{path}: cut off, {len(samples) / rate:.2f} s could be read")
     if bad := np.count_nonzero(~np.isfinite(samples)):
         raise AudioError(f"{path}: {bad} of {len(samples)} samples are NaN or infinite")
     if not samples.any():
         raise AudioError(f"{path}: silent, all {len(samples)} samples are zero")
     if (clipped := np.mean(np.abs(samples) >= 0.999)) > 0.1:
         raise AudioError(f"{path}: clipped, {clipped:.0%} of the samples lie at full scale or beyond")
-    return resample(samples, rate, SAMPLE_RATE)
+    return samples if rate == SAMPLE_RATE else resample(samples, rate, SAMPLE_RATE)
 
 
 def resample(samples, rate, to, crossings=32):
     """Band-limited interpolation: a windowed sinc, one short filter for each of the phases that the ratio has."""
-    if rate == to:
-        return samples
     up, down = to // math.gcd(rate, to), rate // math.gcd(rate, to)
     cutoff = 0.95 * min(1.0, up / down)  # as a part of the half sampling rate of the input
     half = math.ceil(crossings / cutoff)

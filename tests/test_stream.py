@@ -406,6 +406,11 @@ def broken_audio(folder):
     yield folder / "text.wav", "not a readable audio file"
     (folder / "zero.wav").write_bytes(b"")
     yield folder / "zero.wav", "not a readable audio file"
+    for kind in ("wav", "flac", "ogg"):
+        soundfile.write(folder / f"cut.{kind}", np.tile(x, 2), 16000)
+        whole = (folder / f"cut.{kind}").read_bytes()
+        (folder / f"cut.{kind}").write_bytes(whole[:len(whole) * 2 // 3])
+        yield folder / f"cut.{kind}", "lost sync" if kind == "flac" else "cut off"
     yield folder / "missing.wav", "No such file"
     yield folder, "not a readable audio file"
 
