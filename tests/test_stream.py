@@ -206,6 +206,19 @@ def test_greedy_score_is_the_training_score(label_encoder):
         torch.tensor([len(ids)]), blank=0).item() + 1e-8  # one path of all that write the same labels
 
 
+@pytest.mark.parametrize("chunk", [None, 3, 0])
+def test_offline_batch_gives_the_tokens_of_streaming(chunk):
+    """Padded utterances in one offline batch: for each the ids and the frames that streaming it alone gives."""
+    model = lively(seed=2, dtype=torch.float64)
+    audio = [noise(n, k) for k, n in enumerate([N, 20001, 700, 33000])]
+    mels = [log_mel(pad_samples(torch.from_numpy(samples).double(), 4)) for samples in audio]
+    mel = torch.nn.utils.rnn.pad_sequence(mels, batch_first=True)
+    found = greedy_batch(model, mel, [len(one) for one in mels], chunk=chunk, limits=LIMITS)
+    for samples, (ids, at) in zip(audio, found):
+        assert list(zip(ids, at)) == tokens_of(model, samples, chunk=chunk, limits=LIMITS)[1]
+    assert sum(len(ids) for ids, _ in found) > 50
+
+
 def test_beam_of_one_is_greedy():
     model, samples = lively(seed=2, dtype=torch.float64), noise(N)
     greedy, path = tokens_of(model, samples, limits=LIMITS)
