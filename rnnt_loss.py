@@ -50,7 +50,7 @@ def rnnt_loss_reference(logits, targets, logit_lengths, target_lengths, *, blank
                 arcs = [] if t or u else [logp.new_zeros(())]
                 if t > 0:
                     arcs.append(alpha[t - 1, u] + logp[t - 1, u, blank])
-                if u > 0:                                  # the penalty favours early labels: design choice, see rnnt_loss
+                if u > 0:
                     delay = delay_penalty * ((T - 1) / 2 - t)
                     arcs.append(alpha[t, u - 1] + logp[t, u - 1, int(targets[b, u - 1])] + delay)
                 alpha[t, u] = torch.stack(arcs).logsumexp(0)
@@ -58,14 +58,14 @@ def rnnt_loss_reference(logits, targets, logit_lengths, target_lengths, *, blank
     return torch.stack(costs)
 
 
-# A batch in the form the kernels take: labels (B,U1), -1 where a node has no label arc; frames (B,) and counts (B,), the
-# lengths; the planes lse, blank, label (B,T,U1), the log-normaliser and the two arcs of each node; costs (B,); numbers.
+# A batch as the kernels take it: labels (B,U1), -1 where a node has no label arc; frames and counts (B,), the lengths;
+# the planes lse, blank, label (B,T,U1), the log-normaliser and the two arcs of each node; costs (B,); and numbers.
 Job = namedtuple("Job", "labels frames counts lse blank label costs blank_id fused fastemit delay clamp")
 
 
 # ---------------------------------------------------------------------------------------------------------------- CPU
-# Two loops over the vocabulary take nearly all of the time: they must run at the speed of memory, so they must vectorise,
-# and numba has no vectorised exp. Here is one. 2^f = 1 + f q(f) on [-1/2, 1/2], q interpolated: 2^0 is exactly 1.
+# Two loops over the vocabulary take nearly all of the time. At the speed of memory they must vectorise, and numba has no
+# vectorised exp. Here is one: 2^f = 1 + f q(f) on [-1/2, 1/2], q interpolated, so that 2^0 is exactly 1.
 _Q = np.polynomial.chebyshev.Chebyshev.interpolate(lambda f: np.expm1(f * math.log(2)) / f, 4, [-0.5, 0.5 + 1e-9])
 _Q = tuple(np.float32(c) for c in _Q.convert(kind=np.polynomial.Polynomial).coef)
 _LOG2E = np.float32(1 / math.log(2))
@@ -98,7 +98,10 @@ def _by_type(single, other):
     """A function for kernels: `single` for float32, `other` for float64."""
     def choose(x):
         raise NotImplementedError("only inside a kernel")
-    overload(choose)(lambda x: (lambda x: single(x)) if getattr(x, "dtype", x) == numba.float32 else (lambda x: other(x)))
+
+    @overload(choose)
+    def by_type(x):
+        return (lambda x: single(x)) if getattr(x, "dtype", x) == numba.float32 else (lambda x: other(x))
     return choose
 
 
@@ -464,7 +467,7 @@ def _gpu_compiles():
     try:
         cuda.jit(lambda a: None)[1, 1](np.zeros(1, np.float32))
         return True
-    except Exception as error:                             # no driver, no NVVM, a version that does not fit: all the same
+    except Exception as error:                             # no driver, no NVVM, versions that disagree: all the same
         reason = next(iter(str(error).split("\n")), "")
         warnings.warn(f"numba cannot compile for this GPU ({reason}): rnnt_loss sends the logits through the CPU. "
                       "pip install 'numba-cuda[cu12]' (or cu13, as your driver) makes it fast.", stacklevel=2)
@@ -497,7 +500,8 @@ def _make_job(shape, kind, targets, logit_lengths, target_lengths, blank, *, fus
     wrong = within & ((labels < 0) | (labels >= V) | (labels == blank_id))
     short, long = (frames < 1) | (frames > T), (counts < 0) | (counts > U)
     for name, given, a, bad, low, high in (
-            ("logit_lengths", logit_lengths, frames, short, 1, T), ("target_lengths", target_lengths, counts, long, 0, U),
+            ("logit_lengths", logit_lengths, frames, short, 1, T),
+            ("target_lengths", target_lengths, counts, long, 0, U),
             ("targets", targets, labels, wrong, f"blank ({blank_id}) and outside 0", V - 1)):
         if (validate or given.device.type == "cpu") and bad.any():
             at = bad.nonzero()[0].tolist()
@@ -515,6 +519,11 @@ def _factor(reduction, B):
     return {"none": 0.0, "sum": 1.0, "mean": 1 / max(1, B)}[reduction]
 
 
+def _first_derivative_only():
+    if torch.is_grad_enabled():
+        raise RuntimeError("rnnt_loss has no second derivative: backward was called with create_graph=True")
+
+
 # ---------------------------------------------------------------------------------------------------- loss from logits
 class _Loss(torch.autograd.Function):
     @staticmethod
@@ -527,8 +536,8 @@ class _Loss(torch.autograd.Function):
         return job.costs.to(logits.device, torch.promote_types(logits.dtype, torch.float32))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
+        _first_derivative_only()
         logits, = ctx.saved_tensors
         if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64):
             grad = torch.from_numpy(np.empty_like(logits.detach().numpy()))     # huge pages: torch's cost 5 x a copy
@@ -608,7 +617,7 @@ class _Joint:
 
 
 def _tiles(sizes, rows):
-    """Ranges of packed nodes with the utterances they hold, (first, end, utterances), and whether all hold whole ones."""
+    """Ranges of packed nodes, (first, end, utterances held), and whether they all hold whole utterances."""
     ends, tiles = np.cumsum(sizes, dtype=np.int64).tolist(), []
     if max(sizes, default=0) > rows:
         rows = max(1, rows)
@@ -640,8 +649,8 @@ class _JointLoss(torch.autograd.Function):
         return (job.costs.sum() * factor if factor else job.costs).to(weight.device, joint.wide)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
+        _first_derivative_only()
         inputs, joint = ctx.saved_tensors, ctx.joint       # fetched: an input changed in place since is an error
         if ctx.grads:
             grads = [g * upstream for g in ctx.grads]
@@ -722,10 +731,11 @@ def demonstrate():
                              (1, 2, 0): .7, (1, 2, 2): .2}.items():
         acts[0, t, u, k] = value
     lengths = torch.tensor([[1, 2]]), torch.tensor([2]), torch.tensor([2])
-    print(f"known example      4.495666773771\nreference          {rnnt_loss_reference(acts, *lengths, blank=0).item():.12f}")
-    print(f"CPU                {rnnt_loss(acts, *lengths, blank=0).item():.12f}")
+    print(f"known example      4.495666773771\n"
+          f"reference          {rnnt_loss_reference(acts, *lengths, blank=0).item():.12f}\n"
+          f"CPU                {rnnt_loss(acts, *lengths, blank=0).item():.12f}")
     torch.manual_seed(0)
-    encoder_out, label_out, weight, bias = torch.randn(3, 9, 16), torch.randn(3, 5, 16), torch.randn(20, 16), torch.randn(20)
+    encoder_out, label_out, weight, bias = map(torch.randn, ((3, 9, 16), (3, 5, 16), (20, 16), (20,)))
     logits = torch.tanh(encoder_out[:, :, None] + label_out[:, None]) @ weight.T + bias
     lengths = torch.randint(1, 20, (3, 4)), torch.tensor([9, 4, 1]), torch.tensor([3, 4, 0])
     rows = {"reference": (lambda x: rnnt_loss_reference(x, *lengths, blank=0), logits.double()),

@@ -1,0 +1,440 @@
+"""The transducer loss against enumeration, closed forms, known vectors, finite differences and itself."""
+import importlib.util
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import rnnt_loss as module
+from rnnt_loss import joint_rnnt_align, joint_rnnt_loss, rnnt_align, rnnt_loss, rnnt_loss_reference
+
+F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny shapes: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def batch(B=3, T=6, U=4, V=7, seed=0, dtype=F64):
+    """Ragged, with an utterance of one frame and one without labels."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(B, T, U + 1, V, generator=g, dtype=F64).to(dtype).requires_grad_()
+    frames, counts = torch.randint(1, T + 1, (B,), generator=g), torch.randint(0, U + 1, (B,), generator=g)
+    frames[0], counts[0], frames[-1], counts[1 % B] = T, U, 1, 0
+    return logits, torch.randint(1, V, (B, U), generator=g), frames, counts
+
+
+def paths(T, U):
+    """The frame of every label, for every path."""
+    return itertools.combinations_with_replacement(range(T), U)
+
+
+def path_logp(logp, labels, frames, blank):
+    T, score, t = len(logp), 0.0, 0
+    for u, (label, frame) in enumerate(zip(labels, frames)):
+        score = score + sum(logp[s, u, blank] for s in range(t, frame)) + logp[frame, u, label]
+        t = frame
+    return score + sum(logp[s, len(labels), blank] for s in range(t, T))
+
+
+def grad_of(loss, x, **kw):
+    return torch.autograd.grad(loss, x, **kw)[0]
+
+
+@pytest.mark.parametrize("blank", [0, 3, -1])
+def test_enumeration_of_all_paths(blank):
+    logits, _, frames, counts = batch(V=5, seed=1)
+    targets = torch.tensor([[1, 2, 1, 2], [2, 2, 1, 1], [1, 1, 2, 1]])
+    costs = rnnt_loss(logits, targets, frames, counts, blank, reduction="none")
+    for b in range(3):
+        T, U = frames[b], counts[b]
+        logp = logits[b].log_softmax(-1)
+        each = torch.stack([torch.as_tensor(path_logp(logp[:T], targets[b, :U], p, blank)) for p in paths(T, int(U))])
+        assert abs(costs[b] + each.logsumexp(0)) < 1e-10
+    assert torch.allclose(costs, rnnt_loss_reference(logits, targets, frames, counts, blank=blank), atol=1e-10)
+
+
+@pytest.mark.parametrize("T,U,V,cost", [(10, 2, 4, 12.6281991482), (1, 0, 5, 1.6094379124), (7, 5, 3, 7.0477825729)])
+def test_closed_form(T, U, V, cost):
+    lengths = torch.ones(1, U, dtype=torch.int32), torch.tensor([T]), torch.tensor([U])
+    assert abs(rnnt_loss(torch.zeros(1, T, U + 1, V, dtype=F64), *lengths, blank=0).item() - cost) < 1e-9
+    assert abs((T + U) * math.log(V) - math.log(math.comb(T - 1 + U, U)) - cost) < 1e-9
+
+
+def test_known_vectors():
+    acts = torch.tensor([[[.1, .6, .1, .1, .1], [.1, .1, .6, .1, .1], [.1, .1, .2, .8, .1]],
+                         [[.1, .6, .1, .1, .1], [.1, .1, .2, .1, .1], [.7, .1, .2, .1, .1]]], dtype=F64)[None]
+    acts.requires_grad_()
+    y, one, two = torch.tensor([[1, 2]]), torch.tensor([1]), torch.tensor([2])
+    cost = rnnt_loss(acts, y, two, two, blank=0)
+    grad = grad_of(cost, acts)[0]
+    assert abs(cost.item() - 4.495666773771) < 1e-11
+    first = torch.tensor([-.13116686, -.39992680, .17703122, .17703122, .17703122], dtype=F64)
+    last = torch.tensor([-.69258820, .16871117, .18645468, .16871117, .16871117], dtype=F64)
+    assert (grad[0, 0] - first).abs().max() < 1e-8 and (grad[1, 2] - last).abs().max() < 1e-8
+    assert abs(rnnt_loss(acts, y, two, two).item() - 5.095666773771) < 1e-11
+    assert abs(rnnt_loss(acts, y, one, two, blank=0).item() - 4.274244594424) < 1e-11
+    assert abs(rnnt_loss(acts, y, one, one - 1, blank=0).item() - 1.731429195773) < 1e-11
+    assert rnnt_loss(acts, y, two, two, blank=0, fastemit_lambda=0.5).item() == cost.item()      # reported unscaled
+
+
+@pytest.mark.parametrize("options", [{}, {"fused_log_softmax": False}, {"delay_penalty": 0.3}])
+def test_finite_differences_and_reference(options):
+    logits, *rest = batch(T=4, U=2, V=4)
+    up = torch.tensor([1.0, -2.0, 0.5], dtype=F64)                       # upstream factors of any sign
+
+    def loss(x):
+        return (rnnt_loss(x, *rest, blank=0, reduction="none", **options) * up).sum()
+    assert torch.autograd.gradcheck(loss, logits)
+    want = grad_of((rnnt_loss_reference(logits, *rest, blank=0, **options) * up).sum(), logits)
+    assert (grad_of(loss(logits), logits) - want).abs().max() < 1e-10
+
+
+def test_fastemit_is_the_gradient_of_its_frozen_posterior_surrogate():
+    logits, targets, frames, counts = batch()
+    logp = logits.log_softmax(-1).detach().requires_grad_()
+    arcs = -grad_of(rnnt_loss_reference(logp, targets, frames, counts, blank=0, fused_log_softmax=False).sum(), logp)
+    posterior_blank = arcs[..., 0]
+    labels = torch.nn.functional.pad(targets, (0, 1), value=1)[:, None, :, None].expand(*logits.shape[:3], 1)
+    posterior_label = arcs.gather(-1, labels)[..., 0]
+    free = logits.log_softmax(-1)
+    surrogate = -(posterior_blank * free[..., 0] + 1.25 * posterior_label * free.gather(-1, labels)[..., 0]).sum()
+    mine = rnnt_loss(logits, targets, frames, counts, blank=0, reduction="sum", fastemit_lambda=0.25)
+    assert (grad_of(mine, logits) - grad_of(surrogate, logits)).abs().max() < 1e-10
+
+
+def test_ragged_batch_equals_its_utterances_whatever_the_padding_holds():
+    logits, targets, frames, counts = batch()
+    dirty = logits.detach().clone()
+    for b in range(3):
+        dirty[b, frames[b]:], dirty[b, :, counts[b] + 1:] = math.nan, math.inf
+    dirty.requires_grad_()
+    costs = rnnt_loss(dirty, targets, frames, counts, blank=0, reduction="none")
+    grad = grad_of(costs.sum(), dirty)
+    for b in range(3):
+        T, U = frames[b], counts[b]
+        one = logits[b:b + 1, :T, :U + 1].detach().requires_grad_()                  # not contiguous
+        cost = rnnt_loss(one, targets[b:b + 1, :U], frames[b:b + 1], counts[b:b + 1], blank=0)
+        assert abs(cost - costs[b]) < 1e-12
+        assert (grad[b, :T, :U + 1] - grad_of(cost, one)[0]).abs().max() < 1e-12
+        assert not grad[b, T:].any() and not grad[b, :, U + 1:].any()
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(F64, 1e-10), (torch.float32, 2e-6), (torch.float16, 1e-3),
+                                             (torch.bfloat16, 8e-3)])
+def test_every_dtype(dtype, tolerance):
+    logits, targets, frames, counts = batch(V=33, dtype=dtype)
+    wide = logits.detach().double().requires_grad_()
+    want = rnnt_loss_reference(wide, targets, frames, counts, blank=0)
+    for ints in (torch.int32, torch.int64):
+        costs = rnnt_loss(logits, targets.to(ints), frames.to(ints), counts.to(ints), blank=0, reduction="none")
+        assert costs.dtype == (F64 if dtype == F64 else torch.float32)
+        assert torch.allclose(costs.double(), want, rtol=1e-6)
+    grad = grad_of(costs.sum(), logits)
+    assert grad.dtype == dtype and (grad.double() - grad_of(want.sum(), wide)).abs().max() < tolerance
+
+
+def test_half_precision_goes_slab_by_slab(monkeypatch):
+    logits, *rest = batch(dtype=torch.bfloat16)
+    whole = rnnt_loss(logits, *rest, blank=0)
+    whole_grad = grad_of(whole, logits)
+    monkeypatch.setattr(module, "SLAB_BYTES", 100)
+    assert rnnt_loss(logits, *rest, blank=0) == whole
+    assert torch.equal(grad_of(rnnt_loss(logits, *rest, blank=0), logits), whole_grad)
+
+
+def test_threads_change_nothing():
+    logits, *rest = batch(8, 40, 9, 50, dtype=torch.float32)
+    one = rnnt_loss(logits, *rest, blank=0)
+    torch.set_num_threads(2)
+    two = rnnt_loss(logits, *rest, blank=0)
+    assert one == two and torch.equal(grad_of(one, logits), grad_of(two, logits))
+
+
+def test_reductions_clamp_and_empty_batches():
+    logits, *rest = batch()
+    costs = rnnt_loss(logits, *rest, blank=0, reduction="none")
+    assert torch.isclose(rnnt_loss(logits, *rest, blank=0), costs.mean())
+    assert torch.isclose(rnnt_loss(logits, *rest, blank=0, reduction="sum"), costs.sum())
+    unit = grad_of(costs.sum(), logits)
+    clamped = grad_of(3 * rnnt_loss(logits, *rest, blank=0, clamp=0.1, reduction="sum"), logits)
+    assert torch.allclose(clamped, 3 * unit.clamp(-0.1, 0.1)) and unit.abs().max() > 0.1
+    nothing = torch.zeros(0, 4, 3, 5, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    loss = rnnt_loss(nothing, none.view(0, 2), none, none, blank=0)
+    loss.backward()
+    assert loss == 0 and nothing.grad.shape == nothing.shape
+
+
+def test_all_targets_empty():
+    logits = torch.randn(2, 4, 1, 5, dtype=F64, requires_grad=True)
+    costs = rnnt_loss(logits, torch.zeros(2, 0, dtype=torch.int64), torch.tensor([4, 2]), torch.tensor([0, 0]),
+                      blank=0, reduction="none")
+    logp = logits.log_softmax(-1)
+    assert torch.allclose(costs, torch.stack([-logp[0, :, 0, 0].sum(), -logp[1, :2, 0, 0].sum()]))
+
+
+def test_padded_dimensions_longer_than_the_longest_length():
+    logits, targets, frames, counts = batch()
+    bigger = torch.nn.functional.pad(logits, (0, 0, 0, 2, 0, 3), value=1e4)
+    for wide in (targets, torch.nn.functional.pad(targets, (0, 5), value=99)):
+        costs = rnnt_loss(bigger, wide, frames, counts, blank=0, reduction="none")
+        assert torch.allclose(costs, rnnt_loss(logits, targets, frames, counts, blank=0, reduction="none"))
+
+
+def test_backward_twice_and_double_backward():
+    logits, *rest = batch()
+    loss = rnnt_loss(logits, *rest, blank=0)
+    assert torch.equal(grad_of(loss, logits, retain_graph=True), grad_of(loss, logits))
+    for again in (rnnt_loss(logits, *rest, blank=0), joint_rnnt_loss(*joint_inputs(), *rest, blank=0)):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            again.backward(create_graph=True)
+
+
+def test_no_path_costs_infinity_and_leaves_the_neighbours_alone():
+    logits, targets, frames, counts = batch(seed=3)
+    want = rnnt_loss(logits, targets, frames, counts, blank=0, reduction="none")
+    blocked = logits.detach().clone()
+    blocked[0, ..., 0] = -math.inf
+    blocked.requires_grad_()
+    costs = rnnt_loss(blocked, targets, frames, counts, blank=0, reduction="none")
+    assert costs[0] == math.inf and torch.equal(costs[1:], want[1:])
+    grad = grad_of(costs.sum(), blocked)
+    assert not grad[0].any() and torch.equal(grad[1:], grad_of(want.sum(), logits)[1:])
+    # some arcs forbidden, a path left: by the reference
+    some = logits.detach().float().clone()
+    some[0, 0, 0, 0] = some[0, 2, :2, 0] = -math.inf
+    some.requires_grad_()
+    cost = rnnt_loss(some, targets, frames, counts, blank=0, reduction="none")
+    assert torch.isfinite(cost).all()
+    logp = some.detach().double()[0].log_softmax(-1)
+    each = torch.stack([torch.as_tensor(path_logp(logp, targets[0], p, 0)) for p in paths(6, 4)])
+    assert abs(cost[0] + each.logsumexp(0)) < 1e-5
+    grad = grad_of(cost.sum(), some)
+    assert torch.isfinite(grad).all() and grad[0, 0, 0, 0] == 0
+
+
+def test_long_audio_keeps_its_gradient():
+    g = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(1, 2000, 3, 5, generator=g)).requires_grad_()
+    rest = torch.tensor([[1, 2]]), torch.tensor([2000]), torch.tensor([2])
+    wide = logits.detach().double().requires_grad_()
+    error = grad_of(rnnt_loss(logits, *rest, blank=0), logits) - grad_of(rnnt_loss(wide, *rest, blank=0), wide)
+    assert error.abs().max() < 1e-5
+    small = wide.detach()[:, :40].clone().requires_grad_()               # and float64 is the reference's
+    rest = rest[0], torch.tensor([40]), rest[2]
+    error = grad_of(rnnt_loss(small, *rest, blank=0), small) - grad_of(
+        rnnt_loss_reference(small, *rest, blank=0).sum(), small)
+    assert error.abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"logit_lengths": torch.tensor([6, 0, 1])}, r"logit_lengths\[1\] is 0, not in 1..6"),
+    ({"logit_lengths": torch.tensor([7, 1, 1])}, r"logit_lengths\[0\] is 7"),
+    ({"target_lengths": torch.tensor([4, 0, 5])}, r"target_lengths\[2\] is 5, not in 0..4"),
+    ({"target_lengths": torch.tensor([4, -1, 0])}, r"target_lengths\[1\] is -1"),
+    ({"target_lengths": torch.tensor([4, 0])}, "target_lengths must be 1-dimensional integers for 3 utterances"),
+    ({"targets": torch.tensor([[1, 2, 9, 1]] * 3)}, r"targets\[0, 2\] is 9"),
+    ({"targets": torch.tensor([[1, 0, 2, 1]] * 3)}, r"targets\[0, 1\] is 0, not in blank \(0\)"),
+    ({"targets": torch.ones(3, 4)}, "not torch.float32"),
+    ({"blank": 7}, "blank is 7, but a node has 7 logits"),
+    ({"reduction": "avg"}, "reduction is 'avg'"),
+    ({"logits": torch.zeros(3, 6, 5)}, r"logits must be \(B,T,U\+1,V\) floats"),
+])
+def test_errors_show_the_value_and_its_place(change, message):
+    logits, targets, frames, counts = batch()
+    arguments = dict(logits=logits, targets=targets, logit_lengths=frames, target_lengths=counts, blank=0)
+    with pytest.raises(ValueError, match=message):
+        rnnt_loss(**{**arguments, **change})
+
+
+def joint_inputs(dtype=F64, B=3, T=6, U1=5, J=8, V=7, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shapes = (B, T, J), (B, U1, J), (V, J), (V,)
+    return [torch.randn(s, generator=g, dtype=F64).to(dtype).requires_grad_() for s in shapes]
+
+
+def unfused(encoder_out, label_out, weight, bias, *rest, **options):
+    logits = torch.nn.functional.linear(torch.tanh(encoder_out[:, :, None] + label_out[:, None]), weight, bias)
+    return rnnt_loss(logits, *rest, **options)
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 3000, 9000, 1 << 20])         # row by row; cut; an utterance or two; all
+@pytest.mark.parametrize("options", [{}, {"reduction": "none", "fastemit_lambda": 0.1, "delay_penalty": 0.2}])
+def test_fused_with_the_joint(tile_bytes, options):
+    _, *rest = batch()
+    inputs, up = joint_inputs(), torch.tensor([1.0, -2.0, 0.5], dtype=F64)
+    ours = joint_rnnt_loss(*inputs, *rest, blank=0, tile_bytes=tile_bytes, **options)
+    want = unfused(*inputs, *rest, blank=0, **options)
+    assert torch.allclose(ours, want, atol=1e-10)
+    for a, b in zip(torch.autograd.grad((ours * up).sum(), inputs, retain_graph=True),
+                    torch.autograd.grad((want * up).sum(), inputs)):
+        assert (a - b).abs().max() < 1e-10
+    again = torch.autograd.grad((ours * up).sum(), inputs)
+    assert all(torch.isfinite(a).all() for a in again)
+
+
+def test_fused_under_autocast_and_without_gradient():
+    _, *rest = batch()
+    inputs = joint_inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = joint_rnnt_loss(*inputs, *rest, blank=0)
+        want = unfused(*inputs, *rest, blank=0)
+    assert loss.dtype == torch.float32 and abs(loss - want) < 0.05
+    for a, b in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(unfused(*inputs, *rest, blank=0), inputs)):
+        assert a.dtype == torch.float32 and (a - b).abs().max() < 0.05
+    with torch.no_grad():
+        assert not joint_rnnt_loss(*inputs, *rest, blank=0).requires_grad
+
+
+def test_fused_skips_padding_and_names_widths():
+    _, targets, frames, counts = batch()
+    inputs = joint_inputs()
+    dirty = [a.detach().clone() for a in inputs]
+    dirty[0][1, frames[1]:] = math.nan
+    clean = joint_rnnt_loss(*inputs, targets, frames, counts, blank=0)
+    assert torch.equal(joint_rnnt_loss(*dirty, targets, frames, counts, blank=0), clean)
+    with pytest.raises(ValueError, match="widths disagree"):
+        joint_rnnt_loss(inputs[0][..., :3], *inputs[1:], targets, frames, counts, blank=0)
+
+
+@given(st.integers(1, 4), st.integers(1, 7), st.integers(0, 5), st.integers(2, 40), st.integers(0, 10**6))
+@settings(max_examples=25, deadline=None)
+def test_any_shape(B, T, U, V, seed):
+    logits, targets, frames, counts = batch(B, T, U, V, seed)
+    costs = rnnt_loss(logits, targets, frames, counts, blank=0, reduction="none")
+    want = rnnt_loss_reference(logits, targets, frames, counts, blank=0)
+    assert torch.allclose(costs, want, atol=1e-9)
+    grad = grad_of(costs.sum(), logits)
+    assert (grad - grad_of(want.sum(), logits)).abs().max() < 1e-9
+    assert grad.sum(-1).abs().max() < 1e-9                               # adding a constant to a node changes nothing
+    single = grad_of(rnnt_loss(logits.float(), targets, frames, counts, blank=0, reduction="sum"), logits)
+    assert (single - grad).abs().max() < 1e-5
+
+
+def test_viterbi_against_enumeration():
+    logits, targets, frames, counts = batch(seed=5)
+    found = rnnt_align(logits, targets, frames, counts, blank=0)
+    for b in range(3):
+        T, U = int(frames[b]), int(counts[b])
+        logp = logits[b].log_softmax(-1)[:T]
+        best = max(paths(T, U), key=lambda p: float(path_logp(logp, targets[b, :U], p, 0)))
+        assert found[b].tolist() == [*best] + [-1] * (4 - U)
+
+
+def test_viterbi_gives_a_planted_path_back():
+    g = torch.Generator().manual_seed(2)
+    planted = [1, 4, 4, 9]
+    logits, targets = torch.randn(1, 12, 5, 6, generator=g), torch.tensor([[3, 1, 2, 5]])
+    t = 0
+    for u, frame in enumerate(planted + [12]):
+        logits[0, t:frame, u, 0] += 12
+        if u < 4:
+            logits[0, frame, u, targets[0, u]] += 12
+        t = frame
+    assert rnnt_align(logits, targets, torch.tensor([12]), torch.tensor([4]), blank=0).tolist() == [planted]
+
+
+def test_viterbi_of_the_joint_and_without_a_path():
+    _, *rest = batch()
+    inputs = joint_inputs()
+    logits = torch.tanh(inputs[0][:, :, None] + inputs[1][:, None]) @ inputs[2].T + inputs[3]
+    assert torch.equal(joint_rnnt_align(*inputs, *rest, blank=0), rnnt_align(logits, *rest, blank=0))
+    logits = logits.detach().clone()
+    logits[0, ..., 0] = -math.inf
+    assert rnnt_align(logits, *rest, blank=0)[0].tolist() == [-1] * 4
+
+
+@pytest.mark.parametrize("right,wrong", [
+    ("grad[job.labels[b, u]] -= factor * up", "grad[job.labels[b, u]] += factor * up"),
+    ("blank[t - 1, u] *= through", "blank[t - 1, u] *= 1"),
+    ("row.dtype.type(factor * (on + up))", "row.dtype.type(factor * on)")])
+def test_negative_control_a_broken_gradient_is_seen(right, wrong, tmp_path):
+    source = (ROOT / "rnnt_loss.py").read_text()
+    assert source.count(right) == 1
+    (tmp_path / "broken.py").write_text(source.replace(right, wrong).replace("parallel=True, ", ""))
+    spec = importlib.util.spec_from_file_location("broken", tmp_path / "broken.py")
+    broken = importlib.util.module_from_spec(spec)
+    sys.modules["broken"] = broken
+    spec.loader.exec_module(broken)
+    logits, *rest = batch(dtype=torch.float32)
+    wide = logits.detach().double().requires_grad_()
+    want = grad_of(rnnt_loss_reference(wide, *rest, blank=0).sum(), wide)
+    assert (grad_of(rnnt_loss(logits, *rest, blank=0, reduction="sum"), logits) - want).abs().max() < 1e-5
+    assert (grad_of(broken.rnnt_loss(logits, *rest, blank=0, reduction="sum"), logits) - want).abs().max() > 1e-2
+
+
+SIMULATED = """
+import sys, math, torch
+sys.path[:0] = sys.argv[1:2]
+import rnnt_loss as m
+logits = torch.randn(3, 4, 4, 7, generator=torch.Generator().manual_seed(0))
+rest = torch.tensor([[1, 2, 3], [4, 5, 6], [1, 1, 1]]), torch.tensor([4, 3, 1]), torch.tensor([2, 3, 0])
+logits[1, 2, 0, 0] = -math.inf                             # an arc forbidden, a path left
+options = dict(blank=0, reduction="none", fastemit_lambda=0.1, delay_penalty=0.2)
+choose = m._backend
+assert choose(logits.device, torch.float32) is m._Cuda
+for dtype, threads, more in ((torch.float32, 1024, {}), (torch.float32, 2, {"clamp": 0.2}), (torch.bfloat16, 3, {}),
+                             (torch.float16, 4, {"fused_log_softmax": False})):
+    m._Cuda.threads, seen = threads, []
+    for backend in (m._Cpu, m._Cuda):
+        m._backend = lambda device, dtype: backend
+        x = logits.to(dtype).requires_grad_()
+        costs = m.rnnt_loss(x, *rest, **options, **more)
+        seen.append((costs, torch.autograd.grad((costs * torch.tensor([1., -2., 3.])).sum(), x)[0]))
+    assert torch.allclose(seen[0][0], seen[1][0], rtol=1e-6), (dtype, seen)
+    assert (seen[0][1].double() - seen[1][1].double()).abs().max() < (1e-6 if dtype == torch.float32 else 1e-2), dtype
+m._backend, m._Cuda.threads = choose, 2
+inputs = [torch.randn(s, generator=torch.Generator().manual_seed(1), requires_grad=True)
+          for s in ((3, 4, 5), (3, 4, 5), (7, 5), (7,))]
+for tile_bytes in (1000, 1 << 20):
+    fused = m.joint_rnnt_loss(*inputs, *rest, blank=0, tile_bytes=tile_bytes)
+    m._backend = lambda device, dtype: m._Cpu
+    plain = m.joint_rnnt_loss(*inputs, *rest, blank=0)
+    m._backend = choose
+    for a, b in zip(torch.autograd.grad(fused, inputs), torch.autograd.grad(plain, inputs)):
+        assert (a - b).abs().max() < 1e-6
+print("simulator agrees")
+"""
+
+
+def test_cuda_kernels_under_the_simulator():
+    """Strips of 2, 3 and 4 labels stand for U above 1024; a block of one strip is the usual case."""
+    run = subprocess.run([sys.executable, "-c", SIMULATED, str(ROOT)], capture_output=True, text=True,
+                         env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0 and "simulator agrees" in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is at hand")
+def test_one_warning_where_numba_cannot_compile_for_the_gpu():
+    module._gpu_compiles.cache_clear()
+    with pytest.warns(UserWarning, match="numba cannot compile for this GPU .*numba-cuda"):
+        assert module._backend(torch.device("cuda"), torch.float32) is module._Cpu
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU at hand")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("U", [4, 1500])
+def test_cuda_equals_cpu(dtype, U):
+    logits, *rest = batch(T=9, U=U, V=33, dtype=dtype)
+    costs = rnnt_loss(logits, *rest, blank=0, reduction="none")
+    there = logits.detach().cuda().requires_grad_()
+    theirs = rnnt_loss(there, *(a.cuda() for a in rest), blank=0, reduction="none")
+    assert torch.allclose(costs, theirs.cpu(), rtol=1e-5)
+    difference = grad_of(costs.sum(), logits) - grad_of(theirs.sum(), there).cpu()
+    assert difference.double().abs().max() < (1e-5 if dtype == torch.float32 else 1e-2)
