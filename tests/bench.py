@@ -1,5 +1,6 @@
 """Every timing table of the README, each by one command.
 
+    python tests/bench.py loss [--joint]       rnnt_loss beside a copy of the logits, log_softmax and installed peers
     python tests/bench.py stream               chunks, real-time factors, where the time goes, an hour of audio
 """
 import argparse
@@ -9,6 +10,7 @@ import platform
 import resource
 import statistics
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -269,6 +271,114 @@ def stream(options):
         long_stream("tiny", options.minutes)
 
 
+# ---- loss: against copying the logits, log_softmax, whatever else is installed, and the unfused joint ----------------
+
+def loss_peers():
+    """name -> cost of (logits, targets int32, lengths int32) for the packages that happen to be installed."""
+    peers = {}
+    try:
+        from torchaudio.functional import rnnt_loss as theirs
+        peers["torchaudio"] = lambda x, y, t, u: theirs(x, y, t, u, blank=0)
+    except ImportError:
+        pass
+    try:
+        from warprnnt_numba import RNNTLossNumba
+        peers["warprnnt_numba"] = lambda x, y, t, u: RNNTLossNumba(blank=0, reduction="mean")(x, y, t, u)
+    except ImportError:
+        pass
+    return peers
+
+
+def rounds(contenders, repeats, wait=lambda: None):
+    """Seconds of each, medians over rounds in which all take turns: what disturbs one disturbs the others."""
+    seconds = {name: [] for name in contenders}
+    for _ in range(repeats + 1):
+        for name, function in contenders.items():
+            wait()
+            start = time.perf_counter()
+            function()
+            wait()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each[1:] or each) for name, each in seconds.items()}
+
+
+def peak_mb(function):
+    """The highest resident memory while it runs, above that before."""
+    before, highest, done = resident_mb(), [0.0], threading.Event()
+
+    def watch():
+        while not done.wait(0.001):
+            highest[0] = max(highest[0], resident_mb())
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    function()
+    done.set()
+    watcher.join()
+    return max(0.0, highest[0] - before)
+
+
+def loss_table(shape, repeats, device):
+    from rnnt_loss import rnnt_loss
+    B, T, U1, V = shape
+    logits = torch.randn(shape, device=device, requires_grad=True)
+    y, t, u = torch.randint(1, V, (B, U1 - 1)).int(), torch.full((B,), T).int(), torch.full((B,), U1 - 1).int()
+    there, buffer = [a.to(device) for a in (y, t, u)], torch.empty_like(logits).detach()
+
+    def both_ways(loss):
+        def run():
+            loss(logits, *there).backward()
+            logits.grad = None
+        return run
+
+    def cost_only():
+        with torch.no_grad():
+            rnnt_loss(logits, *there, blank=0)
+    contenders = {"copy": lambda: buffer.copy_(logits.detach()),
+                  "log_softmax": lambda: torch.log_softmax(logits.detach(), -1),
+                  "ours": both_ways(lambda *args: rnnt_loss(*args, blank=0)), "ours, cost only": cost_only}
+    contenders.update({name: both_ways(loss) for name, loss in loss_peers().items()})
+    seconds = rounds(contenders, repeats, torch.cuda.synchronize if device == "cuda" else lambda: None)
+    size = logits.numel() * 4 / 1e6
+    for name, each in seconds.items():
+        memory = "" if device == "cuda" else f"{peak_mb(contenders[name]) / size:8.2f}"
+        print(f"| {shape} {size:.0f} MB | {name} | {each * 1e3:.1f} | {each / seconds['copy']:.2f} | "
+              f"{each / seconds['log_softmax']:.2f} | {memory} |", flush=True)
+
+
+def joint_table(shape, width, repeats):
+    from rnnt_loss import joint_rnnt_loss, rnnt_loss
+    B, T, U1, V = shape
+    inputs = [torch.randn(s).requires_grad_() for s in ((B, T, width), (B, U1, width), (V, width), (V,))]
+    lengths = torch.randint(1, V, (B, U1 - 1)), torch.full((B,), T), torch.full((B,), U1 - 1)
+
+    def unfused():
+        hidden = torch.tanh(inputs[0][:, :, None] + inputs[1][:, None])
+        rnnt_loss(torch.nn.functional.linear(hidden, *inputs[2:]), *lengths, blank=0).backward()
+
+    def fused():
+        joint_rnnt_loss(*inputs, *lengths, blank=0).backward()
+    contenders = {"joint, then loss": unfused, "fused": fused}
+    memory = {name: peak_mb(function) for name, function in reversed(contenders.items())}
+    seconds = rounds(contenders, repeats)
+    for name, each in seconds.items():
+        print(f"| {shape} width {width}, logits {B * T * U1 * V * 4 / 1e6:.0f} MB | {name} | {each * 1e3:.0f} | "
+              f"{each / seconds['joint, then loss']:.2f} | {memory[name]:.0f} MB |", flush=True)
+
+
+def loss(options):
+    torch.set_num_threads(options.threads)
+    print(machine())
+    shapes = [(4, 150, 20, 1000), (8, 300, 40, 500), (16, 200, 50, 4000)][:options.shapes]
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        print(f"\n{device}, forward and backward\n| logits | what | ms | / copy | / log_softmax | extra memory / logits |")
+        for shape in shapes:
+            loss_table(shape, options.repeats if shape[3] < 4000 else 3, device)
+    print("\n| joint | what | ms | / unfused | extra memory |")
+    joint_table((16, 60, 20, 300), 256, options.repeats)
+    if options.joint:
+        joint_table((16, 200, 50, 4000), 512, 0)
+
+
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 def main():
@@ -279,6 +389,12 @@ def main():
     one.add_argument("--seconds", type=int, default=20, help="of audio for each preset")
     one.add_argument("--minutes", type=int, default=60, help="of the long stream; 0: none")
     one.set_defaults(run=stream)
+    two = commands.add_parser("loss", help="rnnt_loss beside a copy, log_softmax, installed peers; fused and unfused joint")
+    two.add_argument("--threads", type=int, default=2)
+    two.add_argument("--repeats", type=int, default=7)
+    two.add_argument("--shapes", type=int, default=3, help="how many of the three shapes; the third needs 8 GB")
+    two.add_argument("--joint", action="store_true", help="the large joint too: a minute or two, 8 GB")
+    two.set_defaults(run=loss)
     options = parser.parse_args()
     options.run(options)
 
