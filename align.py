@@ -44,14 +44,15 @@ class Recipe:
     agree: bool = True
     prior: float = 0.1         # imagined counts: of any two words that occur together,
     spelling: float = 1.0      # of two words spelled alike,
-    stems: float = 10.0        # and spread over the entries of a word as its stem's table says
+    stems: float = 10.0        # spread over the entries of a word as its stem's table says,
+    null: float = 1.0          # and of any word as said by NULL, which would keep a frequent word for itself
     method: str = "posterior"  # link where the mean of both posteriors exceeds the threshold; or see symmetrise
     threshold: float = 0.5
 
 
 # ---- The bitext as arrays -------------------------------------------------------------------------------------------
 # source, target: the word ids of all sentences, one after the other, and (S+1,) where each sentence begins. Pair s has
-# I x J cells, (i, j) at cell_start[s] + i*J + j; entry (cells,) is the row of the table that a cell uses, entry_source and
+# I x J cells, (i, j) at cell_start[s] + i*J + j; entry (cells,) is the table row that a cell uses, entry_source and
 # entry_target (E,) its two words. Only words that occur together have a row: 12 bytes a cell, no vocabulary squared.
 Bitext = namedtuple("Bitext", "source source_start target target_start cell_start entry entry_source entry_target")
 
@@ -98,8 +99,7 @@ def number_entries(arrays, cell_start, by_word, sentence, latest):
 @njit(cache=True, fastmath=REORDER)
 def ibm1_sentence(emission, null, diagonal, posterior):
     """Every word chooses alone."""
-    J, I = emission.shape
-    log_likelihood = 0.0
+    (J, I), log_likelihood = emission.shape, 0.0
     for j in range(J):
         near = np.exp(-diagonal * np.abs((np.arange(I) + 0.5) / I - (j + 0.5) / J))
         posterior[j] = near / near.sum() * emission[j]
@@ -225,7 +225,7 @@ class Direction:
             by_stem = divide(np.bincount(entry, counts) + recipe.prior, names[not self.forward], recipe.variational)
             prior = prior + recipe.stems * by_stem[entry]
         self.table = divide(counts + prior, self.given, recipe.variational)
-        null = add_up(self.words, self.null_posterior, None, len(self.null_table)) + 1e-6
+        null = add_up(self.words, self.null_posterior, None, len(self.null_table)) + recipe.null
         self.null_table = (null / null.sum()).astype(np.float32)
         if self.jump_counts.any():
             self.jump = np.maximum(self.jump_counts / self.jump_counts.sum(), 1e-6)

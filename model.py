@@ -90,9 +90,9 @@ class Config:
 
 
 PRESETS = {
-    "tiny": Config(vocab=512, dim=144, heads=4, layers=5, ff=576, subsampling=4, chunks=(8, 4, 16, 32),
-                   left_frames=64, dropout=0.1, label_encoder="transformer", label_layers=1, label_context=16,
-                   joint_dim=160),
+    "tiny": Config(vocab=512, dim=144, heads=4, layers=4, ff=576, subsampling=4, chunks=(8, 4, 16, 32),
+                   left_frames=64, dropout=0.1, label_encoder="transformer", label_layers=2, label_context=48,
+                   joint_dim=144),
     "small": Config(vocab=1024, dim=256, heads=4, layers=12, ff=1024, subsampling=4, chunks=(8, 4, 16, 32),
                     left_frames=128, dropout=0.1, label_encoder="transformer", label_layers=2, label_context=32,
                     joint_dim=320),

@@ -14,7 +14,6 @@ hear, and from then on the sound is ignored. What keeps it out, in the order of 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import sys
@@ -30,10 +29,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import stream
 from model import PRESETS, Transducer, load, log_mel, pad_samples, save
 from rnnt_loss import joint_rnnt_loss
 from serialize import Row, Tokenizer, interleave, needs, read_manifest, serialize, write_manifest
-from stream import Streamer, evaluate, read_audio
+from stream import evaluate, read_audio
 
 SAMPLE_RATE = 16000
 CLIP = 5.0  # norm of the gradient
@@ -142,24 +142,19 @@ def builtin_row(index, *, seed=0, source="de", targets=("en",), test=False):
 # The built-in corpus, part 2: a formant voice. Every letter is one or two sounds; a sound is a place in the space of
 # three formants, with some voice and some noise. Sounds glide into one another, as they do in a mouth.
 
-# name: ms, F1, F2, F3 in Hz, voice, noise, centre and bandwidth of the noise in Hz
-SOUNDS = {
-    "a": (85, 750, 1250, 2600, 1.0, 0, 1500, 1500), "e": (75, 480, 1950, 2600, 1.0, 0, 1500, 1500),
-    "i": (70, 290, 2300, 3000, 1.0, 0, 1500, 1500), "o": (80, 480, 850, 2500, 1.0, 0, 1500, 1500),
-    "u": (75, 310, 680, 2300, 1.0, 0, 1500, 1500), "ö": (75, 430, 1500, 2300, 1.0, 0, 1500, 1500),
-    "ü": (75, 280, 1800, 2200, 1.0, 0, 1500, 1500),
-    "m": (65, 250, 950, 2200, .40, 0, 1500, 1500), "n": (60, 250, 1600, 2700, .40, 0, 1500, 1500),
-    "l": (55, 380, 1250, 2900, .60, 0, 1500, 1500), "r": (55, 460, 1150, 1550, .60, .04, 1500, 1500),
-    "w": (50, 300, 650, 2200, .45, .03, 900, 900), "j": (50, 260, 2250, 3100, .45, .03, 3000, 1500),
-    "f": (70, 350, 1100, 2300, 0, .25, 6500, 3500), "s": (75, 350, 1700, 2600, 0, .50, 5500, 1200),
-    "h": (50, 500, 1500, 2500, .05, .22, 1500, 1500),
-    "B": (35, 250, 800, 2300, .12, 0, 900, 900), "D": (35, 250, 1750, 2700, .12, 0, 3800, 1500),
-    "G": (35, 250, 2050, 2350, .12, 0, 2000, 700), "P": (40, 300, 800, 2300, 0, 0, 900, 900),
-    "T": (40, 300, 1750, 2700, 0, 0, 3800, 1500), "K": (40, 300, 2050, 2350, 0, 0, 2000, 700),
-    "b": (18, 350, 900, 2300, .40, .20, 900, 900), "d": (18, 350, 1750, 2700, .40, .25, 3800, 1500),
-    "g": (20, 350, 2050, 2350, .40, .25, 2000, 700), "p": (25, 400, 900, 2300, 0, .40, 900, 900),
-    "t": (25, 400, 1750, 2700, 0, .50, 3800, 1500), "k": (28, 400, 2050, 2350, 0, .45, 2000, 700),
-    " ": (40, 500, 1500, 2500, 0, 0, 1500, 1500)}
+# A sound: ms, F1, F2, F3 in Hz, how much voice, how much noise, centre and bandwidth of the noise in Hz. Capitals are
+# the silence before a stop opens, "_" is the silence between words.
+SOUNDS = {name: tuple(map(float, values)) for name, *values in map(str.split, """
+    a 85 750 1250 2600  1.0  0   1500 1500; e 75 480 1950 2600  1.0  0   1500 1500; i 70 290 2300 3000  1.0  0   1500 1500
+    o 80 480  850 2500  1.0  0   1500 1500; u 75 310  680 2300  1.0  0   1500 1500; ö 75 430 1500 2300  1.0  0   1500 1500
+    ü 75 280 1800 2200  1.0  0   1500 1500; m 65 250  950 2200  .40  0   1500 1500; n 60 250 1600 2700  .40  0   1500 1500
+    l 55 380 1250 2900  .60  0   1500 1500; r 55 460 1150 1550  .60 .04  1500 1500; w 50 300  650 2200  .45 .03   900  900
+    j 50 260 2250 3100  .45 .03  3000 1500; f 70 350 1100 2300   0  .25  6500 3500; s 75 350 1700 2600   0  .50  5500 1200
+    h 50 500 1500 2500  .05 .22  1500 1500; B 35 250  800 2300  .12  0    900  900; D 35 250 1750 2700  .12  0   3800 1500
+    G 35 250 2050 2350  .12  0   2000  700; P 40 300  800 2300   0   0    900  900; T 40 300 1750 2700   0   0   3800 1500
+    K 40 300 2050 2350   0   0   2000  700; b 18 350  900 2300  .40 .20   900  900; d 18 350 1750 2700  .40 .25  3800 1500
+    g 20 350 2050 2350  .40 .25  2000  700; p 25 400  900 2300   0  .40   900  900; t 25 400 1750 2700   0  .50  3800 1500
+    k 28 400 2050 2350   0  .45  2000  700; _ 40 500 1500 2500   0   0   1500 1500""".replace(";", "\n").strip().split("\n"))}
 LETTERS = {"b": "Bb", "c": "Kk", "d": "Dd", "g": "Gg", "k": "Kk", "p": "Pp", "q": "Kk", "t": "Tt", "v": "f", "x": "Kks",
            "y": "i", "z": "Ts", "ß": "s", "ä": "e", "á": "a", "à": "a", "é": "e", "è": "e", "í": "i", "ì": "i",
            "ó": "o", "ò": "o", "ú": "u", "ù": "u", "ñ": "nj"}
@@ -187,14 +182,14 @@ def speak(words, speaker, rng):
         n = max(2, round(SOUNDS[sound][0] * stretch * SAMPLE_RATE / 1000 / BLOCK))
         rows.append((n,) + SOUNDS[sound][1:])
         blocks += n
-    add(" ", rng.uniform(2, 6))
+    add("_", rng.uniform(2, 6))
     for word in words:
         for letter in word.lower():
-            for sound in LETTERS.get(letter, letter if letter in SOUNDS else " "):
+            for sound in LETTERS.get(letter, letter if letter in SOUNDS else "_"):
                 add(sound, speaker.rate * rng.uniform(0.85, 1.15))
         ends.append(blocks * BLOCK / SAMPLE_RATE)
-        add(" ", rng.uniform(0.2, 1.5))
-    add(" ", rng.uniform(4, 8))
+        add("_", rng.uniform(0.2, 1.5))
+    add("_", rng.uniform(4, 8))
     table = np.array(rows)
     track = np.repeat(table[:, 1:], table[:, 0].astype(int), axis=0)  # (blocks, 7)
     glide = np.ones(7) / 7  # 17.5 ms from one sound to the next
@@ -348,20 +343,23 @@ class Batch:
     mel_lengths: torch.Tensor  # (B,)
     targets: torch.Tensor  # (B, U) the interleaved stream
     target_lengths: torch.Tensor
-    letters: torch.Tensor  # (B, L) bytes of the transcription + 1, for the CTC head
+    spoken: torch.Tensor  # (B, S) the transcription alone
+    spoken_lengths: torch.Tensor
+    letters: torch.Tensor  # (B, L) the same as bytes + 1, for the CTC head
     letter_lengths: torch.Tensor
 
     def to(self, device):
         return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
-def collate(mels, targets, letters):
+def collate(mels, targets, spoken, letters):
     def pad(sequences):
         return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(s) for s in sequences], batch_first=True)
 
     def lengths(sequences):
         return torch.tensor([len(s) for s in sequences])
-    return Batch(pad(mels), lengths(mels), pad(targets).long(), lengths(targets), pad(letters).long(), lengths(letters))
+    return Batch(pad(mels), lengths(mels), pad(targets).long(), lengths(targets), pad(spoken).long(), lengths(spoken),
+                 pad(letters).long(), lengths(letters))
 
 
 def random_state(*key):
@@ -392,34 +390,44 @@ def augment(mel, rng):
     return mel
 
 
-def letters_of(row):
-    return [byte + 1 for byte in (row.asr or "").encode()]
-
-
 def make_batch(rows, corpus, tokenizer, epoch, options):
     mels = [corpus.mel(row) for row in rows]
     if options.augment:
         mels = [augment(mel, random_state(options.seed, epoch, row.id)) for mel, row in zip(mels, rows)]
     targets = [serialize(interleave(row, options.interleave), tokenizer) for row in rows]
-    return collate(mels, targets, [letters_of(row) for row in rows])
+    return collate(mels, targets, [tokenizer.encode(row.asr or "") for row in rows],
+                   [[byte + 1 for byte in (row.asr or "").encode()] for row in rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
-def losses(model, batch, options, chunk=None, warm=False):
+def label_dropout(step, options):
+    """How many of the labels the label encoder does not get to see: all of them when the transducer starts, so that it
+    must listen to write anything at all, then fewer and fewer."""
+    left = 1 - (step - options.ctc_steps) / max(1, options.forget_steps)
+    return max(options.label_dropout, min(1.0, left))
+
+
+def ctc_loss(logits, frame_lengths, targets, target_lengths):
+    """Per target symbol, in nats; utterances without a transcription, or with more symbols than frames, do not count."""
+    costs = F.ctc_loss(logits.float().log_softmax(-1).transpose(0, 1), targets, frame_lengths, target_lengths,
+                       blank=0, reduction="none", zero_infinity=True)  # (B,)
+    return (costs * (target_lengths > 0)).sum() / target_lengths.sum().clamp(min=1)
+
+
+def losses(model, batch, chunk=None, words=1.0, warm=False, forget=0.0):
     """(transducer loss per token, CTC loss per letter) in nats; the first is 0 while only the encoder warms up."""
     frames, _ = model.encoder(batch.mel, batch.mel_lengths, chunk=chunk)  # (B, T, D)
     frame_lengths = batch.mel_lengths // model.config.subsampling
-    log_probs = model.ctc(frames).float().log_softmax(-1).transpose(0, 1)  # (T, B, 257)
-    ctc = F.ctc_loss(log_probs, batch.letters, frame_lengths, batch.letter_lengths,
-                     blank=0, reduction="none", zero_infinity=True)
-    ctc = (ctc * (batch.letter_lengths > 0)).sum() / batch.letter_lengths.sum().clamp(min=1)
+    joint = model.joint
+    alone = joint.output(torch.tanh(joint.encoder_proj(frames)))  # (B, T, V): what the joint hears without labels
+    ctc = ctc_loss(model.ctc(frames), frame_lengths, batch.letters, batch.letter_lengths)
+    ctc = ctc + words * ctc_loss(alone, frame_lengths, batch.spoken, batch.spoken_lengths)
     if warm:
         return torch.zeros_like(ctc), ctc
-    forget = torch.rand(batch.targets.shape, device=batch.targets.device) < options.label_dropout
-    label_out, _ = model.label_encoder(torch.where(forget, 0, batch.targets))  # (B, U1, D)
-    joint = model.joint
+    forgotten = torch.rand(batch.targets.shape, device=batch.targets.device) < forget
+    label_out, _ = model.label_encoder(torch.where(forgotten, 0, batch.targets))  # (B, U1, D)
     cost = joint_rnnt_loss(joint.encoder_proj(frames), joint.label_proj(label_out), joint.output.weight,
                            joint.output.bias, batch.targets, frame_lengths, batch.target_lengths,
                            blank=0, reduction="sum")
@@ -440,7 +448,7 @@ def train_step(model, optimizer, batch, step, options):
     for group in optimizer.param_groups:
         group["lr"] = rate
     warm = step < options.ctc_steps
-    rnnt, ctc = losses(model, batch, options, chunk, warm)
+    rnnt, ctc = losses(model, batch, chunk, float(2 * step >= options.ctc_steps), warm, label_dropout(step, options))
     optimizer.zero_grad(set_to_none=True)
     (rnnt + (1.0 if warm else options.ctc_weight) * ctc).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -453,10 +461,10 @@ def train_step(model, optimizer, batch, step, options):
 # A run: options -> corpus, model, folder -> steps -> checkpoint and captions
 
 COMMON = dict(manifest=None, dev=None, corpus="de-en", preset="tiny", interleave="align", resume=None, seed=0, out=None,
-              steps=1500, batch=16, lr=2e-3, warmup=100, ctc_steps=250, ctc_weight=0.3, label_dropout=0.1, merges=60,
-              dropout=0.1, chunks=None, augment=False, eval_every=500, device=None, strict=False, allow_outside=False,
-              write_corpus=None)
-REAL = dict(steps=6000, ctc_steps=1500, merges=240, dropout=0.2, label_dropout=0.2, augment=True, eval_every=1000)
+              steps=1500, batch=16, lr=2e-3, warmup=100, ctc_steps=400, forget_steps=150, ctc_weight=0.3,
+              label_dropout=0.1, merges=100, dropout=0.1, chunks=(8,), augment=False, eval_every=500, device=None,
+              strict=False, allow_outside=False, write_corpus=None)
+REAL = dict(steps=4000, ctc_steps=1000, forget_steps=300, merges=240, chunks=(16, 8, 32), augment=True)
 TEST_SIZE = 200  # built-in utterances to evaluate on
 
 
@@ -471,7 +479,7 @@ def parse_options(argv):
     add("--interleave", help="align, time, ratio:G, asr or st")
     add("--resume", metavar="MODEL.PT", help="go on with this run, with its options; those given here win")
     add("--out", help="folder of the run")
-    for name in ("seed", "steps", "batch", "warmup", "ctc-steps", "merges", "eval-every"):
+    for name in ("seed", "steps", "batch", "warmup", "ctc-steps", "forget-steps", "merges", "eval-every"):
         add(f"--{name}", type=int)
     for name in ("lr", "ctc-weight", "label-dropout", "dropout"):
         add(f"--{name}", type=float)
@@ -522,6 +530,8 @@ def new_model(options, corpus, dev):
     torch.manual_seed(options.seed)
     config = replace(PRESETS[options.preset], vocab=len(tokenizer), ctc_vocab=257, dropout=options.dropout)
     model = Transducer(replace(config, chunks=options.chunks) if options.chunks else config)
+    torch.nn.init.zeros_(model.joint.label_proj.weight)  # at first the joint only hears; labels come in by learning
+    torch.nn.init.zeros_(model.joint.label_proj.bias)
     sample = torch.cat([corpus.mel(row) for row in rows[::max(1, len(rows) // 300)]])  # (frames, 80)
     model.encoder.set_statistics(sample.mean(0), sample.std(0).clamp(min=1e-3))
     return model, tokenizer
@@ -556,32 +566,16 @@ def show_scores(metrics, records, examples=3):
                 tqdm.write(f"    {tag:8} reference   {' '.join(reference)}\n    {'':8} at its time {' '.join(words)}")
 
 
-class Log:
-    """log.csv: a line for every tenth step; metrics.json: the scores of every evaluation."""
-
-    def __init__(self, folder):
-        self.folder, self.sums = folder, []
-        path = folder / "log.csv"
-        self.file = open(path, "a", newline="")
-        if not path.stat().st_size:
-            csv.writer(self.file).writerow("step epoch transducer ctc gradient_norm audio_s_per_s".split())
-
-    def step(self, step, epoch, numbers):
-        self.sums.append(numbers)
-        if step % 10 == 0:
-            csv.writer(self.file).writerow([step, epoch, *np.round(np.mean(self.sums, 0), 4)])
-            self.file.flush()
-            self.sums = []
-
-    def metrics(self, step, metrics):
-        path = self.folder / "metrics.json"
-        past = json.loads(path.read_text()) if path.exists() else []
-        past = [entry for entry in past if entry["step"] < step]
-        path.write_text(json.dumps(past + [{"step": step, "streams": metrics}], indent=1))
+def log_metrics(folder, step, metrics):
+    """metrics.json: the scores of every evaluation so far."""
+    path = folder / "metrics.json"
+    past = json.loads(path.read_text()) if path.exists() else []
+    past = [entry for entry in past if entry["step"] < step]
+    path.write_text(json.dumps(past + [{"step": step, "streams": metrics}], indent=1))
 
 
 def train(options):
-    """The whole run. Returns (model, tokenizer, path of the checkpoint)."""
+    """The whole run; returns the path of the checkpoint."""
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     corpus, dev = open_corpus(options, PRESETS[options.preset].subsampling)
@@ -598,7 +592,9 @@ def train(options):
     count = sum(p.numel() for p in model.parameters())
     print(f"{options.preset}: {count / 1e6:.2f} M parameters, {len(tokenizer)} tokens, "
           f"{options.steps - step} steps on {options.device}; run folder {folder}")
-    path, log = folder / "model.pt", Log(folder)
+    path, log = folder / "model.pt", open(folder / "log.csv", "a" if options.resume else "w", newline="")
+    if not options.resume:
+        print("step,epoch,transducer,ctc,gradient_norm,audio_s_per_s", file=log)
 
     def checkpoint():
         save(path, model, tokenizer=tokenizer.to_dict(), mode=options.interleave, options=vars(options),
@@ -615,23 +611,23 @@ def train(options):
             step, position = step + 1, after
             speed = float(batch.mel_lengths.sum()) / 100 / (time.perf_counter() - began)
             began = time.perf_counter()
-            log.step(step, after[0], (*numbers, speed))
+            print(step, after[0], *(f"{x:.4g}" for x in (*numbers, speed)), sep=",", file=log, flush=True)
             bar.update()
             bar.set_postfix_str(f"loss {numbers[0]:.3f} ctc {numbers[1]:.3f} {speed:.0f} s/s")
             if dev and step % options.eval_every == 0 and step < options.steps:
                 checkpoint()
-                assess(model, tokenizer, dev, step, log)
+                assess(model, tokenizer, dev, step, folder)
                 began = time.perf_counter()
     except KeyboardInterrupt:
         print(f"\nstopped at step {step}; go on with: python train.py --resume {path}")
     bar.close()
     checkpoint()
     if dev:
-        assess(model, tokenizer, dev, step, log, blind=options.manifest is None)
-    return model, tokenizer, path
+        assess(model, tokenizer, dev, step, folder, blind=options.manifest is None)
+    return path
 
 
-def assess(model, tokenizer, dev, step, log, blind=False):
+def assess(model, tokenizer, dev, step, folder, blind=False):
     """Scores on the development set; `blind`, also with noise for sound: who still writes well does not listen."""
     metrics, records = evaluate(model, tokenizer, dev)
     tqdm.write(f"step {step}, {len(dev)} unseen utterances:")
@@ -643,7 +639,7 @@ def assess(model, tokenizer, dev, step, log, blind=False):
         metrics = metrics | {f"blind {tag}": m for tag, m in blind_metrics.items()}
         tqdm.write("the same with noise instead of the audio (a model that listens fails here):")
         show_scores(blind_metrics, [])
-    log.metrics(step, metrics)
+    log_metrics(folder, step, metrics)
 
 
 def write_corpus(folder, n, options):
@@ -660,20 +656,15 @@ def write_corpus(folder, n, options):
     print(f"{n} utterances, {sum(row.duration for row in rows) / 60:.1f} minutes: {folder / 'manifest.jsonl'}")
 
 
-def show_captions(model, tokenizer, path, options):
-    """Stream one utterance that was never heard, and say how to stream another."""
+def live_captions(path, options):
+    """Stream one utterance that was never heard, at its own pace, through the command that users have."""
     import soundfile
     row, samples = BuiltIn(options.corpus, options.seed, 4).unseen(1)[0]
     example = path.parent / "unseen.wav"
     soundfile.write(example, samples * (0.5 / np.abs(samples).max()), SAMPLE_RATE)
     print(f"\nlive captions of {example}, which says: {row.asr}")
-    streamer = Streamer(model.to("cpu").eval(), tokenizer)
-    for start in range(0, len(samples), 1600):
-        for word in streamer.accept(samples[start:start + 1600]):
-            print(f"{word.delay_ms / 1000:6.2f} s  {word.stream:8} {word.text}")
-    for word in streamer.flush():
-        print(f"{word.delay_ms / 1000:6.2f} s  {word.stream:8} {word.text}")
-    print(f"\nthe checkpoint is {path}; stream a file with it:\npython stream.py {path} {example}")
+    stream.main([str(path), str(example), "--realtime"])
+    return example
 
 
 def main(argv=None):
@@ -682,11 +673,9 @@ def main(argv=None):
         if options.write_corpus:
             write_corpus(options.write_corpus[0], int(options.write_corpus[1]), options)
             return 0
-        model, tokenizer, path = train(options)
-        if options.manifest is None:
-            show_captions(model, tokenizer, path, options)
-        else:
-            print(f"\nthe checkpoint is {path}; stream a file with it:\npython stream.py {path} FILE")
+        path = train(options)
+        example = live_captions(path, options) if options.manifest is None else "FILE"
+        print(f"\nthe checkpoint is {path}; stream a file with it:\npython stream.py {path} {example}")
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
