@@ -64,8 +64,8 @@ Job = namedtuple("Job", "labels frames counts lse blank label costs blank_id fus
 
 
 # ---------------------------------------------------------------------------------------------------------------- CPU
-# Two loops over the vocabulary take nearly all of the time. At the speed of memory they must vectorise, and numba has no
-# vectorised exp. Here is one: 2^f = 1 + f q(f) on [-1/2, 1/2], q interpolated, so that 2^0 is exactly 1.
+# Two loops over the vocabulary take nearly all of the time. At the speed of memory they must vectorise, and numba has
+# no vectorised exp. Here is one: 2^f = 1 + f q(f) on [-1/2, 1/2], q interpolated, so that 2^0 is exactly 1.
 _Q = np.polynomial.chebyshev.Chebyshev.interpolate(lambda f: np.expm1(f * math.log(2)) / f, 4, [-0.5, 0.5 + 1e-9])
 _Q = tuple(np.float32(c) for c in _Q.convert(kind=np.polynomial.Polynomial).coef)
 _LOG2E = np.float32(1 / math.log(2))
@@ -560,7 +560,8 @@ def rnnt_loss(logits, targets, logit_lengths, target_lengths, blank=-1, clamp=-1
     if logits.dim() != 4 or not logits.is_floating_point():
         raise ValueError(f"logits must be (B,T,U+1,V) floats, not {logits.dtype} of shape {tuple(logits.shape)}")
     factor = _factor(reduction, len(logits))
-    job = _make_job(logits.shape, (logits.device, logits.dtype), targets, logit_lengths, target_lengths, blank, fused=fused_log_softmax,
+    kind = logits.device, logits.dtype
+    job = _make_job(logits.shape, kind, targets, logit_lengths, target_lengths, blank, fused=fused_log_softmax,
                     fastemit=fastemit_lambda, delay=delay_penalty, clamp=clamp, validate=validate)
     costs = _Loss.apply(logits.contiguous(), job, torch.is_grad_enabled() and logits.requires_grad)
     return costs.sum() * factor if factor else costs

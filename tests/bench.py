@@ -370,7 +370,7 @@ def loss(options):
     print(machine())
     shapes = [(4, 150, 20, 1000), (8, 300, 40, 500), (16, 200, 50, 4000)][:options.shapes]
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        print(f"\n{device}, forward and backward\n| logits | what | ms | / copy | / log_softmax | extra memory / logits |")
+        print(f"\n{device}, forward and backward\n| logits | what | ms | / copy | / log_softmax | memory / logits |")
         for shape in shapes:
             loss_table(shape, options.repeats if shape[3] < 4000 else 3, device)
     print("\n| joint | what | ms | / unfused | extra memory |")
@@ -389,7 +389,7 @@ def main():
     one.add_argument("--seconds", type=int, default=20, help="of audio for each preset")
     one.add_argument("--minutes", type=int, default=60, help="of the long stream; 0: none")
     one.set_defaults(run=stream)
-    two = commands.add_parser("loss", help="rnnt_loss beside a copy, log_softmax, installed peers; fused and unfused joint")
+    two = commands.add_parser("loss", help="rnnt_loss beside a copy, log_softmax and installed peers; the joint")
     two.add_argument("--threads", type=int, default=2)
     two.add_argument("--repeats", type=int, default=7)
     two.add_argument("--shapes", type=int, default=3, help="how many of the three shapes; the third needs 8 GB")
