@@ -20,8 +20,9 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numba
 import numpy as np
@@ -78,7 +79,8 @@ ADJECTIVES = _table("""
     klein small pequeño/pequeña piccolo/piccola; groß big grande/grande grande/grande; grün green verde/verde
     verde/verde; weiß white blanco/blanca bianco/bianca; schön nice bonito/bonita bello/bella""")
 ARTICLES = [dict(de=dict(m="den", f="die", n="das"), en={"": "the"}, es=dict(m="el", f="la"), it=dict(m="il", f="la")),
-            dict(de=dict(m="einen", f="eine", n="ein"), en={"": "a"}, es=dict(m="un", f="una"), it=dict(m="un", f="una"))]
+            dict(de=dict(m="einen", f="eine", n="ein"), en={"": "a"}, es=dict(m="un", f="una"),
+                 it=dict(m="un", f="una"))]
 ENDINGS = [dict(m="en", f="e", n="e"), dict(m="en", f="e", n="es")]  # of a German adjective after those articles
 ADVERBS = _table("""heute today hoy oggi; gestern yesterday ayer ieri; jetzt now ahora adesso; hier here aquí qui;
                     wieder again otra_vez di_nuovo; oft often a_menudo spesso""")
@@ -337,29 +339,14 @@ def mel_of(samples, subsampling):
     return log_mel(pad_samples(torch.from_numpy(samples), subsampling))  # (F, 80)
 
 
-@dataclass
-class Batch:
-    mel: torch.Tensor  # (B, F, 80)
-    mel_lengths: torch.Tensor  # (B,)
-    targets: torch.Tensor  # (B, U) the interleaved stream
-    target_lengths: torch.Tensor
-    spoken: torch.Tensor  # (B, S) the transcription alone
-    spoken_lengths: torch.Tensor
-    letters: torch.Tensor  # (B, L) the same as bytes + 1, for the CTC head
-    letter_lengths: torch.Tensor
-
-    def to(self, device):
-        return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
-
-
-def collate(mels, targets, spoken, letters):
-    def pad(sequences):
-        return torch.nn.utils.rnn.pad_sequence([torch.as_tensor(s) for s in sequences], batch_first=True)
-
-    def lengths(sequences):
-        return torch.tensor([len(s) for s in sequences])
-    return Batch(pad(mels), lengths(mels), pad(targets).long(), lengths(targets), pad(spoken).long(), lengths(spoken),
-                 pad(letters).long(), lengths(letters))
+def collate(**sequences):
+    """Padded tensors with their lengths: collate(mel=[...]) has .mel (B, F, 80) and .mel_lengths (B,)."""
+    batch = SimpleNamespace()
+    for name, items in sequences.items():
+        items = [item if torch.is_tensor(item) else torch.tensor(item, dtype=torch.long) for item in items]
+        setattr(batch, name, torch.nn.utils.rnn.pad_sequence(items, batch_first=True))
+        setattr(batch, f"{name}_lengths", torch.tensor([len(item) for item in items]))
+    return batch
 
 
 def random_state(*key):
@@ -391,12 +378,13 @@ def augment(mel, rng):
 
 
 def make_batch(rows, corpus, tokenizer, epoch, options):
-    mels = [corpus.mel(row) for row in rows]
+    """mel; targets, the interleaved stream; spoken, the transcription alone; letters, the same as bytes + 1."""
+    mel = [corpus.mel(row) for row in rows]
     if options.augment:
-        mels = [augment(mel, random_state(options.seed, epoch, row.id)) for mel, row in zip(mels, rows)]
-    targets = [serialize(interleave(row, options.interleave), tokenizer) for row in rows]
-    return collate(mels, targets, [tokenizer.encode(row.asr or "") for row in rows],
-                   [[byte + 1 for byte in (row.asr or "").encode()] for row in rows])
+        mel = [augment(one, random_state(options.seed, epoch, row.id)) for one, row in zip(mel, rows)]
+    return collate(mel=mel, targets=[serialize(interleave(row, options.interleave), tokenizer) for row in rows],
+                   spoken=[tokenizer.encode(row.asr or "") for row in rows],
+                   letters=[[byte + 1 for byte in (row.asr or "").encode()] for row in rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -422,16 +410,16 @@ def losses(model, batch, chunk=None, words=1.0, warm=False, forget=0.0):
     frame_lengths = batch.mel_lengths // model.config.subsampling
     joint = model.joint
     alone = joint.output(torch.tanh(joint.encoder_proj(frames)))  # (B, T, V): what the joint hears without labels
-    ctc = ctc_loss(model.ctc(frames), frame_lengths, batch.letters, batch.letter_lengths)
+    ctc = ctc_loss(model.ctc(frames), frame_lengths, batch.letters, batch.letters_lengths)
     ctc = ctc + words * ctc_loss(alone, frame_lengths, batch.spoken, batch.spoken_lengths)
     if warm:
         return torch.zeros_like(ctc), ctc
     forgotten = torch.rand(batch.targets.shape, device=batch.targets.device) < forget
     label_out, _ = model.label_encoder(torch.where(forgotten, 0, batch.targets))  # (B, U1, D)
     cost = joint_rnnt_loss(joint.encoder_proj(frames), joint.label_proj(label_out), joint.output.weight,
-                           joint.output.bias, batch.targets, frame_lengths, batch.target_lengths,
+                           joint.output.bias, batch.targets, frame_lengths, batch.targets_lengths,
                            blank=0, reduction="sum")
-    return cost / batch.target_lengths.sum(), ctc
+    return cost / batch.targets_lengths.sum(), ctc
 
 
 def learning_rate(step, options):
@@ -566,14 +554,6 @@ def show_scores(metrics, records, examples=3):
                 tqdm.write(f"    {tag:8} reference   {' '.join(reference)}\n    {'':8} at its time {' '.join(words)}")
 
 
-def log_metrics(folder, step, metrics):
-    """metrics.json: the scores of every evaluation so far."""
-    path = folder / "metrics.json"
-    past = json.loads(path.read_text()) if path.exists() else []
-    past = [entry for entry in past if entry["step"] < step]
-    path.write_text(json.dumps(past + [{"step": step, "streams": metrics}], indent=1))
-
-
 def train(options):
     """The whole run; returns the path of the checkpoint."""
     folder = Path(options.out)
@@ -607,7 +587,8 @@ def train(options):
             if step >= options.steps:
                 break
             model.train()
-            numbers = train_step(model, optimizer, batch.to(options.device), step, options)
+            on_device = SimpleNamespace(**{name: x.to(options.device) for name, x in vars(batch).items()})
+            numbers = train_step(model, optimizer, on_device, step, options)
             step, position = step + 1, after
             speed = float(batch.mel_lengths.sum()) / 100 / (time.perf_counter() - began)
             began = time.perf_counter()
@@ -639,7 +620,10 @@ def assess(model, tokenizer, dev, step, folder, blind=False):
         metrics = metrics | {f"blind {tag}": m for tag, m in blind_metrics.items()}
         tqdm.write("the same with noise instead of the audio (a model that listens fails here):")
         show_scores(blind_metrics, [])
-    log_metrics(folder, step, metrics)
+    path = folder / "metrics.json"
+    past = json.loads(path.read_text()) if path.exists() else []
+    past = [entry for entry in past if entry["step"] < step]  # what a resumed run does again, it writes again
+    path.write_text(json.dumps(past + [{"step": step, "streams": metrics}], indent=1))
 
 
 def write_corpus(folder, n, options):

@@ -236,7 +236,8 @@ def test_encoder_learns_to_spell_in_two_hundred_steps():
     def spelling(samples):
         rows = [row for row, _ in dev[:32]]
         mels = [train.mel_of(one, 4) for one in samples]
-        batch = train.collate(mels, [[1]] * 32, [[1]] * 32, [[byte + 1 for byte in row.asr.encode()] for row in rows])
+        letters = [[byte + 1 for byte in row.asr.encode()] for row in rows]
+        batch = train.collate(mel=mels, letters=letters, spoken=letters)
         with torch.no_grad():
             return float(train.losses(model.eval(), batch, words=0.0, warm=True)[1])
     rng = np.random.default_rng(0)
