@@ -210,7 +210,7 @@ class Direction:
         self.words = bitext.target if forward else bitext.source  # the words that are said
         size = self.words.max() + 1
         self.table, self.null_table = (start / size).astype(np.float32), np.full(size, 1 / size, np.float32)
-        self.jump = np.exp(-0.5 * np.abs(np.arange(-WIDTH, WIDTH + 1) - 1))
+        self.jump = np.tanh(0.25) * np.exp(-0.5 * np.abs(np.arange(-WIDTH, WIDTH + 1) - 1))  # they sum to one
         self.posterior, self.null_posterior = (np.zeros(len(x), np.float32) for x in (bitext.entry, self.words))
 
     def e_step(self, hmm, diagonal):
