@@ -80,7 +80,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             runs = [eflomal(options.eflomal, text, folder) for _ in range(max(1, options.runs))]
         took, forward, backward = runs[0]
-        for method in METHODS[1:4]:
+        for method in METHODS[1:5]:
             links = [symmetrise(f, b, method) for f, b in zip(forward[:len(sure)], backward)]
             print(f"{'eflomal, ' + method:<48} {100 * aer(links, sure, possible):5.1f} "
                   f"{statistics.median(run[0] for run in runs):7.2f} s")

@@ -169,7 +169,8 @@ def test_stems_align_words_never_seen_before():
 
 def test_words_spelled_alike_are_drawn_together():
     pairs = [("nation president house".split(), "presidente nazione casa".split())]
-    with_it, without = (align.train(pairs, Recipe(spelling=x, ibm1=2, hmm=0))[1][0].posterior.reshape(3, 3) for x in (1, 0))
+    with_it, without = (align.train(pairs, Recipe(spelling=x, ibm1=2, hmm=0))[1][0].posterior.reshape(3, 3)
+                        for x in (1, 0))
     assert with_it[0, 1] > 2 * without[0, 1] and with_it[1, 0] > 2 * without[1, 0] and with_it[2, 0] < without[2, 0]
 
 
