@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = {
     "builtin": {"all ingredients": [], "labels from the start": ["--forget-steps", "0"],
-                "no CTC start": ["--ctc-steps", "0"], "whole words": ["--merges", "1000"]},
+                "no CTC start": ["--warm-steps", "0"], "whole words": ["--merges", "1000"]},
     "languages": {"de,es,it -> en": ["--corpus", "de,es,it-en"], "en -> de,es,it": ["--corpus", "en-de,es,it"]},
     "mboshi": {"Mboshi -> French": ["DATA/train.jsonl", "--dev", "DATA/dev.jsonl"]},
 }

@@ -86,5 +86,7 @@ def add_times(rows, path):
         row.times = streams.pop("<asr>", row.times)
         row.st_times.update((tag[4:-1], ends) for tag, ends in streams.items())
     for tag, error in errors.items():
-        median, most = np.percentile(error, (50, 90)) if error else (0, 0)
+        if not error:
+            continue  # nothing to compare with
+        median, most = np.percentile(error, (50, 90))
         warn(f"{tag}: |end - reference| over {len(error)} words: median {median:.3f} s, 90th percentile {most:.3f} s")
