@@ -463,8 +463,8 @@ def train_step(model, optimizer, batch, step, options):
 # A run: options -> corpus, model, folder -> steps -> checkpoint and captions
 
 COMMON = dict(manifest=None, dev=None, corpus="de-en", preset="tiny", interleave="align", resume=None, seed=0, out=None,
-              steps=1200, batch=16, lr=2e-3, warmup=100, warm_steps=400, forget_steps=150, side_weight=0.3,
-              label_dropout=0.1, merges=100, dropout=0.1, chunks=(8,), augment=False, eval_every=500, device=None,
+              steps=1300, batch=16, lr=2e-3, warmup=100, warm_steps=400, forget_steps=150, side_weight=0.3,
+              label_dropout=0.1, merges=100, dropout=0.1, chunks=(16, 8), augment=False, eval_every=500, device=None,
               strict=False, allow_outside=False, write_corpus=None)
 REAL = dict(steps=4000, warm_steps=1000, forget_steps=300, merges=240, chunks=(16, 8, 32), augment=True)
 TEST_SIZE = 200  # built-in utterances to evaluate on
