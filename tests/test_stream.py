@@ -43,7 +43,8 @@ def one_thread():
 def lively(seed=0, dtype=torch.float32, **options):
     """Random weights, made decided, with the blank just so likely that about ten labels a second come out."""
     torch.manual_seed(seed)
-    options = {"vocab": len(TOKENIZER), "layers": 2, "dropout": 0.0, "left_frames": 16, **options}
+    options = {"vocab": len(TOKENIZER), "layers": 2, "dropout": 0.0, "left_frames": 16, "label_layers": 1,
+               "label_context": 16, "joint_dim": 160, **options}
     model = Transducer(replace(PRESETS["tiny"], **options)).eval().to(dtype)
     mel = log_mel(pad_samples(torch.from_numpy(noise(64000)).to(dtype), 4))[None]
     bias, low, high = model.joint.output.bias, -30.0, 30.0
