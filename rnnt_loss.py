@@ -59,8 +59,8 @@ def rnnt_loss_reference(logits, targets, logit_lengths, target_lengths, *, blank
 
 
 # A batch as the kernels take it: labels (B,U1), -1 where a node has no label arc; frames and counts (B,), the lengths;
-# the planes lse, blank, label (B,T,U1), the log-normaliser and the two arcs of each node; costs (B,); and numbers.
-Job = namedtuple("Job", "labels frames counts lse blank label costs blank_id fused fastemit delay clamp")
+# the planes lse, blank, label (B,T,U1), the log-normaliser and the two arcs of each node; alpha (B,2,U1); costs (B,).
+Job = namedtuple("Job", "labels frames counts lse blank label alpha costs blank_id fused fastemit delay clamp")
 
 
 # ---------------------------------------------------------------------------------------------------------------- CPU
@@ -73,7 +73,7 @@ _ROUND = np.float32(1.5 * 2 ** 23)     # adding it leaves the nearest integer in
 _FLOOR = np.float32(-127)              # 2^-127 comes out as exactly 0: its exponent bits are 0
 
 
-@njit(fastmath={"contract"}, cache=True)
+@njit(fastmath={"contract"}, forceinline=True)
 def _exp32(x):
     """exp(x) for x <= 88 without a branch or a call; relative error 1e-7 near 0, 1e-6 at -15."""
     y = x * _LOG2E
@@ -85,31 +85,24 @@ def _exp32(x):
     return np.int32(bits).view(np.float32)                 # n added to the exponent of p
 
 
-@njit(cache=True)
-def _max32(row):
-    """The largest of a row of float32, compared as integers: the same loop over floats does not vectorise."""
-    top = np.int32(-2 ** 31)
-    for v in row.view(np.int32):
-        top = max(top, np.int32(v ^ (np.int32(v >> 31) & np.int32(0x7fffffff))))      # negative floats sort backwards
-    return np.int32(top ^ (np.int32(top >> 31) & np.int32(0x7fffffff))).view(np.float32)
+def _exp(x):
+    raise NotImplementedError("only inside a kernel")
 
 
-def _by_type(single, other):
-    """A function for kernels: `single` for float32, `other` for float64."""
-    def choose(x):
-        raise NotImplementedError("only inside a kernel")
-
-    @overload(choose)
-    def by_type(x):
-        return (lambda x: single(x)) if getattr(x, "dtype", x) == numba.float32 else (lambda x: other(x))
-    return choose
+@overload(_exp)
+def _exp_by_type(x):
+    return (lambda x: _exp32(x)) if x == numba.float32 else (lambda x: math.exp(x))
 
 
-_exp = _by_type(_exp32, njit(lambda x: math.exp(x)))
-_max = _by_type(_max32, njit(lambda x: x.max()))
+@njit(fastmath={"nnan", "nsz"}, forceinline=True)
+def _max(row):                                             # may overlook NaN, for speed; the sum that follows does not
+    top = row[0]
+    for v in row:
+        top = v if v > top else top
+    return top
 
 
-@njit(fastmath={"reassoc", "contract", "nsz"}, cache=True)
+@njit(fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
 def _sum_exp(row, top):
     total = row.dtype.type(0)
     for k in range(row.shape[0]):
@@ -117,7 +110,7 @@ def _sum_exp(row, top):
     return total
 
 
-@njit(fastmath={"contract"}, cache=True)
+@njit(fastmath={"contract"}, forceinline=True)
 def _scaled_softmax(row, lse, factor, out):
     for k in range(row.shape[0]):
         out[k] = factor * _exp(row[k] - lse)
@@ -145,11 +138,62 @@ def _make_join(real):
     return join
 
 
-_cpu_node, _gpu_node = njit(_node), cuda.jit(device=True)(_node)
-_cpu_join, _gpu_join = njit(_make_join(np.float64)), cuda.jit(device=True)(_make_join(np.float32))
+def _make_lattice(join, barrier):
+    def lattice(b, i, wide, job, want):
+        """The cost of utterance b. Its arcs' log-probabilities become, in place, their posteriors.
+
+        Forward, alpha joins what comes over a blank and what comes over a label, and leaves on each of these two arcs
+        the share that came over it. Backward, the probability of passing through a node, 1 at the end, is dealt out
+        over the two arcs that enter it by those shares. There is no beta, hardly an exp, and alpha + beta - log P,
+        whose digits cancel in long audio, is never formed.
+
+        Nodes with the same d = t + u need only those with d - 1, so they can be done at once: thread i of `wide`, on a
+        CPU the only one, does every wide-th. alpha holds this d and the last.
+        """
+        blank, label, alpha, T, U = job.blank[b], job.label[b], job.alpha[b], job.frames[b], job.counts[b]
+        for d in range(T + U):
+            new, old = alpha[d % 2], alpha[1 - d % 2]
+            for u in range(max(0, d - T + 1) + i, min(d, U) + 1, wide):
+                t = d - u
+                on = old[u] + blank[t - 1, u] if t else 0.0 if u == 0 else -math.inf
+                up = old[u - 1] + label[t, u - 1] if u else -math.inf
+                new[u], share_on, share_up = join(on, up)
+                if t:
+                    blank[t - 1, u] = share_on
+                if u:
+                    label[t, u - 1] = share_up
+            barrier()
+        # T is 0 where a length is out of range and the host could not see it.
+        logp = alpha[(T + U - 1) % 2, U] + blank[T - 1, U] if T else math.nan
+        barrier()                                          # now every thread has it
+        if i == 0:
+            job.costs[b] = -logp
+        if want and T:
+            for t in range(i, T, wide):                    # arcs that lead out of the lattice; all but one:
+                label[t, U] = 0.0
+            for u in range(i, U + 1, wide):                # no path: 0 everywhere; NaN: NaN
+                blank[T - 1, u] = 0.0 if u < U or logp == -math.inf else math.exp(logp - logp)
+            barrier()
+            for d in range(T + U - 1, -1, -1):
+                for u in range(max(0, d - T + 1) + i, min(d, U) + 1, wide):
+                    t = d - u
+                    through = blank[t, u] + label[t, u]
+                    if t:
+                        blank[t - 1, u] *= through
+                    if u:
+                        label[t, u - 1] *= through
+                barrier()
+    return lattice
 
 
-@njit(cache=True)
+_device = cuda.jit(device=True)
+_inline = njit(forceinline=True)
+_cpu_node, _gpu_node = _inline(_node), _device(_node)
+_cpu_lattice_of = _inline(_make_lattice(_inline(_make_join(np.float64)), _inline(lambda: None)))
+_gpu_lattice_of = _device(_make_lattice(_device(_make_join(np.float32)), _device(lambda: cuda.syncthreads())))
+
+
+@njit(forceinline=True)
 def _log_probs_row(row, i, nodes, job):
     b, t, u, inside = _cpu_node(i, nodes, job)
     if inside:
@@ -163,42 +207,7 @@ def _log_probs_row(row, i, nodes, job):
             job.label[b, t, u] = row[job.labels[b, u]] - lse + job.delay * ((job.frames[b] - 1) / 2 - t)
 
 
-@njit(cache=True)
-def _lattice_row(b, job, want):
-    """The cost of utterance b. Its arcs' log-probabilities become, in place, their posteriors.
-
-    Forward, alpha joins what comes over a blank and what comes over a label, and leaves on each of these two arcs the
-    share that came over it. Backward, the probability of passing through a node, 1 at the end, is dealt out over the
-    two arcs that enter it by those shares. There is no beta, hardly an exp, and alpha + beta - log P, whose digits
-    cancel in long audio, is never formed.
-    """
-    blank, label, T, U = job.blank[b], job.label[b], job.frames[b], job.counts[b]
-    alpha = np.empty(U + 1)                                # of frame t up to u, of frame t - 1 from there on
-    for t in range(T):
-        for u in range(U + 1):
-            on = alpha[u] + blank[t - 1, u] if t else 0.0 if u == 0 else -math.inf
-            up = alpha[u - 1] + label[t, u - 1] if u else -math.inf
-            alpha[u], share_on, share_up = _cpu_join(on, up)
-            if t:
-                blank[t - 1, u] = share_on
-            if u:
-                label[t, u - 1] = share_up
-    logp = alpha[U] + blank[T - 1, U]
-    job.costs[b] = -logp
-    if want:
-        label[:T, U] = 0                                   # arcs that lead out of the lattice; all but one:
-        blank[T - 1, :U] = 0
-        blank[T - 1, U] = 0.0 if logp == -math.inf else math.exp(logp - logp)         # no path: 0 everywhere; NaN: NaN
-        for t in range(T - 1, -1, -1):
-            for u in range(U, -1, -1):
-                through = blank[t, u] + label[t, u]
-                if t:
-                    blank[t - 1, u] *= through
-                if u:
-                    label[t, u - 1] *= through
-
-
-@njit(cache=True)
+@njit(forceinline=True)
 def _gradient_row(row, i, nodes, job, scale, grad):
     b, t, u, inside = _cpu_node(i, nodes, job)
     on = job.blank[b, t, u] if inside else 0.0
@@ -227,7 +236,7 @@ def _cpu_log_probs(x, first, nodes, job):
 @njit(parallel=True, nogil=True, cache=True)
 def _cpu_lattice(job, want):
     for b in prange(job.costs.shape[0]):
-        _lattice_row(b, job, want)
+        _cpu_lattice_of(b, 0, 1, job, want)
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -242,8 +251,10 @@ class _Cpu:
     def run(kernel, *args):
         def array(a):
             return a.detach().numpy() if isinstance(a, torch.Tensor) else a
-        numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
+        threads = torch.get_num_threads()
+        numba.set_num_threads(max(1, min(threads, numba.config.NUMBA_NUM_THREADS)))
         kernel(*(Job(*map(array, a)) if isinstance(a, Job) else array(a) for a in args))
+        torch.set_num_threads(threads)                     # where both use the same OpenMP, numba has changed it
 
     @staticmethod
     def slabs(x):                                          # -> first row, the rows in a type and place for the kernels
@@ -301,15 +312,12 @@ def _gpu_log_probs(x, first, nodes, job, brain):
     inside = inside and i < x.shape[0]                     # every thread must meet every barrier below
     top, total = _LOWEST, np.float32(0)
     if inside and job.fused:
-        for k in range(lane, V, 128):                      # four loads in flight, one rescaling for the four
-            v0 = _real(x[i, k], brain)
-            v1 = _real(x[i, k + 32], brain) if k + 32 < V else _LOWEST
-            v2 = _real(x[i, k + 64], brain) if k + 64 < V else _LOWEST
-            v3 = _real(x[i, k + 96], brain) if k + 96 < V else _LOWEST
-            new = max(max(max(v0, v1), max(v2, v3)), top)
-            total = total * math.exp(top - new) + math.exp(v0 - new) + math.exp(v1 - new)
-            total += math.exp(v2 - new) + math.exp(v3 - new)
-            top = new
+        for k in range(lane, V, 32):
+            v = _real(x[i, k], brain)
+            if v > top:                                    # seldom: a second exp for those only
+                total *= math.exp(top - v)
+                top = v
+            total += math.exp(v - top)
     tops[r, lane], sums[r, lane] = top, total
     step = 16
     while step:
@@ -359,71 +367,8 @@ def _gpu_gradient(x, first, nodes, job, scale, out, brain):
 
 
 @cuda.jit
-def _gpu_lattice(job, edge, want):
-    """_lattice_row by antidiagonals, one block an utterance, one thread a label: at step d thread i is at frame d - i.
-
-    A thread keeps what came over the blank; what came over the label it takes from its neighbour by way of `turn`, two
-    slots deep, so that one barrier a step is enough. What the next step needs from memory is fetched a step ahead. More
-    labels than threads are done strip by strip, `edge` (B,T) carrying alpha from one strip to the next.
-    """
-    b, i, wide = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
-    T, U = job.frames[b], job.counts[b]
-    blank, label = job.blank[b], job.label[b]
-    turn = cuda.shared.array((2, 1024), np.float64)
-    if T < 1:                                              # lengths out of range, unseen by the host
-        if i == 0:
-            job.costs[b] = math.nan
-        return
-    strips = U // wide + 1
-    for strip in range(strips):
-        u, many = strip * wide + i, min(wide, U + 1 - strip * wide)
-        alpha, next_on, next_up = -math.inf, np.float32(0), np.float32(0)
-        for d in range(-1, T + many - 1):
-            t, here_on, here_up = d - i, next_on, next_up
-            if -1 <= t < T - 1 and u <= U:
-                next_on = blank[t, u] if t >= 0 else np.float32(0)
-                next_up = label[t + 1, u - 1] if u > 0 else np.float32(0)
-            if 0 <= t < T and u <= U:
-                on = alpha + here_on if t > 0 else (0.0 if u == 0 else -math.inf)
-                up = -math.inf
-                if u > 0:
-                    up = here_up + (turn[(d + 1) % 2, i - 1] if i > 0 else edge[b, t])
-                alpha, share_on, share_up = _gpu_join(on, up)
-                turn[d % 2, i] = alpha
-                if t > 0:
-                    blank[t - 1, u] = share_on
-                if u > 0:
-                    label[t, u - 1] = share_up
-                if i == wide - 1:
-                    edge[b, t] = alpha
-                if t == T - 1:
-                    logp = alpha + blank[t, u]
-                    if u == U:
-                        job.costs[b] = -logp
-                    blank[t, u] = 0.0 if u < U or logp == -math.inf else math.exp(logp - logp)
-            cuda.syncthreads()
-    for strip in range(strips - 1 if want else -1, -1, -1):
-        u, many = strip * wide + i, min(wide, U + 1 - strip * wide)
-        on, next_on, next_up = np.float32(0), np.float32(0), np.float32(0)
-        for d in range(-1, T + many - 1):
-            t, share_on, share_up = T - 1 - (d - (many - 1 - i)), next_on, next_up
-            if 0 < t <= T and u <= U:
-                next_on = blank[t - 2, u] if t > 1 else np.float32(0)
-                next_up = label[t - 1, u - 1] if u > 0 else np.float32(0)
-            if 0 <= t < T and u <= U:
-                if t == T - 1:
-                    on = blank[t, u]
-                up = np.float32(0)
-                if u < U:
-                    up = np.float32(turn[(d + 1) % 2, i + 1]) if i < wide - 1 else label[t, u]
-                gamma = on + up
-                on = share_on * gamma
-                if t > 0:
-                    blank[t - 1, u] = on
-                if u > 0:
-                    label[t, u - 1] = share_up * gamma
-                    turn[d % 2, i] = share_up * gamma
-            cuda.syncthreads()
+def _gpu_lattice(job, want):                               # a block an utterance; its threads share each antidiagonal
+    _gpu_lattice_of(cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x, job, want)
 
 
 class _Cuda:
@@ -451,9 +396,7 @@ class _Cuda:
 
     @classmethod
     def lattice(cls, job, want):
-        (B, T, U1), device = job.lse.shape, job.lse.device
-        edge = torch.empty((B, T), dtype=torch.float64, device=device)
-        cls.run(_gpu_lattice, B, min(cls.threads, -(-U1 // 32) * 32), job, edge, want)
+        cls.run(_gpu_lattice, len(job.costs), min(cls.threads, -(-job.alpha.shape[-1] // 32) * 32), job, want)
 
     @classmethod
     def gradient(cls, x, first, nodes, job, scale, out):
@@ -465,9 +408,9 @@ class _Cuda:
 def _gpu_compiles():
     """Whether numba can compile for the GPU at hand; says so once where it cannot."""
     try:
-        cuda.jit(lambda a: None)[1, 1](np.zeros(1, np.float32))
+        cuda.jit(lambda a: max(a[0], a[0]))[1, 1](np.zeros(1, np.float32))
         return True
-    except Exception as error:                             # no driver, no NVVM, versions that disagree: all the same
+    except Exception as error:                             # no driver, no NVVM, numba without numba-cuda: all the same
         reason = next(iter(str(error).split("\n")), "")
         warnings.warn(f"numba cannot compile for this GPU ({reason}): rnnt_loss sends the logits through the CPU. "
                       "pip install 'numba-cuda[cu12]' (or cu13, as your driver) makes it fast.", stacklevel=2)
@@ -508,8 +451,9 @@ def _make_job(shape, kind, targets, logit_lengths, target_lengths, blank, *, fus
             raise ValueError(f"{name}{at} is {a[tuple(at)]}, not in {low}..{high}")
     frames = torch.where(short | long, 0, frames)          # unchecked on the GPU: no frames, and the cost is NaN
     planes = torch.empty((3, B, T, U1), dtype=torch.float32 if backend is _Cuda else torch.float64, device=home)
-    return Job(torch.where(within, labels, -1), frames, counts, *planes, torch.empty_like(frames, dtype=torch.float64),
-               blank_id, fused, float(fastemit), float(delay), float(clamp))
+    alpha, costs = (torch.empty(shape, dtype=torch.float64, device=home) for shape in ((B, 2, U1), (B,)))
+    return Job(torch.where(within, labels, -1), frames, counts, *planes, alpha, costs, blank_id, fused, float(fastemit),
+               float(delay), float(clamp))
 
 
 def _factor(reduction, B):

@@ -25,6 +25,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +36,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import stream
+from align import add_links, align_bitext
 from model import PRESETS, Transducer, load, log_mel, pad_samples, save
 from rnnt_loss import joint_rnnt_loss
 from serialize import Row, Tokenizer, interleave, needs, read_manifest, serialize, write_manifest
@@ -42,6 +44,9 @@ from stream import evaluate, read_audio
 
 SAMPLE_RATE = 16000
 CLIP = 5.0  # norm of the gradient
+MUON = 10  # its learning rate over AdamW's
+TASKS = ("transducer", "letters", "words", "next_label")
+LOGGED = TASKS + ("gradient_norm", "audio_s_per_s")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The built-in corpus, part 1: a synchronous grammar. One sentence is a handful of concepts; every language spells the
@@ -256,7 +261,7 @@ def speak_row(row, seed=0):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data: rows -> features and targets -> batches. Every draw is seeded by (seed, epoch, row id), so that a resumed run
-# and a repeated one see the same utterances, augmented in the same way.
+# and a repeated one see the same utterances in the same order.
 
 class BuiltIn:
     """Fresh utterances for ever: epoch e holds the utterances e * SIZE ... (e + 1) * SIZE - 1."""
@@ -325,20 +330,6 @@ def readable(rows, options):
         raise ValueError(f"none of the {len(rows)} rows can be used")
 
 
-def add_links(rows):
-    """Word links for INTER ALIGN, from the rows' own texts, where the manifest brings none."""
-    from align import align_bitext
-    for lang in sorted({lang for row in rows for lang in row.st}):
-        missing = [row for row in rows if row.asr and row.st.get(lang) and not row.links.get(lang)]
-        pairs = [(row.asr.lower().split(), row.st[lang].lower().split()) for row in missing]
-        if not pairs:
-            continue
-        began = time.perf_counter()
-        for row, (asr, _), links in zip(missing, pairs, align_bitext(pairs)):
-            row.links[lang] = links or [(len(asr) - 1, 0)]  # nothing known: translate when all of it was heard
-        print(f"links: aligned {len(pairs)} sentence pairs with {lang} in {time.perf_counter() - began:.1f} s")
-
-
 def mel_of(samples, subsampling):
     return log_mel(pad_samples(torch.from_numpy(samples), subsampling))  # (F, 80)
 
@@ -367,26 +358,10 @@ def epoch_batches(corpus, epoch, options):
     return [batches[k] for k in rng.permutation(len(batches))]
 
 
-def augment(mel, rng):
-    """Level (exact on a log-mel) and SpecAugment: two bands and two stretches of time become silence."""
-    mel = mel + rng.uniform(-2.0, 2.0)
-    mean = mel.mean()
-    for _ in range(2):
-        width = int(rng.integers(0, 16))
-        start = int(rng.integers(0, mel.shape[1] - width))
-        mel[:, start:start + width] = mean
-        width = int(rng.integers(0, max(1, min(40, mel.shape[0] // 8))))
-        start = int(rng.integers(0, max(1, mel.shape[0] - width)))
-        mel[start:start + width] = mean
-    return mel
-
-
-def make_batch(rows, corpus, tokenizer, epoch, options):
+def make_batch(rows, corpus, tokenizer, options):
     """mel; targets, the interleaved stream; spoken, the transcription alone; letters, the same as bytes + 1."""
-    mel = [corpus.mel(row) for row in rows]
-    if options.augment:
-        mel = [augment(one, random_state(options.seed, epoch, row.id)) for one, row in zip(mel, rows)]
-    return collate(mel=mel, targets=[serialize(interleave(row, options.interleave), tokenizer) for row in rows],
+    return collate(mel=[corpus.mel(row) for row in rows],
+                   targets=[serialize(interleave(row, options.interleave), tokenizer) for row in rows],
                    spoken=[tokenizer.encode(row.asr or "") for row in rows],
                    letters=[[byte + 1 for byte in (row.asr or "").encode()] for row in rows])
 
@@ -394,11 +369,25 @@ def make_batch(rows, corpus, tokenizer, epoch, options):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
+def augment(mel):
+    """(B, F, 80): another level (exact on a log-mel) and SpecAugment, two bands and two stretches of time silenced."""
+    (B, n_frames, n_mels), new = mel.shape, partial(torch.rand, device=mel.device)
+    mel = mel + 4 * new(B, 1, 1) - 2
+    hidden = torch.zeros_like(mel, dtype=torch.bool)
+    for _ in range(2):
+        for extent, longest, shape in ((n_mels, 16, (B, 1, n_mels)),
+                                       (n_frames, min(40, n_frames / 8), (B, n_frames, 1))):
+            width, place = longest * new(B, 1), torch.arange(extent, device=mel.device)
+            start = (extent - width) * new(B, 1)
+            hidden |= ((place >= start) & (place < start + width)).view(shape)
+    return torch.where(hidden, mel.mean((1, 2), keepdim=True), mel)
+
+
 def label_dropout(step, options):
-    """How many of the labels the label encoder does not get to see: all of them when the transducer starts, so that it
+    """The share of labels that the label encoder does not get to see: all of them when the transducer starts, so that it
     must listen to write anything at all, then fewer and fewer."""
     left = 1 - (step - options.warm_steps) / max(1, options.forget_steps)
-    return max(options.label_dropout, min(1.0, left))
+    return max(options.label_dropout, left) if step >= options.warm_steps else options.label_dropout
 
 
 def ctc_loss(logits, frame_lengths, targets, target_lengths):
@@ -408,55 +397,81 @@ def ctc_loss(logits, frame_lengths, targets, target_lengths):
     return (costs * (target_lengths > 0)).sum() / target_lengths.sum().clamp(min=1)
 
 
-def language_loss(model, targets, target_lengths):
+def language_loss(model, label_out, targets, target_lengths):
     """Cross entropy of the next label given the labels before it, from the label encoder and its own embeddings alone:
     word order and translation are learned from this long before the transducer's gradient would teach them."""
-    label_out, _ = model.label_encoder(targets)  # (B, U1, D)
     scores = label_out[:, :-1] @ model.label_encoder.embedding.weight.T / model.config.dim ** 0.5  # (B, U, V)
     present = torch.arange(targets.shape[1], device=targets.device) < target_lengths[:, None]
     return F.cross_entropy(scores[present].float(), targets[present])
 
 
-def losses(model, batch, chunk=None, words=1.0, warm=False, forget=0.0):
-    """(transducer loss per token, the side tasks' losses) in nats; the first is 0 while only the sides warm up."""
+def tasks(step, options):
+    """What is learned at this step, and how much each task weighs."""
+    if step < options.warm_steps // 2:
+        return {"letters": 1.0}
+    if step < options.warm_steps:
+        return {"letters": 1.0, "words": 1.0, "next_label": 1.0}
+    side = options.side_weight
+    return {"transducer": 1.0, "letters": side, "words": side, "next_label": side}
+
+
+def losses(model, batch, names, chunk=None, forget=0.0):
+    """{task: nats per target symbol} for the tasks named; `forget` is the share of labels that the label encoder does
+    not get to see."""
     frames, _ = model.encoder(batch.mel, batch.mel_lengths, chunk=chunk)  # (B, T, D)
     frame_lengths = batch.mel_lengths // model.config.subsampling
-    joint = model.joint
-    alone = joint.output(torch.tanh(joint.encoder_proj(frames)))  # (B, T, V): what the joint hears without labels
-    side = ctc_loss(model.ctc(frames), frame_lengths, batch.letters, batch.letters_lengths)
-    side = side + words * ctc_loss(alone, frame_lengths, batch.spoken, batch.spoken_lengths)
-    side = side + language_loss(model, batch.targets, batch.targets_lengths)
-    if warm:
-        return torch.zeros_like(side), side
-    forgotten = torch.rand(batch.targets.shape, device=batch.targets.device) < forget
-    label_out, _ = model.label_encoder(torch.where(forgotten, 0, batch.targets))  # (B, U1, D)
-    cost = joint_rnnt_loss(joint.encoder_proj(frames), joint.label_proj(label_out), joint.output.weight,
-                           joint.output.bias, batch.targets, frame_lengths, batch.targets_lengths,
-                           blank=0, reduction="sum")
-    return cost / batch.targets_lengths.sum(), side
+    joint, result = model.joint, {}
+    if "letters" in names:
+        result["letters"] = ctc_loss(model.ctc(frames), frame_lengths, batch.letters, batch.letters_lengths)
+    if "words" in names:
+        alone = joint.output(torch.tanh(joint.encoder_proj(frames)))  # (B, T, V): what the joint hears without labels
+        result["words"] = ctc_loss(alone, frame_lengths, batch.spoken, batch.spoken_lengths)
+    if "next_label" in names:
+        forgotten = torch.rand(batch.targets.shape, device=batch.targets.device) < forget
+        label_out, _ = model.label_encoder(torch.where(forgotten, 0, batch.targets))  # (B, U1, D)
+        result["next_label"] = language_loss(model, label_out, batch.targets, batch.targets_lengths)
+    if "transducer" in names:
+        cost = joint_rnnt_loss(joint.encoder_proj(frames), joint.label_proj(label_out), joint.output.weight,
+                               joint.output.bias, batch.targets, frame_lengths, batch.targets_lengths,
+                               blank=0, reduction="sum")
+        result["transducer"] = cost / batch.targets_lengths.sum()
+    return result
+
+
+def make_optimizers(model, options):
+    """Muon for the matrices of the two encoders, AdamW for all else: on real speech, CTC on letters then needs half the
+    steps."""
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and name.endswith("weight")
+                and name.startswith(("encoder", "label_encoder")) and "embedding" not in name}
+    others = [p for name, p in model.named_parameters() if name not in matrices]
+    return (torch.optim.Muon(matrices.values(), lr=MUON * options.lr, weight_decay=0.01),
+            torch.optim.AdamW(others, lr=options.lr, betas=(0.9, 0.98), weight_decay=0.01))
 
 
 def learning_rate(step, options):
-    """Linear warm-up, then half a cosine down to a fiftieth."""
+    """A factor: linear warm-up, then half a cosine down to a fiftieth."""
     warm = min(1.0, (step + 1) / options.warmup)
-    return options.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, step / options.steps))))
+    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, step / options.steps))))
 
 
-def train_step(model, optimizer, batch, step, options):
-    """One update; returns (transducer loss, side losses, gradient norm) as numbers."""
+def train_step(model, optimizers, batch, step, options):
+    """One update; returns the losses and the norm of their gradient as numbers, by name."""
     torch.manual_seed(zlib.crc32(f"{options.seed} {step}".encode()))  # dropout is a function of the step: resume is exact
     chunk = int(random_state(options.seed, step, "chunk").choice(model.config.chunks))
-    rate = learning_rate(step, options)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    warm = step < options.warm_steps
-    rnnt, side = losses(model, batch, chunk, float(2 * step >= options.warm_steps), warm, label_dropout(step, options))
-    optimizer.zero_grad(set_to_none=True)
-    (rnnt + (1.0 if warm else options.side_weight) * side).backward()
+    for optimizer, peak in zip(optimizers, (MUON * options.lr, options.lr)):
+        optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.param_groups:
+            group["lr"] = peak * learning_rate(step, options)
+    weights = tasks(step, options)
+    if options.augment and len(weights) > 1:  # what cannot hear yet learns nothing from holes
+        batch.mel = augment(batch.mel)
+    each = losses(model, batch, weights, chunk, label_dropout(step, options))
+    sum(weights[name] * loss for name, loss in each.items()).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     if torch.isfinite(norm):  # a batch that overflows is dropped, not learned from
-        optimizer.step()
-    return float(rnnt.detach()), float(side.detach()), float(norm)
+        for optimizer in optimizers:
+            optimizer.step()
+    return {name: float(loss.detach()) for name, loss in each.items()} | {"gradient_norm": float(norm)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -509,7 +524,7 @@ def open_corpus(options, subsampling):
     rows = read_manifest(options.manifest, **kept)
     dev = read_manifest(options.dev, **kept) if options.dev else []
     if options.interleave == "align":
-        add_links(rows + dev)
+        add_links([row for row in rows + dev if set(row.st) - set(row.links)], align_bitext)
     return Manifest(rows, subsampling, options), list(readable(dev, options)) if dev else []
 
 
@@ -547,7 +562,7 @@ def batches_from(corpus, tokenizer, position, options):
         while True:
             groups = epoch_batches(corpus, epoch, options)
             for k in range(first, len(groups)):
-                waiting.append((pool.submit(make_batch, groups[k], corpus, tokenizer, epoch, options), (epoch, k + 1)))
+                waiting.append((pool.submit(make_batch, groups[k], corpus, tokenizer, options), (epoch, k + 1)))
                 if len(waiting) > 2:
                     future, after = waiting.pop(0)
                     yield future.result(), after
@@ -580,19 +595,19 @@ def train(options):
     else:
         model, tokenizer = new_model(options, corpus, dev)
     model.to(options.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    if options.resume:
-        optimizer.load_state_dict(saved["optimizer"])
+    optimizers = make_optimizers(model, options)
+    for optimizer, state in zip(optimizers, saved["optimizers"] if options.resume else ()):
+        optimizer.load_state_dict(state)
     count = sum(p.numel() for p in model.parameters())
     print(f"{options.preset}: {count / 1e6:.2f} M parameters, {len(tokenizer)} tokens, "
           f"{options.steps - step} steps on {options.device}; run folder {folder}")
     path, log = folder / "model.pt", open(folder / "log.csv", "a" if options.resume else "w", newline="")
     if not options.resume:
-        print("step,epoch,transducer,side,gradient_norm,audio_s_per_s", file=log)
+        print("step", "epoch", *LOGGED, sep=",", file=log)
 
     def checkpoint():
         save(path, model, tokenizer=tokenizer.to_dict(), mode=options.interleave, options=vars(options),
-             optimizer=optimizer.state_dict(), step=step, position=position)
+             optimizers=[optimizer.state_dict() for optimizer in optimizers], step=step, position=position)
 
     bar = tqdm(total=options.steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
     began = time.perf_counter()
@@ -602,15 +617,17 @@ def train(options):
                 break
             model.train()
             on_device = SimpleNamespace(**{name: x.to(options.device) for name, x in vars(batch).items()})
-            numbers = train_step(model, optimizer, on_device, step, options)
+            numbers = train_step(model, optimizers, on_device, step, options)
             step, position = step + 1, after
-            speed = float(batch.mel_lengths.sum()) / 100 / (time.perf_counter() - began)
+            numbers["audio_s_per_s"] = float(batch.mel_lengths.sum()) / 100 / (time.perf_counter() - began)
             began = time.perf_counter()
-            print(step, after[0], *(f"{x:.4g}" for x in (*numbers, speed)), sep=",", file=log, flush=True)
+            print(step, after[0], *(f"{numbers[x]:.4g}" if x in numbers else "" for x in LOGGED), sep=",", file=log,
+                  flush=True)
+            told = "  ".join(f"{name.replace('_', ' ')} {numbers[name]:.2f}" for name in TASKS if name in numbers)
             bar.update()
-            bar.set_postfix_str(f"loss {numbers[0]:.3f} side {numbers[1]:.3f} {speed:.0f} s/s")
+            bar.set_postfix_str(f"{told}  {numbers['audio_s_per_s']:.0f} s/s")
             if bar.disable and step % 100 == 0:  # not a terminal: a line now and then
-                print(f"step {step}: loss {numbers[0]:.3f} side {numbers[1]:.3f} {speed:.0f} s of audio per s", flush=True)
+                print(f"step {step}: {told}  {numbers['audio_s_per_s']:.0f} s of audio per s", flush=True)
             if dev and step % options.eval_every == 0 and step < options.steps:
                 checkpoint()
                 assess(model, tokenizer, dev, step, folder)

@@ -414,7 +414,7 @@ print("simulator agrees")
 
 
 def test_cuda_kernels_under_the_simulator():
-    """Strips of 2, 3 and 4 labels stand for U above 1024; a block of one strip is the usual case."""
+    """Blocks of 2, 3 and 4 threads stand for U above 1024; as many threads as labels are the usual case."""
     run = subprocess.run([sys.executable, "-c", SIMULATED, str(ROOT)], capture_output=True, text=True,
                          env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0 and "simulator agrees" in run.stdout, run.stdout + run.stderr

@@ -163,12 +163,18 @@ def test_strict_stops_at_the_first_bad_row(bad_manifest, tmp_path, capsys):
 
 
 def test_augmentation_is_a_function_of_its_seed_and_keeps_most_of_the_sound():
-    mel = torch.randn(200, 80)
-    once, twice = (train.augment(mel.clone(), train.random_state(0, 1, "row")) for _ in range(2))
-    assert torch.equal(once, twice)
-    assert not torch.equal(once, train.augment(mel.clone(), train.random_state(0, 2, "row")))
-    kept = (once - mel - (once - mel).flatten().mode().values).abs() < 1e-5
-    assert 0.3 < kept.float().mean() < 1.0
+    mel = torch.randn(32, 200, 80)
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        return train.augment(mel)
+    once = draw(0)
+    assert torch.equal(once, draw(0)) and not torch.equal(once, draw(1))
+    change = once - mel
+    level = change.flatten(1).mode().values[:, None, None]  # most of the sound is only louder or softer
+    assert (level.abs() <= 2).all() and level.std() > 0.5
+    kept = ((change - level).abs() < 1e-5).float().mean((1, 2))
+    assert kept.min() > 0.3 and 0.5 < kept.mean() < 0.9
 
 
 def test_batches_hold_every_row_once_with_little_padding():
@@ -229,13 +235,13 @@ def test_encoder_learns_to_spell_in_two_hundred_steps():
     options = train.parse_options(["--device", "cpu"])
     corpus, dev = train.open_corpus(options, 4)
     model, tokenizer = train.new_model(options, corpus, dev)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.98))
+    optimizers = train.make_optimizers(model, options)
     batches = train.batches_from(corpus, tokenizer, (0, 0), options)
     model.train()
-    history = [train.train_step(model, optimizer, next(batches)[0], step, options) for step in range(200)]
+    history = [train.train_step(model, optimizers, next(batches)[0], step, options) for step in range(200)]
     batches.close()
-    assert all(rnnt == 0 for rnnt, _, _ in history)  # only the encoder warms up
-    assert history[0][1] > 8  # CTC and the language model together
+    assert all(set(losses) == {"letters", "gradient_norm"} for losses in history)  # only the encoder warms up
+    assert history[0]["letters"] > 4
 
     def spelling(samples):
         rows = [row for row, _ in dev[:32]]
