@@ -273,7 +273,6 @@ def train(pairs, recipe=Recipe()):
 
 def align_bitext(pairs, recipe=Recipe()):
     """[(source words, target words)] -> for each pair its links, a sorted list of (i, j), 0-based. Case is ignored."""
-    pairs = [tuple([word.lower() for word in side] for side in pair) for pair in pairs]
     if not any(a and b for a, b in pairs):
         return [[] for _ in pairs]
     bitext, stories, _ = train(pairs, recipe)
@@ -394,14 +393,13 @@ def read_gold(path, pairs):
 
 
 def add_links(rows, aligner):
-    """Word links for every row with two texts; those that it has stay, and ours are compared with them."""
+    """Links for rows with two texts; those that a row has stay, and ours are compared with them."""
     for lang in sorted({lang for row in rows for lang in row.st}):
-        todo = [row for row in rows if row.asr is not None and lang in row.st]
+        todo = [row for row in rows if (row.asr or "").strip() and row.st.get(lang, "").strip()]
         links = aligner([read_pair(row.asr, row.st[lang], row.where) for row in todo])
         given = [(found, row.links[lang]) for row, found in zip(todo, links) if lang in row.links]
         for row, found in zip(todo, links):
-            late = [(len(row.asr.split()) - 1, 0)] if row.asr.strip() and row.st[lang].strip() else []
-            row.links.setdefault(lang, found or late)  # no idea: say it when all was heard
+            row.links.setdefault(lang, found or [(len(row.asr.split()) - 1, 0)])  # no idea: say it when all was heard
         score = f", AER {100 * aer(*zip(*given)):.1f} against them" if given else ""
         warn(f"{lang}: {len(todo)} rows aligned, {len(given)} keep the links that they had{score}")
 

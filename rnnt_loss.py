@@ -20,12 +20,12 @@ from those that spell the labels goes over the arc:
 So every version is three steps: `log_probs` reads the logits (B,T,U1,V) and keeps three numbers a node; `lattice` turns
 two of them into posteriors; `gradient` reads the logits again and writes their gradient. Nothing else has the logits'
 size. rnnt_loss does it for logits, joint_rnnt_loss for the joint network's, a tile at a time, so that the logits never
-exist. rnnt_align finds the best single path. What runs where: _Cpu and _Cuda, by numba. `python rnnt_loss.py` compares.
+exist. rnnt_align finds the best single path. `python rnnt_loss.py` compares.
 """
-import functools
 import math
 import warnings
 from collections import namedtuple
+from functools import cache, partial
 
 import numba
 import numpy as np
@@ -60,7 +60,7 @@ def rnnt_loss_reference(logits, targets, logit_lengths, target_lengths, *, blank
 
 # A batch as the kernels take it: labels (B,U1), -1 where a node has no label arc; frames and counts (B,), the lengths;
 # the planes lse, blank, label (B,T,U1), the log-normaliser and the two arcs of each node; alpha (B,2,U1); costs (B,).
-Job = namedtuple("Job", "labels frames counts lse blank label alpha costs blank_id fused fastemit delay clamp")
+Job = namedtuple("Job", "labels frames counts lse blank label alpha costs blank_id fused fastemit delay clamp gpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------- CPU
@@ -85,21 +85,30 @@ def _exp32(x):
     return np.int32(bits).view(np.float32)                 # n added to the exponent of p
 
 
-def _exp(x):
-    raise NotImplementedError("only inside a kernel")
+@njit(forceinline=True)
+def _max32(row):
+    """The largest of a row, compared as whole numbers, which vectorises: negative floats are sorted backwards."""
+    bits = row.view(np.int32)
+    high = low = bits[0]
+    for k in range(bits.shape[0]):
+        v = bits[k]
+        high, low = max(high, v), min(low, v)
+    return np.int32(high if high >= 0 else low).view(np.float32)
 
 
-@overload(_exp)
-def _exp_by_type(x):
-    return (lambda x: _exp32(x)) if x == numba.float32 else (lambda x: math.exp(x))
+def _by_type(single, other):
+    """A function for kernels: `single` for float32, `other` for float64."""
+    def choose(x):
+        raise NotImplementedError("only inside a kernel")
+
+    @overload(choose)
+    def by_type(x):
+        return (lambda x: single(x)) if getattr(x, "dtype", x) == numba.float32 else (lambda x: other(x))
+    return choose
 
 
-@njit(fastmath={"nnan", "nsz"}, forceinline=True)
-def _max(row):                                             # may overlook NaN, for speed; the sum that follows does not
-    top = row[0]
-    for v in row:
-        top = v if v > top else top
-    return top
+_exp = _by_type(_exp32, njit(lambda x: math.exp(x), forceinline=True))
+_max = _by_type(_max32, njit(lambda row: row.max(), forceinline=True))
 
 
 @njit(fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
@@ -245,47 +254,11 @@ def _cpu_gradient(x, first, nodes, job, scale, out):
         _gradient_row(x[i], first + i, nodes, job, scale, out[i])
 
 
-class _Cpu:
-    """The three steps over torch's memory. x (n,V): the logits of nodes first, first + 1, ... of the list `nodes`."""
-    @staticmethod
-    def run(kernel, *args):
-        def array(a):
-            return a.detach().numpy() if isinstance(a, torch.Tensor) else a
-        threads = torch.get_num_threads()
-        numba.set_num_threads(max(1, min(threads, numba.config.NUMBA_NUM_THREADS)))
-        kernel(*(Job(*map(array, a)) if isinstance(a, Job) else array(a) for a in args))
-        torch.set_num_threads(threads)                     # where both use the same OpenMP, numba has changed it
-
-    @staticmethod
-    def slabs(x):                                          # -> first row, the rows in a type and place for the kernels
-        native = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-        step = max(1, len(x) if native else SLAB_BYTES // (4 * x.shape[1]))
-        for i in range(0, len(x), step):
-            yield i, x[i:i + step] if native else x[i:i + step].to("cpu", torch.promote_types(x.dtype, torch.float32))
-
-    @classmethod
-    def log_probs(cls, x, first, nodes, job):
-        for i, rows in cls.slabs(x):
-            cls.run(_cpu_log_probs, rows, first + i, nodes, job)
-
-    @classmethod
-    def lattice(cls, job, want):
-        cls.run(_cpu_lattice, job, want)
-
-    @classmethod
-    def gradient(cls, x, first, nodes, job, scale, out):
-        for i, rows in cls.slabs(x):
-            here = out[i:i + len(rows)]
-            grad = here if here.dtype == rows.dtype and here.device == rows.device else torch.empty_like(rows)
-            cls.run(_cpu_gradient, rows, first + i, nodes, job, scale, grad)
-            if grad is not here:
-                here.copy_(grad)
-
-
 # --------------------------------------------------------------------------------------------------------------- CUDA
 # The same three steps. 32 lanes share a row of logits, so that neighbours read neighbours; a block holds ROWS rows.
 # numba has no bfloat16: such logits come as int16, their bits, and `brain` is true. Sums are float32, alpha is float64.
 ROWS = 8
+LATTICE_THREADS = 1024                                     # of a block of the lattice, at most
 _LOWEST = np.float32(-3e38)                                # where a running maximum starts: -inf - -inf would be NaN
 
 
@@ -371,40 +344,7 @@ def _gpu_lattice(job, want):                               # a block an utteranc
     _gpu_lattice_of(cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x, job, want)
 
 
-class _Cuda:
-    """The kernels on torch's memory, stream and device. Under numba's simulator the same code runs on CPU tensors."""
-    threads = 1024                                         # of a block of the lattice, at most
-
-    @staticmethod
-    def run(kernel, grid, block, *args):
-        def array(a):
-            if isinstance(a, torch.Tensor):
-                a = a.detach().view(torch.int16) if a.dtype == torch.bfloat16 else a.detach()
-                a = cuda.as_cuda_array(a, sync=False) if a.is_cuda else a.numpy()
-            return a
-        job = next(a for a in args if isinstance(a, Job))
-        args = [Job(*map(array, a)) if a is job else array(a) for a in args]
-        if grid and job.costs.is_cuda:
-            with torch.cuda.device(job.costs.device):
-                kernel[grid, block, cuda.external_stream(torch.cuda.current_stream().cuda_stream)](*args)
-        elif grid:
-            kernel[grid, block](*args)
-
-    @classmethod
-    def log_probs(cls, x, first, nodes, job):
-        cls.run(_gpu_log_probs, -(-len(x) // ROWS), (32, ROWS), x, first, nodes, job, x.dtype == torch.bfloat16)
-
-    @classmethod
-    def lattice(cls, job, want):
-        cls.run(_gpu_lattice, len(job.costs), min(cls.threads, -(-job.alpha.shape[-1] // 32) * 32), job, want)
-
-    @classmethod
-    def gradient(cls, x, first, nodes, job, scale, out):
-        brain = x.dtype == torch.bfloat16
-        cls.run(_gpu_gradient, -(-len(x) // ROWS), (32, ROWS), x, first, nodes, job, scale, out, brain)
-
-
-@functools.cache
+@cache
 def _gpu_compiles():
     """Whether numba can compile for the GPU at hand; says so once where it cannot."""
     try:
@@ -417,9 +357,73 @@ def _gpu_compiles():
         return False
 
 
-def _backend(device, dtype):
-    on_gpu = device.type == "cuda" or numba.config.ENABLE_CUDASIM
-    return _Cuda if on_gpu and dtype != torch.float64 and _gpu_compiles() else _Cpu
+# ----------------------------------------------------------------------------------------- the three steps, on either
+def _array(a):
+    """torch's memory as numba takes it; nothing is copied."""
+    if isinstance(a, Job):
+        return Job(*map(_array, a))
+    if not isinstance(a, torch.Tensor):
+        return a
+    a = a.detach().view(torch.int16) if a.dtype == torch.bfloat16 else a.detach()
+    return cuda.as_cuda_array(a, sync=False) if a.is_cuda else a.numpy()
+
+
+def _run(kernel, grid, *args):
+    """Run a kernel: on as many threads as torch uses, or with a grid (blocks, threads) on the GPU's present stream."""
+    at = next(a for a in args if isinstance(a, Job)).costs
+    args = [_array(a) for a in args]
+    if not grid:
+        threads = torch.get_num_threads()
+        numba.set_num_threads(max(1, min(threads, numba.config.NUMBA_NUM_THREADS)))
+        kernel(*args)
+        torch.set_num_threads(threads)                     # where both use the same OpenMP, numba has changed it
+    elif grid[0] and at.is_cuda:
+        with torch.cuda.device(at.device):
+            kernel[(*grid, cuda.external_stream(torch.cuda.current_stream().cuda_stream))](*args)
+    elif grid[0]:
+        kernel[grid](*args)                                # numba's simulator: CPU tensors
+
+
+def _on_gpu(device, dtype):
+    gpu = device.type == "cuda" or numba.config.ENABLE_CUDASIM
+    return bool(gpu and dtype != torch.float64 and _gpu_compiles())
+
+
+def _slabs(x):
+    """-> first row, rows of the logits x (n,V) in a type and place for the CPU's kernels."""
+    native = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+    step = max(1, len(x) if native else SLAB_BYTES // (4 * x.shape[1]))
+    for i in range(0, len(x), step):
+        yield i, x[i:i + step] if native else x[i:i + step].to("cpu", torch.promote_types(x.dtype, torch.float32))
+
+
+def log_probs(x, first, nodes, job):
+    """x (n,V): the logits of nodes first, first + 1, ... of the list `nodes`, or of all nodes where it is empty."""
+    if job.gpu:
+        _run(_gpu_log_probs, (-(-len(x) // ROWS), (32, ROWS)), x, first, nodes, job, x.dtype == torch.bfloat16)
+        return
+    for i, rows in _slabs(x):
+        _run(_cpu_log_probs, None, rows, first + i, nodes, job)
+
+
+def lattice(job, want):
+    """Costs; where gradients are wanted, the arcs' posteriors too."""
+    threads = min(LATTICE_THREADS, -(-job.alpha.shape[-1] // 32) * 32)
+    _run(*((_gpu_lattice, (len(job.costs), threads)) if job.gpu else (_cpu_lattice, None)), job, want)
+
+
+def gradient(x, first, nodes, job, scale, out):
+    """out (n,V): the gradient of the same rows, utterance b's multiplied by scale[b]."""
+    if job.gpu:
+        grid = -(-len(x) // ROWS), (32, ROWS)
+        _run(_gpu_gradient, grid, x, first, nodes, job, scale, out, x.dtype == torch.bfloat16)
+        return
+    for i, rows in _slabs(x):
+        here = out[i:i + len(rows)]
+        grad = here if here.dtype == rows.dtype and here.device == rows.device else torch.empty_like(rows)
+        _run(_cpu_gradient, None, rows, first + i, nodes, job, scale, grad)
+        if grad is not here:
+            here.copy_(grad)
 
 
 # ------------------------------------------------------------------------------------------------------------ checking
@@ -435,8 +439,8 @@ def _make_job(shape, kind, targets, logit_lengths, target_lengths, blank, *, fus
         if a.dim() != dims or len(a) != B or a.is_floating_point():
             raise ValueError(f"{name} must be {dims}-dimensional integers for {B} utterances, "
                              f"not {a.dtype} of shape {tuple(a.shape)}")
-    backend = _backend(*kind)                              # kind: device, dtype
-    home = kind[0] if backend is _Cuda else "cpu"
+    gpu = _on_gpu(*kind)                                   # kind: device, dtype
+    home = kind[0] if gpu else "cpu"
     frames, counts, labels = (a.to(home, torch.int64) for a in (logit_lengths, target_lengths, targets))
     labels = torch.nn.functional.pad(labels[:, :U], (0, U1 - U), value=-1)
     within = torch.arange(U1, device=home) < counts[:, None]
@@ -450,10 +454,10 @@ def _make_job(shape, kind, targets, logit_lengths, target_lengths, blank, *, fus
             at = bad.nonzero()[0].tolist()
             raise ValueError(f"{name}{at} is {a[tuple(at)]}, not in {low}..{high}")
     frames = torch.where(short | long, 0, frames)          # unchecked on the GPU: no frames, and the cost is NaN
-    planes = torch.empty((3, B, T, U1), dtype=torch.float32 if backend is _Cuda else torch.float64, device=home)
+    planes = torch.empty((3, B, T, U1), dtype=torch.float32 if gpu else torch.float64, device=home)
     alpha, costs = (torch.empty(shape, dtype=torch.float64, device=home) for shape in ((B, 2, U1), (B,)))
     return Job(torch.where(within, labels, -1), frames, counts, *planes, alpha, costs, blank_id, fused, float(fastemit),
-               float(delay), float(clamp))
+               float(delay), float(clamp), gpu)
 
 
 def _factor(reduction, B):
@@ -472,11 +476,10 @@ def _first_derivative_only():
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, job, want):
-        ctx.job, ctx.backend = job, _backend(logits.device, logits.dtype)
+        ctx.job = job
         ctx.save_for_backward(logits)
-        ctx.nodes = job.frames[:0]                         # no list: row i is node i
-        ctx.backend.log_probs(logits.view(-1, logits.shape[-1]), 0, ctx.nodes, job)
-        ctx.backend.lattice(job, want)
+        log_probs(logits.view(-1, logits.shape[-1]), 0, job.frames[:0], job)           # no list: row i is node i
+        lattice(job, want)
         return job.costs.to(logits.device, torch.promote_types(logits.dtype, torch.float32))
 
     @staticmethod
@@ -488,7 +491,7 @@ class _Loss(torch.autograd.Function):
         else:
             grad = torch.empty_like(logits)
         scale, rows = upstream.to(ctx.job.costs.device, torch.float64).contiguous(), (-1, logits.shape[-1])
-        ctx.backend.gradient(logits.view(rows), 0, ctx.nodes, ctx.job, scale, grad.view(rows))
+        gradient(logits.view(rows), 0, ctx.job.frames[:0], ctx.job, scale, grad.view(rows))
         return grad, None, None
 
 
@@ -524,9 +527,7 @@ class _Joint:
         dtype = torch.get_autocast_dtype(like.device.type) if autocast else like.dtype
         self.wide = torch.promote_types(dtype, torch.float32)                          # of costs and sums of gradients
         (B, T), U1 = like.shape[:2], inputs[1].shape[1]
-        kind = like.device, dtype
-        self.job = _make_job((B, T, U1, V), kind, targets, logit_lengths, target_lengths, blank, **options)
-        self.backend = _backend(*kind)
+        self.job = _make_job((B, T, U1, V), (like.device, dtype), targets, logit_lengths, target_lengths, blank, **options)
         self.encoder_out, self.label_out = (a.detach().reshape(-1, J) for a in inputs[:2])
         self.weight, self.bias = (a.detach().to(dtype) for a in inputs[2:])
         nodes = [((b * T + np.arange(n))[:, None] * U1 + np.arange(u + 1)).ravel()
@@ -550,7 +551,7 @@ class _Joint:
 
     def add_gradients(self, grads, scale, tile, hidden, logits, grad):
         first, _, _, encoder_rows, label_rows = tile
-        self.backend.gradient(logits, first, self.nodes, self.job, scale, grad)
+        gradient(logits, first, self.nodes, self.job, scale, grad)
         if grad.dtype == self.wide:
             grads[2].addmm_(grad.T, hidden)
         else:
@@ -581,16 +582,16 @@ class _JointLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, encoder_out, label_out, weight, bias, joint, factor, want):
         ctx.save_for_backward(encoder_out, label_out, weight, bias)
-        ctx.joint, ctx.factor, job, backend = joint, factor, joint.job, joint.backend
+        ctx.joint, ctx.factor, job = joint, factor, joint.job
         ctx.grads = joint.zeros() if want and factor and joint.whole else None
         scale = torch.full_like(job.costs, factor)
         for tile, hidden, logits, room in joint:
-            backend.log_probs(logits, tile[0], joint.nodes, job)
+            log_probs(logits, tile[0], joint.nodes, job)
             if ctx.grads:
-                backend.lattice(Job(*(a[tile[2]] if isinstance(a, torch.Tensor) else a for a in job)), True)
+                lattice(Job(*(a[tile[2]] if isinstance(a, torch.Tensor) else a for a in job)), True)
                 joint.add_gradients(ctx.grads, scale, tile, hidden, logits, room)
         if not ctx.grads:
-            backend.lattice(job, want)
+            lattice(job, want)
         return (job.costs.sum() * factor if factor else job.costs).to(weight.device, joint.wide)
 
     @staticmethod
@@ -642,62 +643,47 @@ def _best_path(blank, label, T, U, frames):
             t += 1
 
 
-def _align(job):
+@torch.no_grad()
+def rnnt_align(logits, targets, logit_lengths, target_lengths, *, blank):
+    """The frame (B,U1-1) at which the best path writes each label; -1 beyond the target and where there is no path."""
+    job = _make_job(logits.shape, (logits.device, logits.dtype), targets, logit_lengths, target_lengths, blank)
+    log_probs(logits.contiguous().view(-1, logits.shape[-1]), 0, job.frames[:0], job)
     frames = torch.full((len(job.labels), job.labels.shape[1] - 1), -1, dtype=torch.int64)
     blank, label, T, U = (a.cpu().numpy() for a in (job.blank, job.label, job.frames, job.counts))
     for b in range(len(frames)):
         _best_path(blank[b], label[b], T[b], U[b], frames[b].numpy())
-    return frames
-
-
-@torch.no_grad()
-def rnnt_align(logits, targets, logit_lengths, target_lengths, *, blank):
-    """The frame (B,U1-1) at which the best path writes each label; -1 beyond the target and where there is no path."""
-    kind = logits.device, logits.dtype
-    job = _make_job(logits.shape, kind, targets, logit_lengths, target_lengths, blank)
-    _backend(*kind).log_probs(logits.contiguous().view(-1, logits.shape[-1]), 0, job.frames[:0], job)
-    return _align(job).to(logits.device)
-
-
-@torch.no_grad()
-def joint_rnnt_align(encoder_out, label_out, weight, bias, targets, logit_lengths, target_lengths, *, blank):
-    """rnnt_align without the logits; arguments as joint_rnnt_loss's."""
-    joint = _Joint((encoder_out, label_out, weight, bias), targets, logit_lengths, target_lengths, blank)
-    with torch.autocast(encoder_out.device.type, enabled=False):
-        for tile, _, logits, _ in joint:
-            joint.backend.log_probs(logits, tile[0], joint.nodes, joint.job)
-    return _align(joint.job).to(encoder_out.device)
+    return frames.to(logits.device)
 
 
 def demonstrate():
-    """The known example by every version at hand, then a ragged batch: costs and gradients side by side."""
-    acts = torch.full((1, 2, 3, 5), 0.1, dtype=torch.float64)
-    for (t, u, k), value in {(0, 0, 1): .6, (0, 1, 2): .6, (0, 2, 3): .8, (0, 2, 2): .2, (1, 0, 1): .6, (1, 1, 2): .2,
-                             (1, 2, 0): .7, (1, 2, 2): .2}.items():
-        acts[0, t, u, k] = value
+    """The known example, then a ragged batch, by every version at hand: costs and gradients side by side."""
+    known = torch.full((1, 2, 3, 5), 0.1, dtype=torch.float64)
+    for value, *place in ((.6, 0, 0, 1), (.6, 0, 1, 2), (.8, 0, 2, 3), (.2, 0, 2, 2), (.6, 1, 0, 1), (.2, 1, 1, 2),
+                          (.7, 1, 2, 0), (.2, 1, 2, 2)):
+        known[0][tuple(place)] = value
     lengths = torch.tensor([[1, 2]]), torch.tensor([2]), torch.tensor([2])
     print(f"known example      4.495666773771\n"
-          f"reference          {rnnt_loss_reference(acts, *lengths, blank=0).item():.12f}\n"
-          f"CPU                {rnnt_loss(acts, *lengths, blank=0).item():.12f}")
+          f"reference          {rnnt_loss_reference(known, *lengths, blank=0).item():.12f}\n"
+          f"CPU                {rnnt_loss(known, *lengths, blank=0).item():.12f}")
     torch.manual_seed(0)
-    encoder_out, label_out, weight, bias = map(torch.randn, ((3, 9, 16), (3, 5, 16), (20, 16), (20,)))
-    logits = torch.tanh(encoder_out[:, :, None] + label_out[:, None]) @ weight.T + bias
-    lengths = torch.randint(1, 20, (3, 4)), torch.tensor([9, 4, 1]), torch.tensor([3, 4, 0])
-    rows = {"reference": (lambda x: rnnt_loss_reference(x, *lengths, blank=0), logits.double()),
-            "CPU, float64": (lambda x: rnnt_loss(x, *lengths, blank=0, reduction="none"), logits.double()),
-            "CPU, float32": (lambda x: rnnt_loss(x, *lengths, blank=0, reduction="none"), logits)}
+    joint = [torch.randn(shape) for shape in ((3, 9, 16), (3, 5, 16), (20, 16), (20,))]
+    logits = torch.tanh(joint[0][:, :, None] + joint[1][:, None]) @ joint[2].T + joint[3]
+    rest = torch.randint(1, 20, (3, 4)), torch.tensor([9, 4, 1]), torch.tensor([3, 4, 0])
+    by_ours = partial(rnnt_loss, blank=0, reduction="none")
+    rows = {"reference": (partial(rnnt_loss_reference, blank=0), logits.double()),
+            "CPU, float64": (by_ours, logits.double()), "CPU, float32": (by_ours, logits)}
     if torch.cuda.is_available():
-        rows["CUDA, float32"] = (rows["CPU, float32"][0], logits.cuda())
+        rows["CUDA, float32"] = by_ours, logits.cuda()
+    right = None
     for name, (loss, x) in rows.items():
-        x = x.clone().requires_grad_()
-        costs = loss(x)
-        grad, = torch.autograd.grad(costs.sum(), x)
-        want = grad.cpu() if name == "reference" else want
+        costs = loss(x.requires_grad_(), *rest)
+        grad = torch.autograd.grad(costs.sum(), x)[0].cpu()
+        right = grad if right is None else right
         print(f"{name:18s} costs {' '.join(f'{c:.6f}' for c in costs.tolist())}, gradient differs by at most "
-              f"{(grad.cpu() - want).abs().max():.0e}")
-    costs = joint_rnnt_loss(encoder_out, label_out, weight, bias, *lengths, blank=0, reduction="none")
+              f"{(grad - right).abs().max():.0e}")
+    costs = joint_rnnt_loss(*joint, *rest, blank=0, reduction="none")
     print(f"{'fused with joint':18s} costs {' '.join(f'{c:.6f}' for c in costs.tolist())}")
-    print("best path          labels at frames", rnnt_align(logits, *lengths, blank=0).tolist())
+    print("best path          labels at frames", rnnt_align(logits, *rest, blank=0).tolist())
 
 
 if __name__ == "__main__":

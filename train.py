@@ -524,7 +524,9 @@ def open_corpus(options, subsampling):
     rows = read_manifest(options.manifest, **kept)
     dev = read_manifest(options.dev, **kept) if options.dev else []
     if options.interleave == "align":
+        threads = torch.get_num_threads()
         add_links([row for row in rows + dev if set(row.st) - set(row.links)], align_bitext)
+        torch.set_num_threads(threads)  # numba's loops may have changed it: both may use the same OpenMP
     return Manifest(rows, subsampling, options), list(readable(dev, options)) if dev else []
 
 

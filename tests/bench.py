@@ -2,9 +2,12 @@
 
     python tests/bench.py loss [--joint]       rnnt_loss beside a copy of the logits, log_softmax and installed peers
     python tests/bench.py stream               chunks, real-time factors, where the time goes, an hour of audio
+    python tests/bench.py tokenizer FILE...    training and encoding, a sentence a line, .gz or not
 """
 import argparse
+import gzip
 import hashlib
+import math
 import os
 import platform
 import resource
@@ -369,6 +372,7 @@ def loss(options):
     torch.set_num_threads(options.threads)
     print(machine())
     shapes = [(4, 150, 20, 1000), (8, 300, 40, 500), (16, 200, 50, 4000)][:options.shapes]
+    np.ones(5 * max(map(math.prod, shapes)), np.float32)  # a virtual machine is slow to give memory that it never gave
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         print(f"\n{device}, forward and backward\n| logits | what | ms | / copy | / log_softmax | memory / logits |")
         for shape in shapes:
@@ -377,6 +381,26 @@ def loss(options):
     joint_table((16, 60, 20, 300), 256, options.repeats)
     if options.joint:
         joint_table((16, 200, 50, 4000), 512, 0)
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------------------
+
+def tokenizer(options):
+    from serialize import Tokenizer
+    lines = []
+    for path in options.files:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+            lines += file.read().splitlines()
+    lines = lines[:options.sentences]
+    print(machine())
+    began = now()
+    trained = Tokenizer.train(lines, 257 + options.merges)
+    print(f"{len(lines)} sentences, {len(trained) - 257} merges: trained in {now() - began:.1f} s")
+    for what in ("first", "second"):  # a word is split once and remembered
+        began, ids = now(), [trained.encode(line) for line in lines]
+        seconds, words = now() - began, sum(len(line.split()) for line in lines)
+        print(f"{what} pass: {words} words in {seconds:.2f} s, {words / seconds:.0f} words/s, "
+              f"{sum(map(len, ids)) / words:.2f} tokens a word")
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -392,9 +416,14 @@ def main():
     two = commands.add_parser("loss", help="rnnt_loss beside a copy, log_softmax and installed peers; the joint")
     two.add_argument("--threads", type=int, default=2)
     two.add_argument("--repeats", type=int, default=7)
-    two.add_argument("--shapes", type=int, default=3, help="how many of the three shapes; the third needs 8 GB")
+    two.add_argument("--shapes", type=int, default=3, help="how many of the three shapes; the third needs 13 GB")
     two.add_argument("--joint", action="store_true", help="the large joint too: a minute or two, 8 GB")
     two.set_defaults(run=loss)
+    three = commands.add_parser("tokenizer", help="byte-level BPE: training and encoding")
+    three.add_argument("files", nargs="+", help="text, a sentence a line")
+    three.add_argument("--sentences", type=int, default=30000)
+    three.add_argument("--merges", type=int, default=4000)
+    three.set_defaults(run=tokenizer)
     options = parser.parse_args()
     options.run(options)
 

@@ -31,14 +31,6 @@ from stream import (AudioError, Streamer, Word, advance, edit_distance, evaluate
 TOKENIZER = Tokenizer.train(["la le li lo lu"] * 3, 270, tags=("<asr>", "<st:en>"))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @lru_cache(maxsize=None)
 def lively(seed=0, dtype=torch.float32, **options):
     """Random weights, made decided, with the blank just so likely that about ten labels a second come out."""
