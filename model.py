@@ -212,13 +212,12 @@ class Stack(nn.Module):
 
     def __init__(self, config, layers, ff, max_distance):
         super().__init__()
-        self.max_distance = max_distance
+        self.max_distance, self.kept = max_distance, (None, None)
         self.blocks = nn.ModuleList(Block(config.dim, config.heads, ff, config.dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(config.dim)
         # A bias per head and distance, query minus key, shared by the layers. Heads start with different reach.
         distance = torch.arange(-max_distance, max_distance + 1).abs()
-        reach = 2.0 ** -torch.arange(1, config.heads + 1)
-        self.distance_bias = nn.Parameter(-reach[:, None] * distance)  # (H, 2 * max_distance + 1)
+        self.distance_bias = nn.Parameter(-distance / 2.0 ** torch.arange(1, config.heads + 1)[:, None])  # (H, 2 M + 1)
         for block in self.blocks:
             for last in (block.out, block.ff2):  # many layers add up: keep their sum of the size of one
                 nn.init.normal_(last.weight, std=(2 * layers * last.in_features) ** -0.5)
@@ -227,15 +226,17 @@ class Stack(nn.Module):
     def bias(self, queries, past, chunk, left):
         """(H, queries, past + queries): position bias, and MASKED where a query does not see a key. Positions count
         from the first query, which begins a chunk: the past has negative ones, and the floor of position / chunk
-        numbers the chunks on both sides."""
-        device, M = self.distance_bias.device, self.max_distance
-        # Bias by key minus query, from the furthest past to the furthest future; each query reads a window of it.
-        offsets = torch.arange(1 - queries - past, queries, device=device)
-        by_offset = self.distance_bias[:, (-offsets).clamp(-M, M) + M]
-        position = by_offset.unfold(1, past + queries, 1).flip(1)
-        chunks_back = (torch.arange(queries, device=device)[:, None] // chunk
-                       - torch.arange(-past, queries, device=device) // chunk)
-        return position.masked_fill((chunks_back < 0) | (chunks_back > left), MASKED)
+        numbers the chunks on both sides. A stream asks for the same again and again, so the last one is kept."""
+        weight, M = self.distance_bias, self.max_distance
+        key = queries, past, chunk, left, weight.dtype, weight.device, weight._version
+        if self.kept[0] == key and not torch.is_grad_enabled():
+            return self.kept[1]
+        offsets = torch.arange(1 - queries - past, queries, device=weight.device)  # key minus query, past to future
+        position = weight[:, (-offsets).clamp(-M, M) + M].unfold(1, past + queries, 1).flip(1)
+        chunks_back = offsets[-queries:, None] // chunk - offsets[queries - 1:] // chunk
+        bias = position.masked_fill((chunks_back < 0) | (chunks_back > left), MASKED)
+        self.kept = (None, None) if torch.is_grad_enabled() else (key, bias)
+        return bias
 
     def forward(self, x, chunk, left, state=None, lengths=None):
         """x (B, Q, D) beginning at a chunk's first frame; state: the frames before; lengths (B,): how many of the Q

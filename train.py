@@ -582,7 +582,10 @@ def show_scores(metrics, records, examples=3):
         for tag, reference in record["references"].items():
             if tag in metrics:
                 words = [f"{w.text}\N{MIDDLE DOT}{w.delay_ms / 1000:.1f}" for w in record["words"] if w.stream == tag]
-                tqdm.write(f"    {tag:8} reference   {' '.join(reference)}\n    {'':8} at its time {' '.join(words)}")
+                written = " ".join(words)
+                if len(written) > 500:  # an untrained model babbles
+                    written = f"{written[:500]} ... {len(words)} words"
+                tqdm.write(f"    {tag:8} reference   {' '.join(reference)}\n    {'':8} at its time {written}")
 
 
 def train(options):
@@ -630,9 +633,10 @@ def train(options):
             bar.set_postfix_str(f"{told}  {numbers['audio_s_per_s']:.0f} s/s")
             if bar.disable and step % 100 == 0:  # not a terminal: a line now and then
                 print(f"step {step}: {told}  {numbers['audio_s_per_s']:.0f} s of audio per s", flush=True)
-            if dev and step % options.eval_every == 0 and step < options.steps:
+            if step % options.eval_every == 0 and step < options.steps:
                 checkpoint()
-                assess(model, tokenizer, dev, step, folder)
+                if dev and step > options.warm_steps // 2:  # before, the joint has learned nothing
+                    assess(model, tokenizer, dev, step, folder)
                 began = time.perf_counter()
     except KeyboardInterrupt:
         print(f"\nstopped at step {step}; go on with: python train.py --resume {path}")
