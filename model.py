@@ -235,7 +235,7 @@ class Stack(nn.Module):
         position = weight[:, (-offsets).clamp(-M, M) + M].unfold(1, past + queries, 1).flip(1)
         chunks_back = offsets[-queries:, None] // chunk - offsets[queries - 1:] // chunk
         bias = position.masked_fill((chunks_back < 0) | (chunks_back > left), MASKED)
-        self.kept = (None, None) if torch.is_grad_enabled() else (key, bias)
+        self.kept = (key, bias) if past and not torch.is_grad_enabled() else (None, None)
         return bias
 
     def forward(self, x, chunk, left, state=None, lengths=None):

@@ -63,68 +63,7 @@ def rnnt_loss_reference(logits, targets, logit_lengths, target_lengths, *, blank
 Job = namedtuple("Job", "labels frames counts lse blank label alpha costs blank_id fused fastemit delay clamp gpu")
 
 
-# ---------------------------------------------------------------------------------------------------------------- CPU
-# Two loops over the vocabulary take nearly all of the time. At the speed of memory they must vectorise, and numba has
-# no vectorised exp. Here is one: 2^f = 1 + f q(f) on [-1/2, 1/2], q interpolated, so that 2^0 is exactly 1.
-_Q = np.polynomial.chebyshev.Chebyshev.interpolate(lambda f: np.expm1(f * math.log(2)) / f, 4, [-0.5, 0.5 + 1e-9])
-_Q = tuple(np.float32(c) for c in _Q.convert(kind=np.polynomial.Polynomial).coef)
-_LOG2E = np.float32(1 / math.log(2))
-_ROUND = np.float32(1.5 * 2 ** 23)     # adding it leaves the nearest integer in the low bits of a float32
-_FLOOR = np.float32(-127)              # 2^-127 comes out as exactly 0: its exponent bits are 0
-
-
-@njit(fastmath={"contract"}, forceinline=True)
-def _exp32(x):
-    """exp(x) for x <= 88 without a branch or a call; relative error 1e-7 near 0, 1e-6 at -15."""
-    y = x * _LOG2E
-    y = _FLOOR if y < _FLOOR else y                        # NaN stays NaN
-    shifted = y + _ROUND
-    f = y - (shifted - _ROUND)                             # y = n + f, |f| <= 1/2
-    p = np.float32(1) + f * (_Q[0] + f * (_Q[1] + f * (_Q[2] + f * (_Q[3] + f * _Q[4]))))
-    bits = np.int32(np.float32(shifted).view(np.int32) << 23) + np.float32(p).view(np.int32)
-    return np.int32(bits).view(np.float32)                 # n added to the exponent of p
-
-
-@njit(forceinline=True)
-def _max32(row):
-    """The largest of a row, compared as whole numbers, which vectorises: negative floats are sorted backwards."""
-    bits = row.view(np.int32)
-    high = low = bits[0]
-    for k in range(bits.shape[0]):
-        v = bits[k]
-        high, low = max(high, v), min(low, v)
-    return np.int32(high if high >= 0 else low).view(np.float32)
-
-
-def _by_type(single, other):
-    """A function for kernels: `single` for float32, `other` for float64."""
-    def choose(x):
-        raise NotImplementedError("only inside a kernel")
-
-    @overload(choose)
-    def by_type(x):
-        return (lambda x: single(x)) if getattr(x, "dtype", x) == numba.float32 else (lambda x: other(x))
-    return choose
-
-
-_exp = _by_type(_exp32, njit(lambda x: math.exp(x), forceinline=True))
-_max = _by_type(_max32, njit(lambda row: row.max(), forceinline=True))
-
-
-@njit(fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
-def _sum_exp(row, top):
-    total = row.dtype.type(0)
-    for k in range(row.shape[0]):
-        total += _exp(row[k] - top)
-    return total
-
-
-@njit(fastmath={"contract"}, forceinline=True)
-def _scaled_softmax(row, lse, factor, out):
-    for k in range(row.shape[0]):
-        out[k] = factor * _exp(row[k] - lse)
-
-
+# ------------------------------------------------------------------------------------------ the lattice, for both
 def _node(i, nodes, job):
     """Row i of the logits at hand belongs to node (b,t,u): the i-th of a list, or simply the i-th; is it in use?"""
     T, U1 = job.lse.shape[1], job.lse.shape[2]
@@ -200,6 +139,68 @@ _inline = njit(forceinline=True)
 _cpu_node, _gpu_node = _inline(_node), _device(_node)
 _cpu_lattice_of = _inline(_make_lattice(_inline(_make_join(np.float64)), _inline(lambda: None)))
 _gpu_lattice_of = _device(_make_lattice(_device(_make_join(np.float32)), _device(lambda: cuda.syncthreads())))
+
+
+# ---------------------------------------------------------------------------------------------------------------- CPU
+# Two loops over the vocabulary take nearly all of the time. At the speed of memory they must vectorise, and numba has
+# no vectorised exp. Here is one: 2^f = 1 + f q(f) on [-1/2, 1/2], q interpolated, so that 2^0 is exactly 1.
+_Q = np.polynomial.chebyshev.Chebyshev.interpolate(lambda f: np.expm1(f * math.log(2)) / f, 4, [-0.5, 0.5 + 1e-9])
+_Q = tuple(np.float32(c) for c in _Q.convert(kind=np.polynomial.Polynomial).coef)
+_LOG2E = np.float32(1 / math.log(2))
+_ROUND = np.float32(1.5 * 2 ** 23)     # adding it leaves the nearest integer in the low bits of a float32
+_FLOOR = np.float32(-127)              # 2^-127 comes out as exactly 0: its exponent bits are 0
+
+
+@njit(fastmath={"contract"}, forceinline=True)
+def _exp32(x):
+    """exp(x) for x <= 88 without a branch or a call; relative error 1e-7 near 0, 1e-6 at -15."""
+    y = x * _LOG2E
+    y = _FLOOR if y < _FLOOR else y                        # NaN stays NaN
+    shifted = y + _ROUND
+    f = y - (shifted - _ROUND)                             # y = n + f, |f| <= 1/2
+    p = np.float32(1) + f * (_Q[0] + f * (_Q[1] + f * (_Q[2] + f * (_Q[3] + f * _Q[4]))))
+    bits = np.int32(np.float32(shifted).view(np.int32) << 23) + np.float32(p).view(np.int32)
+    return np.int32(bits).view(np.float32)                 # n added to the exponent of p
+
+
+@njit(forceinline=True)
+def _max32(row):
+    """The largest of a row, compared as whole numbers, which vectorises: negative floats are sorted backwards."""
+    bits = row.view(np.int32)
+    high = low = bits[0]
+    for k in range(bits.shape[0]):
+        v = bits[k]
+        high, low = max(high, v), min(low, v)
+    return np.int32(high if high >= 0 else low).view(np.float32)
+
+
+def _by_type(single, other):
+    """A function for kernels: `single` for float32, `other` for float64."""
+    def choose(x):
+        raise NotImplementedError("only inside a kernel")
+
+    @overload(choose)
+    def by_type(x):
+        return (lambda x: single(x)) if getattr(x, "dtype", x) == numba.float32 else (lambda x: other(x))
+    return choose
+
+
+_exp = _by_type(_exp32, njit(lambda x: math.exp(x), forceinline=True))
+_max = _by_type(_max32, njit(lambda row: row.max(), forceinline=True))
+
+
+@njit(fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
+def _sum_exp(row, top):
+    total = row.dtype.type(0)
+    for k in range(row.shape[0]):
+        total += _exp(row[k] - top)
+    return total
+
+
+@njit(fastmath={"contract"}, forceinline=True)
+def _scaled_softmax(row, lse, factor, out):
+    for k in range(row.shape[0]):
+        out[k] = factor * _exp(row[k] - lse)
 
 
 @njit(forceinline=True)

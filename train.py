@@ -6,10 +6,10 @@
 
 A transducer on a small grammar falls into a trap: its label encoder knows the grammar long before its encoder can hear,
 so it learns to write everything in the first frame, guessed, and the sound is ignored from then on. Warm-up keeps it
-out. For the first steps there is no transducer loss, only side tasks, each of which one half can solve alone:
-  - a CTC head spells the letters that the encoder hears (units that words share are learned in minutes);
-  - then CTC also through the joint's own output layer, as if there were no labels, with the transcription as target:
-    so when the transducer starts, the joint already writes every word when it is heard;
+out. Its first half has one task: a CTC head spells the letters that the encoder hears (units that words share are
+learned in minutes). The second half adds two, still without the transducer loss; each can be solved by one side alone:
+  - CTC also through the joint's own output layer, as if there were no labels, with the transcription as target: so when
+    the transducer starts, the joint already writes every word when it is heard;
   - the label encoder learns, as a language model, what comes next: word order and translation.
 The joint starts deaf to labels (label_proj is zero), and at first all labels are hidden from the label encoder, then
 fewer. While this was built, models without the second task stayed in the trap, and one without the third heard as well
@@ -635,7 +635,7 @@ def train(options):
                 print(f"step {step}: {told}  {numbers['audio_s_per_s']:.0f} s of audio per s", flush=True)
             if step % options.eval_every == 0 and step < options.steps:
                 checkpoint()
-                if dev and step > options.warm_steps // 2:  # before, the joint has learned nothing
+                if dev and step > options.warm_steps:  # before, the joint cannot stop writing
                     assess(model, tokenizer, dev, step, folder)
                 began = time.perf_counter()
     except KeyboardInterrupt:

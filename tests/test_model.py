@@ -456,6 +456,20 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path):
     refused("damaged.*model")
 
 
+def test_the_position_bias_that_is_kept_follows_the_weights():
+    stack = m.Stack(replace(m.PRESETS["tiny"], left_frames=8), 1, 8, 4)
+    with torch.inference_mode():
+        first = stack.bias(4, 8, 4, 2)
+        assert stack.bias(4, 8, 4, 2) is first and stack.bias(2, 8, 4, 2) is not first
+    with torch.no_grad():
+        stack.distance_bias += 1.0
+        seen = first > m.MASKED / 2
+        assert torch.equal(stack.bias(4, 8, 4, 2)[seen], first[seen] + 1) and seen.any()
+    stack.bias(4, 8, 4, 2)[seen].sum().backward()  # and training does not meet a kept one, which has no history
+    assert stack.distance_bias.grad.abs().sum() > 0
+
+
+
 def test_the_demonstration_prints_the_mask_it_uses():
     out = subprocess.run([sys.executable, ROOT / "model.py"], capture_output=True, text=True, check=True).stdout
     assert all(name in out for name in m.PRESETS) and "320 (280) ms" in out

@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import stream
-from model import PRESETS, Transducer, log_mel, pad_samples, save
+import train
+from model import PRESETS, Transducer, load, log_mel, pad_samples, save
 from rnnt_loss import rnnt_loss_reference
 from serialize import Row, Tokenizer
 from stream import (AudioError, Streamer, Word, advance, edit_distance, evaluate, greedy_batch, latency,
@@ -87,9 +88,9 @@ def test_packets_change_nothing(beam, label_encoder):
         assert run(model, samples, packets, beam=beam, limits=LIMITS) == whole
 
 
-def frames_of(model, samples, chunk):
+def frames_of(model, samples, chunk, tokenizer=TOKENIZER):
     """The encoder frames that a stream computes, (T, D)."""
-    streamer, seen = Streamer(model, TOKENIZER, chunk=chunk, limits=LIMITS), []
+    streamer, seen = Streamer(model, tokenizer, chunk=chunk, limits=LIMITS), []
     hook = model.joint.encoder_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     streamer.accept(samples), streamer.flush()
     hook.remove()
@@ -110,6 +111,30 @@ def test_streaming_equals_the_masked_encoder(dtype, near):
         wider = model.encoder(mel, chunk=chunk + 1)[0][0]  # the control: one frame more of context shows
         if chunk and len(offline) > chunk:
             assert (wider - offline).abs().max() > 1000 * near
+
+
+@pytest.mark.skipif("CHECKPOINT" not in os.environ, reason="a trained model: CHECKPOINT=runs/de-en/model.pt pytest")
+@pytest.mark.parametrize("dtype,near", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_a_trained_checkpoint_is_exact(dtype, near):
+    """Packets bit for bit, frames as offline, and the same words at either precision, on speech."""
+    model, beside = load(os.environ["CHECKPOINT"])
+    tokenizer, items = Tokenizer.from_dict(beside["tokenizer"]), train.BuiltIn("de-en", 0, 4).unseen(8)
+    double, _ = load(os.environ["CHECKPOINT"])
+    double.double()
+    model = double if dtype == torch.float64 else model
+
+    def words(model, samples, step, chunk):
+        streamer = Streamer(model, tokenizer, chunk=chunk)
+        found = [w for k in range(0, len(samples), step) for w in streamer.accept(samples[k:k + step])]
+        return [replace(w, elapsed_ms=0) for w in found + streamer.flush()], streamer.search.score
+    for chunk, (_, samples) in itertools.product((*model.config.chunks, 0), items):
+        whole = words(model, samples, len(samples), chunk)
+        assert words(model, samples, 777, chunk) == whole and len(whole[0]) > 3
+        assert words(double, samples, len(samples), chunk)[0] == whole[0]
+        mel = log_mel(pad_samples(torch.from_numpy(samples).to(dtype), 4))[None]
+        offline = model.encoder(mel, chunk=chunk)[0][0]
+        error = (frames_of(model, samples, chunk, tokenizer) - offline).abs().max()
+        assert error <= near * max(1.0, offline.abs().max().item())
 
 
 def test_batch_equals_single():
