@@ -397,9 +397,9 @@ def add_links(rows, aligner):
     for lang in sorted({lang for row in rows for lang in row.st}):
         todo = [row for row in rows if (row.asr or "").strip() and row.st.get(lang, "").strip()]
         links = aligner([read_pair(row.asr, row.st[lang], row.where) for row in todo])
-        given = [(found, row.links[lang]) for row, found in zip(todo, links) if lang in row.links]
+        given = [(found, row.links[lang]) for row, found in zip(todo, links) if row.links.get(lang)]
         for row, found in zip(todo, links):
-            row.links.setdefault(lang, found or [(len(row.asr.split()) - 1, 0)])  # no idea: say it when all was heard
+            row.links[lang] = row.links.get(lang) or found or [(len(row.asr.split()) - 1, 0)]  # all heard
         score = f", AER {100 * aer(*zip(*given)):.1f} against them" if given else ""
         warn(f"{lang}: {len(todo)} rows aligned, {len(given)} keep the links that they had{score}")
 

@@ -226,11 +226,11 @@ class Stack(nn.Module):
     def bias(self, queries, past, chunk, left):
         """(H, queries, past + queries): position bias, and MASKED where a query does not see a key. Positions count
         from the first query, which begins a chunk: the past has negative ones, and the floor of position / chunk
-        numbers the chunks on both sides. A stream asks for the same again and again, so the last one is kept."""
-        weight, M = self.distance_bias, self.max_distance
-        key = queries, past, chunk, left, weight.dtype, weight.device, weight._version
-        if self.kept[0] == key and not torch.is_grad_enabled():
-            return self.kept[1]
+        numbers the chunks on both sides. A stream's last one is kept until its weights change (but by weight.data)."""
+        weight, M, (known, kept) = self.distance_bias, self.max_distance, self.kept
+        key = queries, past, chunk, left, weight.dtype, weight.data_ptr(), weight.is_inference() or weight._version
+        if known == key and not torch.is_grad_enabled():
+            return kept
         offsets = torch.arange(1 - queries - past, queries, device=weight.device)  # key minus query, past to future
         position = weight[:, (-offsets).clamp(-M, M) + M].unfold(1, past + queries, 1).flip(1)
         chunks_back = offsets[-queries:, None] // chunk - offsets[queries - 1:] // chunk

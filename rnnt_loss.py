@@ -23,10 +23,13 @@ size. rnnt_loss does it for logits, joint_rnnt_loss for the joint network's, a t
 exist. rnnt_align finds the best single path. `python rnnt_loss.py` compares.
 """
 import math
+import os
 import warnings
 from collections import namedtuple
+from contextlib import nullcontext
 from functools import cache, partial
 
+os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")  # a block an utterance is what we want
 import numba
 import numpy as np
 import torch
@@ -174,19 +177,16 @@ def _max32(row):
     return np.int32(high if high >= 0 else low).view(np.float32)
 
 
-def _by_type(single, other):
-    """A function for kernels: `single` for float32, `other` for float64."""
-    def choose(x):
-        raise NotImplementedError("only inside a kernel")
-
-    @overload(choose)
-    def by_type(x):
-        return (lambda x: single(x)) if getattr(x, "dtype", x) == numba.float32 else (lambda x: other(x))
-    return choose
+def _exp(x):
+    raise NotImplementedError("only inside a kernel")
 
 
-_exp = _by_type(_exp32, njit(lambda x: math.exp(x), forceinline=True))
-_max = _by_type(_max32, njit(lambda row: row.max(), forceinline=True))
+def _max(row):
+    raise NotImplementedError("only inside a kernel")
+
+
+overload(_exp)(lambda x: (lambda x: _exp32(x)) if x == numba.float32 else (lambda x: math.exp(x)))
+overload(_max)(lambda row: (lambda row: _max32(row)) if row.dtype == numba.float32 else (lambda row: row.max()))
 
 
 @njit(fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
@@ -349,7 +349,10 @@ def _gpu_lattice(job, want):                               # a block an utteranc
 def _gpu_compiles():
     """Whether numba can compile for the GPU at hand; says so once where it cannot."""
     try:
-        cuda.jit(lambda a: max(a[0], a[0]))[1, 1](np.zeros(1, np.float32))
+        @cuda.jit
+        def probe(a):
+            a[0] = max(a[0], a[0])
+        probe[1, 1](np.zeros(1, np.float32))
         return True
     except Exception as error:                             # no driver, no NVVM, numba without numba-cuda: all the same
         reason = next(iter(str(error).split("\n")), "")
@@ -371,18 +374,16 @@ def _array(a):
 
 def _run(kernel, grid, *args):
     """Run a kernel: on as many threads as torch uses, or with a grid (blocks, threads) on the GPU's present stream."""
-    at = next(a for a in args if isinstance(a, Job)).costs
-    args = [_array(a) for a in args]
     if not grid:
         threads = torch.get_num_threads()
         numba.set_num_threads(max(1, min(threads, numba.config.NUMBA_NUM_THREADS)))
-        kernel(*args)
+        kernel(*map(_array, args))
         torch.set_num_threads(threads)                     # where both use the same OpenMP, numba has changed it
-    elif grid[0] and at.is_cuda:
-        with torch.cuda.device(at.device):
-            kernel[(*grid, cuda.external_stream(torch.cuda.current_stream().cuda_stream))](*args)
     elif grid[0]:
-        kernel[grid](*args)                                # numba's simulator: CPU tensors
+        device = next(a for a in args if isinstance(a, Job)).costs.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():    # the simulator has CPU tensors
+            stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
+            kernel[(*grid, stream and cuda.external_stream(stream))](*map(_array, args))
 
 
 def _on_gpu(device, dtype):
@@ -447,14 +448,13 @@ def _make_job(shape, kind, targets, logit_lengths, target_lengths, blank, *, fus
     within = torch.arange(U1, device=home) < counts[:, None]
     wrong = within & ((labels < 0) | (labels >= V) | (labels == blank_id))
     short, long = (frames < 1) | (frames > T), (counts < 0) | (counts > U)
-    for name, given, a, bad, low, high in (
-            ("logit_lengths", logit_lengths, frames, short, 1, T),
-            ("target_lengths", target_lengths, counts, long, 0, U),
-            ("targets", targets, labels, wrong, f"blank ({blank_id}) and outside 0", V - 1)):
-        if (validate or given.device.type == "cpu") and bad.any():
+    for name, a, bad, low, high in (("logit_lengths", frames, short, 1, T), ("target_lengths", counts, long, 0, U),
+                                    ("targets", labels, wrong, f"blank ({blank_id}) and outside 0", V - 1)):
+        if (validate or a.device.type == "cpu") and bad.any():
             at = bad.nonzero()[0].tolist()
             raise ValueError(f"{name}{at} is {a[tuple(at)]}, not in {low}..{high}")
-    frames = torch.where(short | long, 0, frames)          # unchecked on the GPU: no frames, and the cost is NaN
+    # What stays unchecked on a GPU: an utterance with a wrong length gets no frames, and its cost is NaN.
+    frames, counts = (torch.where(short | long, 0, a) for a in (frames, counts))
     planes = torch.empty((3, B, T, U1), dtype=torch.float32 if gpu else torch.float64, device=home)
     alpha, costs = (torch.empty(shape, dtype=torch.float64, device=home) for shape in ((B, 2, U1), (B,)))
     return Job(torch.where(within, labels, -1), frames, counts, *planes, alpha, costs, blank_id, fused, float(fastemit),
@@ -503,7 +503,8 @@ def rnnt_loss(logits, targets, logit_lengths, target_lengths, blank=-1, clamp=-1
     logits (B,T,U1,V) float32, float64, float16 or bfloat16; targets (B,U), logit_lengths (B,), target_lengths (B,) int.
     fastemit_lambda multiplies the label arcs' part of the gradient by 1 + lambda; the cost is reported without it.
     delay_penalty adds lambda ((T-1)/2 - t) to a label's log-probability at frame t, T the utterance's own length.
-    validate=True checks values on a GPU too, which waits for it; else a wrong length there gives a cost of NaN.
+    validate=True checks values on a GPU too, which waits for it; else a length or label out of range there gives a cost
+    of NaN.
     """
     if logits.dim() != 4 or not logits.is_floating_point():
         raise ValueError(f"logits must be (B,T,U+1,V) floats, not {logits.dtype} of shape {tuple(logits.shape)}")
@@ -528,7 +529,8 @@ class _Joint:
         dtype = torch.get_autocast_dtype(like.device.type) if autocast else like.dtype
         self.wide = torch.promote_types(dtype, torch.float32)                          # of costs and sums of gradients
         (B, T), U1 = like.shape[:2], inputs[1].shape[1]
-        self.job = _make_job((B, T, U1, V), (like.device, dtype), targets, logit_lengths, target_lengths, blank, **options)
+        self.job = _make_job((B, T, U1, V), (like.device, dtype), targets, logit_lengths, target_lengths, blank,
+                             **options)
         self.encoder_out, self.label_out = (a.detach().reshape(-1, J) for a in inputs[:2])
         self.weight, self.bias = (a.detach().to(dtype) for a in inputs[2:])
         nodes = [((b * T + np.arange(n))[:, None] * U1 + np.arange(u + 1)).ravel()

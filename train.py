@@ -260,7 +260,7 @@ def speak_row(row, seed=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data: rows -> features and targets -> batches. Every draw is seeded by (seed, epoch, row id), so that a resumed run
+# Data: rows -> features and targets -> batches. Every draw is seeded, by row or by step, so that a resumed run
 # and a repeated one see the same utterances in the same order.
 
 class BuiltIn:
@@ -369,18 +369,19 @@ def make_batch(rows, corpus, tokenizer, options):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
-def augment(mel):
-    """(B, F, 80): another level (exact on a log-mel) and SpecAugment, two bands and two stretches of time silenced."""
+def augment(mel, lengths):
+    """(B, F, 80), (B,): another level (exact on a log-mel) and SpecAugment, two bands and two stretches of time of every
+    utterance replaced by its mean."""
     (B, n_frames, n_mels), new = mel.shape, partial(torch.rand, device=mel.device)
-    mel = mel + 4 * new(B, 1, 1) - 2
+    time, band = (torch.arange(n, device=mel.device) for n in (n_frames, n_mels))
+    real, length = (time < lengths[:, None])[:, :, None], lengths[:, None].float()
+    mean = (mel * real).sum((1, 2), keepdim=True) / (length[:, :, None] * n_mels)
     hidden = torch.zeros_like(mel, dtype=torch.bool)
-    for _ in range(2):
-        for extent, longest, shape in ((n_mels, 16, (B, 1, n_mels)),
-                                       (n_frames, min(40, n_frames / 8), (B, n_frames, 1))):
-            width, place = longest * new(B, 1), torch.arange(extent, device=mel.device)
-            start = (extent - width) * new(B, 1)
-            hidden |= ((place >= start) & (place < start + width)).view(shape)
-    return torch.where(hidden, mel.mean((1, 2), keepdim=True), mel)
+    for place, extent, longest, axis in 2 * ((band, n_mels, 16, 1), (time, length, (length / 8).clamp(max=40), 2)):
+        width = longest * new(B, 1)
+        start = (extent - width) * new(B, 1)
+        hidden |= ((place >= start) & (place < start + width)).unsqueeze(axis)
+    return (torch.where(hidden, mean, mel) + 4 * new(B, 1, 1) - 2) * real
 
 
 def label_dropout(step, options):
@@ -398,7 +399,7 @@ def ctc_loss(logits, frame_lengths, targets, target_lengths):
 
 
 def language_loss(model, label_out, targets, target_lengths):
-    """Cross entropy of the next label given the labels before it, from the label encoder and its own embeddings alone:
+    """Cross entropy of the next label given those before it (the ones shown), from the label encoder and its own embeddings alone:
     word order and translation are learned from this long before the transducer's gradient would teach them."""
     scores = label_out[:, :-1] @ model.label_encoder.embedding.weight.T / model.config.dim ** 0.5  # (B, U, V)
     present = torch.arange(targets.shape[1], device=targets.device) < target_lengths[:, None]
@@ -450,7 +451,7 @@ def make_optimizers(model, options):
 
 def learning_rate(step, options):
     """A factor: linear warm-up, then half a cosine down to a fiftieth."""
-    warm = min(1.0, (step + 1) / options.warmup)
+    warm = min(1.0, (step + 1) / max(1, options.warmup))
     return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, step / options.steps))))
 
 
@@ -464,7 +465,7 @@ def train_step(model, optimizers, batch, step, options):
             group["lr"] = peak * learning_rate(step, options)
     weights = tasks(step, options)
     if options.augment and len(weights) > 1:  # what cannot hear yet learns nothing from holes
-        batch.mel = augment(batch.mel)
+        batch.mel = augment(batch.mel, batch.mel_lengths)
     each = losses(model, batch, weights, chunk, label_dropout(step, options))
     sum(weights[name] * loss for name, loss in each.items()).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -507,7 +508,7 @@ def parse_options(argv):
     add("--allow-outside", action="store_true", help="audio may lie outside the manifest's folder")
     add("--write-corpus", nargs=2, metavar=("DIR", "N"), help="write N built-in utterances as a manifest, and stop")
     given = vars(parser.parse_args(argv))
-    saved = load(given["resume"])[1]["options"] if "resume" in given else {}
+    saved = load(given["resume"])[1].get("options", {}) if "resume" in given else {}
     real = REAL if (saved | given).get("manifest") else {}
     options = argparse.Namespace(**(COMMON | real | saved | given))
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -525,7 +526,7 @@ def open_corpus(options, subsampling):
     dev = read_manifest(options.dev, **kept) if options.dev else []
     if options.interleave == "align":
         threads = torch.get_num_threads()
-        add_links([row for row in rows + dev if set(row.st) - set(row.links)], align_bitext)
+        add_links([row for row in rows + dev if not all(map(row.links.get, row.st))], align_bitext)
         torch.set_num_threads(threads)  # numba's loops may have changed it: both may use the same OpenMP
     return Manifest(rows, subsampling, options), list(readable(dev, options)) if dev else []
 
@@ -588,21 +589,27 @@ def show_scores(metrics, records, examples=3):
                 tqdm.write(f"    {tag:8} reference   {' '.join(reference)}\n    {'':8} at its time {written}")
 
 
+def start(options, corpus, dev):
+    """-> model, tokenizer, optimizers, step, position: those of a new run, or of the one to go on with."""
+    if not options.resume:
+        model, tokenizer = new_model(options, corpus, dev)
+        model.to(options.device)
+        return model, tokenizer, make_optimizers(model, options), 0, (0, 0)
+    model, saved = load(options.resume)
+    if missing := {"tokenizer", "step", "position", "optimizers"} - saved.keys():
+        raise ValueError(f"{options.resume} lacks {', '.join(sorted(missing))}: it streams, but cannot be resumed")
+    optimizers = make_optimizers(model.to(options.device), options)
+    for optimizer, state in zip(optimizers, saved["optimizers"]):
+        optimizer.load_state_dict(state)
+    return model, Tokenizer.from_dict(saved["tokenizer"]), optimizers, saved["step"], tuple(saved["position"])
+
+
 def train(options):
-    """The whole run; returns the path of the checkpoint."""
+    """The whole run; returns the path of the checkpoint and of a file to stream with it."""
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     corpus, dev = open_corpus(options, PRESETS[options.preset].subsampling)
-    step, position = 0, (0, 0)
-    if options.resume:
-        model, saved = load(options.resume)
-        tokenizer, step, position = Tokenizer.from_dict(saved["tokenizer"]), saved["step"], tuple(saved["position"])
-    else:
-        model, tokenizer = new_model(options, corpus, dev)
-    model.to(options.device)
-    optimizers = make_optimizers(model, options)
-    for optimizer, state in zip(optimizers, saved["optimizers"] if options.resume else ()):
-        optimizer.load_state_dict(state)
+    model, tokenizer, optimizers, step, position = start(options, corpus, dev)
     count = sum(p.numel() for p in model.parameters())
     print(f"{options.preset}: {count / 1e6:.2f} M parameters, {len(tokenizer)} tokens, "
           f"{options.steps - step} steps on {options.device}; run folder {folder}")
@@ -642,9 +649,11 @@ def train(options):
         print(f"\nstopped at step {step}; go on with: python train.py --resume {path}")
     bar.close()
     checkpoint()
-    if dev:
+    if dev and step > options.warm_steps:
         assess(model, tokenizer, dev, step, folder, blind=options.manifest is None)
-    return path
+        if options.manifest is None:
+            return path, live_captions(path, options)
+    return path, "FILE"
 
 
 def assess(model, tokenizer, dev, step, folder, blind=False):
@@ -696,8 +705,7 @@ def main(argv=None):
         if options.write_corpus:
             write_corpus(options.write_corpus[0], int(options.write_corpus[1]), options)
             return 0
-        path = train(options)
-        example = live_captions(path, options) if options.manifest is None else "FILE"
+        path, example = train(options)
         print(f"\nthe checkpoint is {path}; stream a file with it:\npython stream.py {path} {example}")
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)

@@ -437,6 +437,7 @@ def test_one_warning_where_numba_cannot_compile_for_the_gpu():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("U", [4, 1500])
 def test_cuda_equals_cpu(dtype, U):
+    assert module._on_gpu(torch.device("cuda"), dtype)  # by our kernels, not by the way through the CPU
     logits, *rest = batch(T=9, U=U, V=33, dtype=dtype)
     costs = rnnt_loss(logits, *rest, blank=0, reduction="none")
     there = logits.detach().cuda().requires_grad_()

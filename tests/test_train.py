@@ -163,17 +163,19 @@ def test_strict_stops_at_the_first_bad_row(bad_manifest, tmp_path, capsys):
 
 
 def test_augmentation_is_a_function_of_its_seed_and_keeps_most_of_the_sound():
-    mel = torch.randn(32, 200, 80)
+    mel, lengths = torch.randn(32, 200, 80) - 10, torch.full((32,), 200)
+    lengths[0], mel[0, 100:] = 100, 0
 
     def draw(seed):
         torch.manual_seed(seed)
-        return train.augment(mel)
+        return train.augment(mel, lengths)
     once = draw(0)
     assert torch.equal(once, draw(0)) and not torch.equal(once, draw(1))
-    change = once - mel
+    assert (once[0, 100:] == 0).all() and (once[0, :100] < -2).all()  # padding stays zero and does not count
+    change = (once - mel)[1:]
     level = change.flatten(1).mode().values[:, None, None]  # most of the sound is only louder or softer
     assert (level.abs() <= 2).all() and level.std() > 0.5
-    kept = ((change - level).abs() < 1e-5).float().mean((1, 2))
+    kept = ((change - level).abs() < 1e-4).float().mean((1, 2))
     assert kept.min() > 0.3 and 0.5 < kept.mean() < 0.9
 
 
@@ -204,9 +206,11 @@ def small(monkeypatch):
 
 
 def test_resume_is_bit_exact(small, tmp_path):
-    common = ["--batch", "4", "--warm-steps", "3", "--warmup", "2", "--chunks", "4,8", "--merges", "20", "--device", "cpu"]
-    assert train.main(common + ["--steps", "6", "--out", str(tmp_path / "whole")]) == 0
-    options = train.parse_options(common + ["--steps", "6", "--out", str(tmp_path / "half")])
+    """Stopped while the label encoder's optimizer has no state yet; then side tasks, augmentation, transducer."""
+    common = ["--batch", "4", "--warm-steps", "8", "--warmup", "2", "--chunks", "4,8", "--merges", "20", "--device", "cpu",
+              "--augment", "--forget-steps", "2"]
+    assert train.main(common + ["--steps", "10", "--out", str(tmp_path / "whole")]) == 0
+    options = train.parse_options(common + ["--steps", "10", "--out", str(tmp_path / "half")])
     steps = iter(range(100))
     real_step = train.train_step
 
@@ -221,10 +225,10 @@ def test_resume_is_bit_exact(small, tmp_path):
     assert load(half)[1]["step"] == 3
     assert train.main(["--resume", str(half)]) == 0
     (whole, a), (resumed, b) = load(tmp_path / "whole" / "model.pt"), load(half)
-    assert a["step"] == b["step"] == 6 and a["position"] == b["position"]
+    assert a["step"] == b["step"] == 10 and a["position"] == b["position"]
     for (name, x), y in zip(whole.state_dict().items(), resumed.state_dict().values()):
         assert torch.equal(x, y), name
-    assert train.main(common + ["--steps", "6", "--seed", "1", "--out", str(tmp_path / "other")]) == 0
+    assert train.main(common + ["--steps", "10", "--seed", "1", "--out", str(tmp_path / "other")]) == 0
     other, _ = load(tmp_path / "other" / "model.pt")  # the control: another seed, other weights
     assert not torch.equal(whole.joint.output.weight, other.joint.output.weight)
 
