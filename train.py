@@ -482,7 +482,8 @@ COMMON = dict(manifest=None, dev=None, corpus="de-en", preset="tiny", interleave
               steps=1300, batch=16, lr=2e-3, warmup=100, warm_steps=400, forget_steps=150, side_weight=0.3,
               label_dropout=0.1, merges=100, dropout=0.1, chunks=(16, 8), augment=False, eval_every=500, device=None,
               strict=False, allow_outside=False, write_corpus=None)
-REAL = dict(steps=4000, warm_steps=1000, forget_steps=300, merges=240, chunks=(16, 8, 32), augment=True)
+REAL = dict(steps=8500, warm_steps=5000, forget_steps=500, label_dropout=0.25, merges=240, chunks=(16, 8, 32),
+            augment=True, eval_every=1000)
 TEST_SIZE = 200  # built-in utterances to evaluate on
 
 
