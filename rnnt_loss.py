@@ -67,10 +67,9 @@ Job = namedtuple("Job", "labels frames counts lse blank label alpha costs blank_
 
 
 # ------------------------------------------------------------------------------------------ the lattice, for both
-def _node(i, nodes, job):
-    """Row i of the logits at hand belongs to node (b,t,u): the i-th of a list, or simply the i-th; is it in use?"""
+def _node(n, job):
+    """Node number n is (b,t,u); is it in use?"""
     T, U1 = job.lse.shape[1], job.lse.shape[2]
-    n = nodes[i] if nodes.shape[0] else i
     b, t, u = n // (T * U1), n // U1 % T, n % U1
     return b, t, u, t < job.frames[b] and u <= job.counts[b]
 
@@ -204,8 +203,8 @@ def _scaled_softmax(row, lse, factor, out):
 
 
 @njit(forceinline=True)
-def _log_probs_row(row, i, nodes, job):
-    b, t, u, inside = _cpu_node(i, nodes, job)
+def _log_probs_row(row, node, job):
+    b, t, u, inside = _cpu_node(node, job)
     if inside:
         lse = 0.0
         if job.fused:
@@ -218,8 +217,8 @@ def _log_probs_row(row, i, nodes, job):
 
 
 @njit(forceinline=True)
-def _gradient_row(row, i, nodes, job, scale, grad):
-    b, t, u, inside = _cpu_node(i, nodes, job)
+def _gradient_row(row, node, job, scale, grad):
+    b, t, u, inside = _cpu_node(node, job)
     on = job.blank[b, t, u] if inside else 0.0
     up = (1 + job.fastemit) * job.label[b, t, u] if inside else 0.0
     if (on == 0 and up == 0) or not job.fused:
@@ -238,9 +237,9 @@ def _gradient_row(row, i, nodes, job, scale, grad):
 
 # The parallel loops do no more than call: a store to an array inside a tuple, in the loop itself, numba would drop.
 @njit(parallel=True, nogil=True, cache=True)
-def _cpu_log_probs(x, first, nodes, job):
+def _cpu_log_probs(x, nodes, job):
     for i in prange(x.shape[0]):
-        _log_probs_row(x[i], first + i, nodes, job)
+        _log_probs_row(x[i], nodes[i], job)
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -250,9 +249,9 @@ def _cpu_lattice(job, want):
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def _cpu_gradient(x, first, nodes, job, scale, out):
+def _cpu_gradient(x, nodes, job, scale, out):
     for i in prange(x.shape[0]):
-        _gradient_row(x[i], first + i, nodes, job, scale, out[i])
+        _gradient_row(x[i], nodes[i], job, scale, out[i])
 
 
 # --------------------------------------------------------------------------------------------------------------- CUDA
@@ -276,13 +275,13 @@ def _brain(v):
 
 
 @cuda.jit
-def _gpu_log_probs(x, first, nodes, job, brain):
+def _gpu_log_probs(x, nodes, job, brain):
     """One pass: every lane keeps the maximum so far and the sum of exp(x - maximum), and the 32 pairs are merged."""
     lane, r = cuda.threadIdx.x, cuda.threadIdx.y
     i, V = np.int64(cuda.blockIdx.x) * ROWS + r, x.shape[1]
     tops = cuda.shared.array((ROWS, 32), np.float32)       # the simulator tells shared arrays apart by their line
     sums = cuda.shared.array((ROWS, 32), np.float32)
-    b, t, u, inside = _gpu_node(first + min(i, x.shape[0] - 1), nodes, job)
+    b, t, u, inside = _gpu_node(nodes[min(i, x.shape[0] - 1)], job)
     inside = inside and i < x.shape[0]                     # every thread must meet every barrier below
     top, total = _LOWEST, np.float32(0)
     if inside and job.fused:
@@ -312,10 +311,10 @@ def _gpu_log_probs(x, first, nodes, job, brain):
 
 
 @cuda.jit
-def _gpu_gradient(x, first, nodes, job, scale, out, brain):
+def _gpu_gradient(x, nodes, job, scale, out, brain):
     lane, i, V = cuda.threadIdx.x, np.int64(cuda.blockIdx.x) * ROWS + cuda.threadIdx.y, x.shape[1]
     if i < x.shape[0]:
-        b, t, u, inside = _gpu_node(first + i, nodes, job)
+        b, t, u, inside = _gpu_node(nodes[i], job)
         on, up, lse, y = np.float32(0), np.float32(0), np.float32(0), np.int64(-1)
         if inside:
             on, lse = job.blank[b, t, u], job.lse[b, t, u]
@@ -399,13 +398,13 @@ def _slabs(x):
         yield i, x[i:i + step] if native else x[i:i + step].to("cpu", torch.promote_types(x.dtype, torch.float32))
 
 
-def log_probs(x, first, nodes, job):
-    """x (n,V): the logits of nodes first, first + 1, ... of the list `nodes`, or of all nodes where it is empty."""
+def log_probs(x, nodes, job):
+    """x (n,V): the logits of the nodes with these numbers (n,)."""
     if job.gpu:
-        _run(_gpu_log_probs, (-(-len(x) // ROWS), (32, ROWS)), x, first, nodes, job, x.dtype == torch.bfloat16)
+        _run(_gpu_log_probs, (-(-len(x) // ROWS), (32, ROWS)), x, nodes, job, x.dtype == torch.bfloat16)
         return
     for i, rows in _slabs(x):
-        _run(_cpu_log_probs, None, rows, first + i, nodes, job)
+        _run(_cpu_log_probs, None, rows, nodes[i:i + len(rows)], job)
 
 
 def lattice(job, want):
@@ -414,18 +413,22 @@ def lattice(job, want):
     _run(*((_gpu_lattice, (len(job.costs), threads)) if job.gpu else (_cpu_lattice, None)), job, want)
 
 
-def gradient(x, first, nodes, job, scale, out):
+def gradient(x, nodes, job, scale, out):
     """out (n,V): the gradient of the same rows, utterance b's multiplied by scale[b]."""
     if job.gpu:
         grid = -(-len(x) // ROWS), (32, ROWS)
-        _run(_gpu_gradient, grid, x, first, nodes, job, scale, out, x.dtype == torch.bfloat16)
+        _run(_gpu_gradient, grid, x, nodes, job, scale, out, x.dtype == torch.bfloat16)
         return
     for i, rows in _slabs(x):
         here = out[i:i + len(rows)]
         grad = here if here.dtype == rows.dtype and here.device == rows.device else torch.empty_like(rows)
-        _run(_cpu_gradient, None, rows, first + i, nodes, job, scale, grad)
+        _run(_cpu_gradient, None, rows, nodes[i:i + len(rows)], job, scale, grad)
         if grad is not here:
             here.copy_(grad)
+
+
+def _all_nodes(job):
+    return torch.arange(job.lse.numel(), device=job.lse.device)
 
 
 # ------------------------------------------------------------------------------------------------------------ checking
@@ -479,7 +482,7 @@ class _Loss(torch.autograd.Function):
     def forward(ctx, logits, job, want):
         ctx.job = job
         ctx.save_for_backward(logits)
-        log_probs(logits.view(-1, logits.shape[-1]), 0, job.frames[:0], job)           # no list: row i is node i
+        log_probs(logits.view(-1, logits.shape[-1]), _all_nodes(job), job)
         lattice(job, want)
         return job.costs.to(logits.device, torch.promote_types(logits.dtype, torch.float32))
 
@@ -492,7 +495,7 @@ class _Loss(torch.autograd.Function):
         else:
             grad = torch.empty_like(logits)
         scale, rows = upstream.to(ctx.job.costs.device, torch.float64).contiguous(), (-1, logits.shape[-1])
-        gradient(logits.view(rows), 0, ctx.job.frames[:0], ctx.job, scale, grad.view(rows))
+        gradient(logits.view(rows), _all_nodes(ctx.job), ctx.job, scale, grad.view(rows))
         return grad, None, None
 
 
@@ -553,8 +556,8 @@ class _Joint:
         return [torch.zeros(a.shape, dtype=self.wide, device=a.device) for a in inputs]
 
     def add_gradients(self, grads, scale, tile, hidden, logits, grad):
-        first, _, _, encoder_rows, label_rows = tile
-        gradient(logits, first, self.nodes, self.job, scale, grad)
+        first, end, _, encoder_rows, label_rows = tile
+        gradient(logits, self.nodes[first:end], self.job, scale, grad)
         if grad.dtype == self.wide:
             grads[2].addmm_(grad.T, hidden)
         else:
@@ -589,7 +592,7 @@ class _JointLoss(torch.autograd.Function):
         ctx.grads = joint.zeros() if want and factor and joint.whole else None
         scale = torch.full_like(job.costs, factor)
         for tile, hidden, logits, room in joint:
-            log_probs(logits, tile[0], joint.nodes, job)
+            log_probs(logits, joint.nodes[tile[0]:tile[1]], job)
             if ctx.grads:
                 lattice(Job(*(a[tile[2]] if isinstance(a, torch.Tensor) else a for a in job)), True)
                 joint.add_gradients(ctx.grads, scale, tile, hidden, logits, room)
@@ -650,7 +653,7 @@ def _best_path(blank, label, T, U, frames):
 def rnnt_align(logits, targets, logit_lengths, target_lengths, *, blank):
     """The frame (B,U1-1) at which the best path writes each label; -1 beyond the target and where there is no path."""
     job = _make_job(logits.shape, (logits.device, logits.dtype), targets, logit_lengths, target_lengths, blank)
-    log_probs(logits.contiguous().view(-1, logits.shape[-1]), 0, job.frames[:0], job)
+    log_probs(logits.contiguous().view(-1, logits.shape[-1]), _all_nodes(job), job)
     frames = torch.full((len(job.labels), job.labels.shape[1] - 1), -1, dtype=torch.int64)
     blank, label, T, U = (a.cpu().numpy() for a in (job.blank, job.label, job.frames, job.counts))
     for b in range(len(frames)):
