@@ -46,6 +46,8 @@ def search(path):
     from stream import evaluate, read_audio
     model, beside = load(path)
     tokenizer, options = Tokenizer.from_dict(beside["tokenizer"]), train.parse_options(["--resume", path])
+    if options.manifest and not options.dev:
+        sys.exit(f"{path}: its run had no development set (--dev)")
     if options.manifest:
         dev = [(row, read_audio(row.audio, row.start, row.duration)) for row in read_manifest(options.dev)]
     else:
