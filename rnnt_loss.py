@@ -649,16 +649,30 @@ def _best_path(blank, label, T, U, frames):
             t += 1
 
 
+def _align(job):
+    frames = torch.full((len(job.labels), job.labels.shape[1] - 1), -1, dtype=torch.int64)
+    blank, label, T, U = (a.cpu().numpy() for a in (job.blank, job.label, job.frames, job.counts))
+    for b in range(len(frames)):
+        _best_path(blank[b], label[b], T[b], U[b], frames[b].numpy())
+    return frames
+
+
 @torch.no_grad()
 def rnnt_align(logits, targets, logit_lengths, target_lengths, *, blank):
     """The frame (B,U1-1) at which the best path writes each label; -1 beyond the target and where there is no path."""
     job = _make_job(logits.shape, (logits.device, logits.dtype), targets, logit_lengths, target_lengths, blank)
     log_probs(logits.contiguous().view(-1, logits.shape[-1]), _all_nodes(job), job)
-    frames = torch.full((len(job.labels), job.labels.shape[1] - 1), -1, dtype=torch.int64)
-    blank, label, T, U = (a.cpu().numpy() for a in (job.blank, job.label, job.frames, job.counts))
-    for b in range(len(frames)):
-        _best_path(blank[b], label[b], T[b], U[b], frames[b].numpy())
-    return frames.to(logits.device)
+    return _align(job).to(logits.device)
+
+
+@torch.no_grad()
+def joint_rnnt_align(encoder_out, label_out, weight, bias, targets, logit_lengths, target_lengths, *, blank):
+    """rnnt_align without the logits; arguments as joint_rnnt_loss's."""
+    joint = _Joint((encoder_out, label_out, weight, bias), targets, logit_lengths, target_lengths, blank)
+    with torch.autocast(encoder_out.device.type, enabled=False):
+        for tile, _, logits, _ in joint:
+            log_probs(logits, joint.nodes[tile[0]:tile[1]], joint.job)
+    return _align(joint.job).to(encoder_out.device)
 
 
 def demonstrate():

@@ -1,6 +1,6 @@
 """From nothing, or from a manifest of your own speech, to a model that streams: corpus, batches, steps, checkpoint.
 
-    python train.py                                  the built-in corpus: nine minutes on two cores, no download
+    python train.py                                  the built-in corpus: nine and a half minutes on two cores
     python train.py train.jsonl --dev dev.jsonl      real speech (the format of the rows: serialize.Row)
     python train.py --resume runs/de-en/model.pt     go on where a run stopped
 
@@ -13,7 +13,7 @@ learned in minutes). The second half adds two, still without the transducer loss
   - the label encoder learns, as a language model, what comes next: word order and translation.
 The joint starts deaf to labels (label_proj is zero), and at first all labels are hidden from the label encoder, then
 fewer. While this was built, models without the second task stayed in the trap, and one without the third heard as well
-but had nine times the errors in its translation (32.7 % against 3.7 % after 1500 steps).
+but had nine times the errors in its translation (32.7 % against 3.7 % after 1500 steps, with AdamW).
 """
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import rnnt_loss as module
-from rnnt_loss import joint_rnnt_loss, rnnt_align, rnnt_loss, rnnt_loss_reference
+from rnnt_loss import joint_rnnt_align, joint_rnnt_loss, rnnt_align, rnnt_loss, rnnt_loss_reference
 
 F64 = torch.float64
 
@@ -333,9 +333,12 @@ def test_viterbi_gives_a_planted_path_back():
     assert rnnt_align(logits, targets, torch.tensor([12]), torch.tensor([4]), blank=0).tolist() == [planted]
 
 
-def test_viterbi_without_a_path():
-    logits, *rest = batch()
-    logits = logits.detach()
+def test_viterbi_of_the_joint_and_without_a_path():
+    _, *rest = batch()
+    inputs = joint_inputs()
+    logits = torch.tanh(inputs[0][:, :, None] + inputs[1][:, None]) @ inputs[2].T + inputs[3]
+    assert torch.equal(joint_rnnt_align(*inputs, *rest, blank=0), rnnt_align(logits, *rest, blank=0))
+    logits = logits.detach().clone()
     logits[0, ..., 0] = -math.inf
     assert rnnt_align(logits, *rest, blank=0)[0].tolist() == [-1] * 4
 

@@ -23,10 +23,10 @@ def times_by_checkpoint(rows, path):
     from tqdm import tqdm
     import serialize
     from model import load, log_mel, pad_samples
-    from rnnt_loss import rnnt_align
+    from rnnt_loss import joint_rnnt_align
     from stream import read_audio
     model, beside = load(path)
-    tokenizer = serialize.Tokenizer.from_dict(beside["tokenizer"])
+    tokenizer, joint = serialize.Tokenizer.from_dict(beside["tokenizer"]), model.joint
     for row in tqdm(rows, desc="times", disable=None):
         try:
             ids = serialize.serialize(serialize.interleave(row, beside["mode"]), tokenizer)
@@ -38,7 +38,8 @@ def times_by_checkpoint(rows, path):
             frames, _ = model.encoder(log_mel(pad_samples(samples, model.config.subsampling))[None])
             targets, lengths = torch.tensor([ids]), (torch.tensor([frames.shape[1]]), torch.tensor([len(ids)]))
             labels, _ = model.label_encoder(targets)
-            written = rnnt_align(model.joint(frames, labels), targets, *lengths, blank=0)[0].tolist()
+            written = joint_rnnt_align(joint.encoder_proj(frames), joint.label_proj(labels), joint.output.weight,
+                                       joint.output.bias, targets, *lengths, blank=0)[0].tolist()
         parser, ends = serialize.StreamParser(tokenizer), {}
         for frame, token in zip(written, ids):
             for tag, _ in parser.feed(token):  # this token completes a word
