@@ -410,10 +410,10 @@ def tasks(step, options):
     """What is learned at this step, and how much each task weighs."""
     if step < options.warm_steps // 2:
         return {"letters": 1.0}
+    sides = ("letters", "next_label") + ("words",) * (options.interleave != "st")  # words: those of the transcription
     if step < options.warm_steps:
-        return {"letters": 1.0, "words": 1.0, "next_label": 1.0}
-    side = options.side_weight
-    return {"transducer": 1.0, "letters": side, "words": side, "next_label": side}
+        return dict.fromkeys(sides, 1.0)
+    return {"transducer": 1.0} | dict.fromkeys(sides, options.side_weight)
 
 
 def losses(model, batch, names, chunk=None, forget=0.0):

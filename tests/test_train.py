@@ -233,6 +233,13 @@ def test_resume_is_bit_exact(small, tmp_path):
     assert not torch.equal(whole.joint.output.weight, other.joint.output.weight)
 
 
+def test_tasks_come_one_after_the_other():
+    def at(step, *more):
+        return set(train.tasks(step, train.parse_options(["--warm-steps", "10", *more])))
+    assert at(4) == {"letters"} and at(9) == {"letters", "words", "next_label"} and at(10) == at(9) | {"transducer"}
+    assert "words" not in at(10, "--interleave", "st")  # a model that only translates must not learn to write them
+
+
 def test_encoder_learns_to_spell_in_two_hundred_steps():
     """A fixed number of steps from a fixed seed. CTC on letters starts above 4 nats and falls below 1 on sentences and
     speakers never heard; on noise of the same length it does not."""
