@@ -469,7 +469,6 @@ def test_the_position_bias_that_is_kept_follows_the_weights():
     assert stack.distance_bias.grad.abs().sum() > 0
 
 
-
 def test_the_demonstration_prints_the_mask_it_uses():
     out = subprocess.run([sys.executable, ROOT / "model.py"], capture_output=True, text=True, check=True).stdout
     assert all(name in out for name in m.PRESETS) and "320 (280) ms" in out
