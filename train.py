@@ -38,7 +38,7 @@ from tqdm import tqdm
 import stream
 from align import add_links, align_bitext
 from model import PRESETS, Transducer, load, log_mel, pad_samples, save
-from rnnt_loss import joint_rnnt_loss
+from rnnt_loss import joint_rnnt_loss, runs_on_gpu
 from serialize import Row, Tokenizer, interleave, needs, read_manifest, serialize, write_manifest
 from stream import evaluate, read_audio
 
@@ -607,6 +607,7 @@ def start(options, corpus, dev):
 
 def train(options):
     """The whole run; returns the path of the checkpoint and of a file to stream with it."""
+    runs_on_gpu(torch.device(options.device), torch.float32)  # what the loss needs on a GPU, it says now
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     corpus, dev = open_corpus(options, PRESETS[options.preset].subsampling)
@@ -708,7 +709,7 @@ def main(argv=None):
             return 0
         path, example = train(options)
         print(f"\nthe checkpoint is {path}; stream a file with it:\npython stream.py {path} {example}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     return 0

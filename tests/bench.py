@@ -292,21 +292,36 @@ def loss_peers():
     return peers
 
 
-def rounds(contenders, repeats, wait=lambda: None):
-    """Seconds of each, medians over rounds in which all take turns: what disturbs one disturbs the others."""
-    seconds = {name: [] for name in contenders}
+def rounds(contenders, repeats, device):
+    """-> seconds of each, and those of the host on a GPU: medians over rounds in which all take turns, so that what
+    disturbs one disturbs the others."""
+    seconds, host = ({name: [] for name in contenders} for _ in range(2))
     for _ in range(repeats + 1):
         for name, function in contenders.items():
-            wait()
-            start = time.perf_counter()
-            function()
-            wait()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each[1:] or each) for name, each in seconds.items()}
+            elapsed, launch = (cuda_timed if device == "cuda" else lambda f: (timed(f), 0.0))(function)
+            seconds[name].append(elapsed)
+            host[name].append(launch)
+    return tuple({name: statistics.median(each[1:] or each) for name, each in all.items()} for all in (seconds, host))
 
 
-def peak_mb(function):
-    """The highest resident memory while it runs, above that before."""
+def cuda_timed(function, calls=20):
+    """Seconds of a call by the GPU's clock, over calls back to back, and those that the host needed to launch one."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    host = timed(lambda: [function() for _ in range(calls)])
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls, host / calls
+
+
+def peak_mb(function, device):
+    """The highest memory while it runs, above that before: resident, or the GPU's."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
     before, highest, done = resident_mb(), [0.0], threading.Event()
 
     def watch():
@@ -336,22 +351,26 @@ def loss_table(shape, repeats, device):
     def cost_only():
         with torch.no_grad():
             rnnt_loss(logits, *there, blank=0)
+
+    two, ones = torch.zeros(B, T, U1, 2, device=device, requires_grad=True), torch.ones_like(there[0])
     contenders = {"copy": lambda: buffer.copy_(logits.detach()),
                   "log_softmax": lambda: torch.log_softmax(logits.detach(), -1),
-                  "ours": both_ways(lambda *args: rnnt_loss(*args, blank=0)), "ours, cost only": cost_only}
+                  "ours": both_ways(lambda *args: rnnt_loss(*args, blank=0)), "ours, cost only": cost_only,
+                  "ours, V = 2: the lattice": lambda: rnnt_loss(two, ones, *there[1:], blank=0).backward()}
     contenders.update({name: both_ways(loss) for name, loss in loss_peers().items()})
-    seconds = rounds(contenders, repeats, torch.cuda.synchronize if device == "cuda" else lambda: None)
+    seconds, host = rounds(contenders, repeats, device)
     size = logits.numel() * 4 / 1e6
     for name, each in seconds.items():
-        memory = "" if device == "cuda" else f"{peak_mb(contenders[name]) / size:8.2f}"
-        print(f"| {shape} {size:.0f} MB | {name} | {each * 1e3:.1f} | {each / seconds['copy']:.2f} | "
-              f"{each / seconds['log_softmax']:.2f} | {memory} |", flush=True)
+        print(f"| {shape} {size:.0f} MB | {name} | {each * 1e3:.3g} | {each / seconds['copy']:.2f} | "
+              f"{each / seconds['log_softmax']:.2f} | {peak_mb(contenders[name], device) / size:.2f} |"
+              + f" {host[name] * 1e6:.0f} us |" * (device == "cuda"), flush=True)
 
 
-def joint_table(shape, width, repeats):
+def joint_table(shape, width, repeats, device):
     from rnnt_loss import joint_rnnt_loss, rnnt_loss
     B, T, U1, V = shape
-    inputs = [torch.randn(s).requires_grad_() for s in ((B, T, width), (B, U1, width), (V, width), (V,))]
+    inputs = [torch.randn(s, device=device).requires_grad_()
+              for s in ((B, T, width), (B, U1, width), (V, width), (V,))]
     lengths = torch.randint(1, V, (B, U1 - 1)), torch.full((B,), T), torch.full((B,), U1 - 1)
 
     def unfused():
@@ -361,10 +380,10 @@ def joint_table(shape, width, repeats):
     def fused():
         joint_rnnt_loss(*inputs, *lengths, blank=0).backward()
     contenders = {"joint, then loss": unfused, "fused": fused}
-    memory = {name: peak_mb(function) for name, function in reversed(contenders.items())}
-    seconds = rounds(contenders, repeats)
+    memory = {name: peak_mb(function, device) for name, function in reversed(contenders.items())}
+    seconds, _ = rounds(contenders, repeats, device)
     for name, each in seconds.items():
-        print(f"| {shape} width {width}, logits {B * T * U1 * V * 4 / 1e6:.0f} MB | {name} | {each * 1e3:.0f} | "
+        print(f"| {shape} width {width}, logits {B * T * U1 * V * 4 / 1e6:.0f} MB | {name} | {each * 1e3:.3g} | "
               f"{each / seconds['joint, then loss']:.2f} | {memory[name]:.0f} MB |", flush=True)
 
 
@@ -374,13 +393,14 @@ def loss(options):
     shapes = [(4, 150, 20, 1000), (8, 300, 40, 500), (16, 200, 50, 4000)][:options.shapes]
     np.ones(5 * max(map(math.prod, shapes)), np.float32)  # a virtual machine is slow to give memory that it never gave
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        print(f"\n{device}, forward and backward\n| logits | what | ms | / copy | / log_softmax | memory / logits |")
+        print(f"\n{device}, forward and backward\n| logits | what | ms | / copy | / log_softmax | memory / logits |"
+              + " host, a call |" * (device == "cuda"))
         for shape in shapes:
             loss_table(shape, options.repeats if shape[3] < 4000 else 3, device)
-    print("\n| joint | what | ms | / unfused | extra memory |")
-    joint_table((16, 60, 20, 300), 256, options.repeats)
-    if options.joint:
-        joint_table((16, 200, 50, 4000), 512, 0)
+        print("\n| joint | what | ms | / unfused | extra memory |")
+        joint_table((16, 60, 20, 300), 256, options.repeats, device)
+        if options.joint:
+            joint_table((16, 200, 50, 4000), 512, 0 if device == "cpu" else options.repeats, device)
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ def test_long_audio_keeps_its_gradient():
     ({"target_lengths": torch.tensor([4, -1, 0])}, r"target_lengths\[1\] is -1"),
     ({"target_lengths": torch.tensor([4, 0])}, "target_lengths must be 1-dimensional integers for 3 utterances"),
     ({"targets": torch.tensor([[1, 2, 9, 1]] * 3)}, r"targets\[0, 2\] is 9"),
-    ({"targets": torch.tensor([[1, 0, 2, 1]] * 3)}, r"targets\[0, 1\] is 0, not in blank \(0\)"),
+    ({"targets": torch.tensor([[1, 0, 2, 1]] * 3)}, r"targets\[0, 1\] is 0, not in 0..6 without the blank, 0"),
     ({"targets": torch.ones(3, 4)}, "not torch.float32"),
     ({"blank": 7}, "blank is 7, but a node has 7 logits"),
     ({"reduction": "avg"}, "reduction is 'avg'"),
@@ -344,9 +344,9 @@ def test_viterbi_of_the_joint_and_without_a_path():
 
 
 @pytest.mark.parametrize("right,wrong", [
-    ("grad[job.labels[b, u]] -= factor * up", "grad[job.labels[b, u]] += factor * up"),
-    ("blank[t - 1, u] *= through", "blank[t - 1, u] *= 1"),
-    ("row.dtype.type(factor * (on + up))", "row.dtype.type(factor * on)")])
+    ("out[i, y[i]] += up", "out[i, y[i]] -= up"),
+    ("arcs[t, u, BLANK] *= arcs[t + 1, u, BLANK] + arcs[t + 1, u, LABEL]", "arcs[t, u, BLANK] *= 1"),
+    ("lse[i], -(on + up), out[i]", "lse[i], -on, out[i]")])
 def test_negative_control_a_broken_gradient_is_seen(right, wrong, tmp_path):
     source = (ROOT / "rnnt_loss.py").read_text()
     assert source.count(right) == 1
@@ -396,28 +396,40 @@ logits = torch.randn(3, 4, 4, 7, generator=torch.Generator().manual_seed(0))
 rest = torch.tensor([[1, 2, 3], [4, 5, 6], [1, 1, 1]]), torch.tensor([4, 3, 1]), torch.tensor([2, 3, 0])
 logits[1, 2, 0, 0] = -math.inf                             # an arc forbidden, a path left
 options = dict(blank=0, reduction="none", fastemit_lambda=0.1, delay_penalty=0.2)
-choose = m._on_gpu
+choose = m.runs_on_gpu
 assert choose(logits.device, torch.float32)
 for dtype, threads, more in ((torch.float32, 1024, {}), (torch.float32, 2, {"clamp": 0.2}), (torch.bfloat16, 3, {}),
                              (torch.float16, 4, {"fused_log_softmax": False})):
     m.LATTICE_THREADS, seen = threads, []
     for gpu in (False, True):
-        m._on_gpu = lambda device, dtype: gpu
+        m.runs_on_gpu = lambda device, dtype: gpu
         x = logits.to(dtype).requires_grad_()
         costs = m.rnnt_loss(x, *rest, **options, **more)
         seen.append((costs, torch.autograd.grad((costs * torch.tensor([1., -2., 3.])).sum(), x)[0]))
     assert torch.allclose(seen[0][0], seen[1][0], rtol=1e-6), (dtype, seen)
     assert (seen[0][1].double() - seen[1][1].double()).abs().max() < (1e-6 if dtype == torch.float32 else 1e-2), dtype
-m._on_gpu, m.LATTICE_THREADS = choose, 2
+m.runs_on_gpu, m.LATTICE_THREADS = choose, 2
 inputs = [torch.randn(s, generator=torch.Generator().manual_seed(1), requires_grad=True)
           for s in ((3, 4, 5), (3, 4, 5), (7, 5), (7,))]
 for tile_bytes in (1000, 1 << 20):
     fused = m.joint_rnnt_loss(*inputs, *rest, blank=0, tile_bytes=tile_bytes)
-    m._on_gpu = lambda device, dtype: False
+    m.runs_on_gpu = lambda device, dtype: False
     plain = m.joint_rnnt_loss(*inputs, *rest, blank=0)
-    m._on_gpu = choose
+    m.runs_on_gpu = choose
     for a, b in zip(torch.autograd.grad(fused, inputs), torch.autograd.grad(plain, inputs)):
         assert (a - b).abs().max() < 1e-6
+paths = []
+for gpu in (False, True):
+    m.runs_on_gpu = lambda device, dtype: gpu
+    paths.append(m.rnnt_align(logits, *rest, blank=0))
+    batch = m._batch(logits.shape, logits.device, logits.dtype, *rest, 0)
+    for a, nothing in ((batch.frames, 0), (batch.counts, 0), (batch.y, m.PADDING)):
+        a[1] = nothing                                     # as where a length is wrong and a GPU does not show it
+    x = logits.clone().requires_grad_()
+    costs = m._Loss.apply(x, batch, -1)
+    grad, = torch.autograd.grad(costs[::2].sum(), x)
+    assert costs[1].isnan() and costs[::2].isfinite().all() and grad[0].any() and not grad[1].any(), (gpu, costs)
+assert torch.equal(*paths) and paths[0][0, 0] >= 0, paths
 print("simulator agrees")
 """
 
@@ -429,18 +441,22 @@ def test_cuda_kernels_under_the_simulator():
     assert run.returncode == 0 and "simulator agrees" in run.stdout, run.stdout + run.stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is at hand")
-def test_one_warning_where_numba_cannot_compile_for_the_gpu():
-    module._gpu_compiles.cache_clear()
-    with pytest.warns(UserWarning, match="numba cannot compile for this GPU .*numba-cuda"):
-        assert not module._on_gpu(torch.device("cuda"), torch.float32)
+def test_where_no_kernel_is_the_error_says_what_to_do(monkeypatch):
+    with pytest.raises(ValueError, match="float64 logits on a CPU only"):
+        module.runs_on_gpu(torch.device("cuda"), F64)
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="needs numba-cuda: pip install 'numba-cuda"):
+        module.runs_on_gpu(torch.device("cuda"), torch.float32)
+    monkeypatch.setattr(module, "find_spec", lambda name: name)
+    assert module.runs_on_gpu(torch.device("cuda"), torch.float32)
+    assert not module.runs_on_gpu(torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU at hand")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("U", [4, 1500])
 def test_cuda_equals_cpu(dtype, U):
-    assert module._on_gpu(torch.device("cuda"), dtype)  # by our kernels, not by the way through the CPU
+    assert module.runs_on_gpu(torch.device("cuda"), dtype)
     logits, *rest = batch(T=9, U=U, V=33, dtype=dtype)
     costs = rnnt_loss(logits, *rest, blank=0, reduction="none")
     there = logits.detach().cuda().requires_grad_()
@@ -448,3 +464,21 @@ def test_cuda_equals_cpu(dtype, U):
     assert torch.allclose(costs, theirs.cpu(), rtol=1e-5)
     difference = grad_of(costs.sum(), logits) - grad_of(theirs.sum(), there).cpu()
     assert difference.double().abs().max() < (1e-5 if dtype == torch.float32 else 1e-2)
+    assert torch.equal(rnnt_align(there, *rest, blank=0).cpu(), rnnt_align(logits, *rest, blank=0))
+    rest[1][0] = 99                                         # on a GPU an error only where it may wait
+    wrong = rnnt_loss(there, *(a.cuda() for a in rest), blank=0, reduction="none")
+    assert wrong[0].isnan() and torch.equal(wrong[1:], theirs[1:])
+    with pytest.raises(ValueError, match=r"logit_lengths\[0\] is 99"):
+        rnnt_loss(there, *(a.cuda() for a in rest), blank=0, validate=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU at hand")
+@pytest.mark.parametrize("tile_bytes", [3000, 1 << 20])
+def test_cuda_fused_equals_cpu(tile_bytes):
+    _, *rest = batch()
+    inputs = joint_inputs(torch.float32)
+    there = [a.detach().cuda().requires_grad_() for a in inputs]
+    ours, theirs = (joint_rnnt_loss(*a, *rest, blank=0, tile_bytes=tile_bytes) for a in (inputs, there))
+    assert abs(ours - theirs.cpu()) < 1e-4
+    for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, there)):
+        assert (a - b.cpu()).abs().max() < 1e-4
