@@ -1,29 +1,29 @@
-"""The RNN-T (transducer) loss: plain, fast on a CPU, fast on a GPU, and fused with the joint network.
+"""The RNN-T (transducer) loss: a plain reference, kernels for CPU and GPU, and a version fused with the joint network.
 
-A transducer reads T encoder frames and writes U labels. At node (t,u) it has u labels written and looks at frame t; it
-writes either a blank (and goes to the next frame) or the next label (and stays):
+A transducer reads T encoder frames and writes U labels. At node (t,u) it has written u labels and looks at frame t. The
+joint network gives V logits there: it writes a blank (moves to frame t+1) or the next label (stays at frame t):
 
       u=2   o--o--o--o--->    a path climbs from the lower left corner to the upper right one and leaves by a blank
             |  |  |  |        --  blank: (t,u) to (t+1,u)
       u=1   o--o--o--o        |   label y[u]: (t,u) to (t,u+1)
             |  |  |  |
-      u=0   o--o--o--o        alpha(t,u) = log of the sum, over all paths from the start to (t,u), of their probability
+      u=0   o--o--o--o        alpha(t,u) = log of the summed probability of all paths from the start to (t,u)
            t=0  1  2  3                  = log(exp(alpha(t-1,u) + blank(t-1,u)) + exp(alpha(t,u-1) + label(t,u-1)))
 
       cost = -log P(labels | frames) = -(alpha(T-1,U) + blank(T-1,U))       (Graves 2012, arXiv 1211.3711, eq. 16, 17)
 
-Of a node's V logits the recursion needs two numbers, the log-probabilities of its two arcs; of an arc the gradient
-needs one, its posterior: the probability that a path drawn from those that spell the labels goes over it. So every
-version is three steps:
+Of a node's V logits the recursion needs two numbers, the log-probabilities of its two arcs. The gradient needs one per
+arc, its posterior: of the probability of all paths that spell the labels, the part that goes over it. So every version
+but the reference is three steps (B utterances, padded to T frames and U1 = U + 1 rows; n = B T U1 nodes):
 
   log_probs  logits (n,V) -> arcs (n,2)      arc[j] = logit[j] - log sum_k exp(logit[k])        j: the blank, the label
   lattice    arcs (B,T,U1,2) -> costs (B,)   and in place of the arcs' log-probabilities their posteriors, -dcost/darc
-  gradient   by the chain rule               dcost/dlogit[k] = g[k] - softmax[k] sum_j g[j]     g[j] = dcost/darc[j]
+  gradient   chain rule; other g[k] are 0    dcost/dlogit[k] = g[k] - softmax[k] sum_j g[j]     g[j] = dcost/darc[j]
 
 The first and the last are all arithmetic: they read the logits, and write their gradient, at the speed of memory. The
-middle one is all dependence: T + U steps, one after the other, over three numbers a node, the only ones that are kept.
-rnnt_loss does this for logits; joint_rnnt_loss for the joint network's, a tile at a time, so that they never exist as a
-whole; rnnt_align finds the best single path. `python rnnt_loss.py` compares.
+middle one is all dependence: T + U steps, each waiting for the one before, over two numbers a node. rnnt_loss does this
+for given logits; joint_rnnt_loss computes the joint network's a tile at a time, so that they never exist as a whole;
+rnnt_align finds the best single path. `python rnnt_loss.py` runs all of them on one batch.
 """
 import math
 import os
@@ -32,7 +32,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import product
 
-os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")  # a block an utterance is what we want
+os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")  # before the import; one block an utterance is meant
 import numba
 import numpy as np
 import torch
@@ -41,9 +41,9 @@ from numba.extending import overload
 from torch.autograd import Function
 
 BLANK, LABEL = 0, 1           # the two arcs of a node
-NO_LABEL, PADDING = -1, -2    # y of a node that has no label to write (u = U), of one that is not in use
-SLAB_BYTES = 4 << 20          # half-precision logits are cast to float32 this much at a time
-TILE_BYTES = 48 << 20         # the fused joint holds about this much at a time
+NO_LABEL, PADDING = -1, -2    # in y, for a node: no label left to write (u = U); outside its utterance
+SLAB_BYTES = 4 << 20          # on a CPU, half-precision logits are cast to float32 in slabs of this size
+TILE_BYTES = 48 << 20         # of about this size are the tiles of the fused joint
 
 
 def rnnt_loss_reference(logits, targets, logit_lengths, target_lengths, *, blank, fused_log_softmax=True,
@@ -53,26 +53,26 @@ def rnnt_loss_reference(logits, targets, logit_lengths, target_lengths, *, blank
     for b in range(len(logits)):
         T, U = int(logit_lengths[b]), int(target_lengths[b])
         logp = logits[b].double().log_softmax(-1) if fused_log_softmax else logits[b].double()  # (T,U1,V)
-        alpha = {}
+        alpha = {}                                         # (t,u) -> log-probability of reaching that node
         for t, u in product(range(T), range(U + 1)):
-            ways = [] if t or u else [logp.new_zeros(())]
+            ways = [] if t or u else [logp.new_zeros(())]               # the start: probability 1
             if t > 0:
                 ways.append(alpha[t - 1, u] + logp[t - 1, u, blank])
             if u > 0:
-                label = logp[t, u - 1, int(targets[b, u - 1])] + delay_penalty * ((T - 1) / 2 - t)
-                ways.append(alpha[t, u - 1] + label)
+                ways.append(alpha[t, u - 1] + logp[t, u - 1, targets[b, u - 1]] + delay_penalty * ((T - 1) / 2 - t))
             alpha[t, u] = torch.stack(ways).logsumexp(0)
         costs.append(-(alpha[T - 1, U] + logp[T - 1, U, blank]))
     return torch.stack(costs)
 
 
-# y (B,T,U1): the label that each node may write; frames, counts (B,): T and U of each utterance; real: the arcs' type.
+# y (B,T,U1): the label each node may write; frames, counts (B,): each utterance's T and U; fused: logits need a
+# log-softmax; fastemit, delay: the two lambdas; gpu: which kernels; real: dtype of the arcs; factor: see _batch.
 Batch = namedtuple("Batch", "y frames counts blank fused fastemit delay gpu real factor")
 
 
 # ------------------------------------------------------------------------------ the lattice, one text for CPU and GPU
-# alpha is float64, or in long audio the digits that tell two ways apart would be lost; of their difference, small and
-# exact, exp and log may then be taken in `real`: float64 on a CPU, float32 on a GPU.
+# alpha is float64: in long audio a float32 would lose the digits that tell two ways apart. Only the difference of two
+# ways is rounded to `real`, for exp and log: float64 on a CPU, float32, which is much faster there, on a GPU.
 def _make_join(real):
     def join(a, b, best):
         """log(e^a + e^b), or the larger of the two, and the share of each in it."""
@@ -81,7 +81,7 @@ def _make_join(real):
         top = a if a >= b else b
         of_a, of_b = math.exp(real(a - top)), math.exp(real(b - top))       # one of them is 1
         if best:
-            of_a, of_b = real(a >= b), real(a < b)         # all to the larger one
+            of_a, of_b = real(a >= b), real(not a >= b)    # all to the larger one, or of two NaN to one
         return top + math.log(of_a + of_b), of_a / (of_a + of_b), of_b / (of_a + of_b)
     return join
 
@@ -90,18 +90,18 @@ def _make_lattice(join, barrier):
     def lattice(arcs, alpha, T, U, want, best, i, wide):
         """log P of an utterance, whose arcs (T,U1,2) come in as log-probabilities and, if wanted, go out as posteriors.
 
-        Forward, alpha joins what comes over a blank and what comes over a label, and leaves on each of these two arcs
-        the share that came over it. Backward, an arc's posterior is its share of those of the two arcs that go on
-        from where it leads to; the last blank's is 1. There is no beta, hardly an exp, and alpha + beta - log P,
-        whose digits cancel in long audio, is never formed. Of the best path's arcs the posteriors are 1.
+        Forward: alpha joins the two ways into a node, over a blank and over a label. Each of these two arcs is then
+        overwritten with its share of the node's alpha. Backward: an arc's posterior is its share times the posterior
+        of the node it leads to, which is the sum of that node's two outgoing arcs'; the last blank's is 1. No beta, no
+        further exp, and no alpha + beta - log P, whose digits cancel in long audio. With best, shares are 0 or 1.
 
-        Nodes with the same d = t + u need only those with d - 1, so they can be done at once: thread i of `wide`, on a
-        CPU the only one, does every wide-th. alpha (2,U1) holds this d and the last.
+        Nodes of one antidiagonal d = t + u need only the one before (backward, the one after), so they can be done at
+        once: thread i does every `wide`-th, on a CPU thread 0 all. alpha (2,U1) holds this antidiagonal and the last.
         """
         for d in range(T + U):                             # forward
-            new, old = alpha[d % 2], alpha[1 - d % 2]
+            new, old = alpha[d % 2], alpha[1 - d % 2]      # (U1,) each: this antidiagonal and the last
             for u in range(max(0, d - T + 1) + i, min(d, U) + 1, wide):
-                t = d - u                                  # comes on from the frame before, up from the label before
+                t = d - u                                  # on: the way in over a blank; up: over a label
                 on = old[u] + arcs[t - 1, u, BLANK] if t else 0.0 if u == 0 else -math.inf
                 up = old[u - 1] + arcs[t, u - 1, LABEL] if u else -math.inf
                 new[u], share_on, share_up = join(on, up, best)
@@ -118,7 +118,7 @@ def _make_lattice(join, barrier):
                 t = d - u
                 if t < T - 1:
                     arcs[t, u, BLANK] *= arcs[t + 1, u, BLANK] + arcs[t + 1, u, LABEL]
-                else:                                      # the last blank, which all paths take, if there is a path
+                else:                                      # the last blank is on every path, the others lead nowhere
                     arcs[t, u, BLANK] = 1 if u == U and logp != -math.inf else 0
                 if u < U:
                     arcs[t, u, LABEL] *= arcs[t, u + 1, BLANK] + arcs[t, u + 1, LABEL]
@@ -136,29 +136,28 @@ _gpu_lattice_of = _device(_make_lattice(_device(_make_join(np.float32)), _device
 
 
 # ---------------------------------------------------------------------------------------------------------------- CPU
-# Two loops over the vocabulary take nearly all of the time. At the speed of memory they must vectorise, and numba has
-# no vectorised exp. Here is one: 2^f = 1 + f q(f) on [-1/2, 1/2], q interpolated, so that 2^0 is exactly 1.
+# Two loops over the vocabulary take nearly all of the time. To keep up with memory they must vectorise, but numba has
+# no vectorised exp without Intel's SVML. So: 2^f = 1 + f q(f), |f| <= 1/2; q's nodes miss f = 0 (0/0) by the 1e-9.
 _Q = np.polynomial.chebyshev.Chebyshev.interpolate(lambda f: np.expm1(f * math.log(2)) / f, 4, [-0.5, 0.5 + 1e-9])
 _Q = tuple(np.float32(c) for c in _Q.convert(kind=np.polynomial.Polynomial).coef)
 _ROUND = np.float32(1.5 * 2 ** 23)     # adding it leaves the nearest integer in the low bits of a float32
-_FLOOR = np.float32(-127)              # 2^-127 comes out as exactly 0: its exponent bits are 0
 
 
 @njit(fastmath={"contract"}, forceinline=True)
 def _exp32(x):
-    """exp(x) for x <= 88 without a branch or a call; relative error 1e-7 near 0, 1e-6 at -15."""
+    """exp(x) for x <= 88 without a branch or a call; relative error 3e-7 on [-1, 0], 1e-6 at -15, 4e-6 at -85."""
     y = x * np.float32(1.4426950408889634)                 # in powers of 2: log2 e
-    y = _FLOOR if y < _FLOOR else y                        # NaN stays NaN
+    y = np.float32(-127) if y < np.float32(-127) else y    # 2^-127 comes out as 0, its exponent bits are; NaN stays NaN
     shifted = y + _ROUND
     f = y - (shifted - _ROUND)                             # y = n + f, |f| <= 1/2
-    p = np.float32(1) + f * (_Q[0] + f * (_Q[1] + f * (_Q[2] + f * (_Q[3] + f * _Q[4]))))
+    p = np.float32(1) + f * (_Q[0] + f * (_Q[1] + f * (_Q[2] + f * (_Q[3] + f * _Q[4]))))       # 2^f
     bits = np.int32(np.float32(shifted).view(np.int32) << 23) + np.float32(p).view(np.int32)
     return np.int32(bits).view(np.float32)                 # n added to the exponent of p
 
 
 @njit(forceinline=True)
 def _max32(row):
-    """The largest of a row, compared as whole numbers, which vectorises: negative floats are sorted backwards."""
+    """The largest of a row, compared as int32, which vectorises. As ints, negative floats come in reverse order."""
     bits = row.view(np.int32)
     high = low = bits[0]
     for k in range(bits.shape[0]):                         # an index: `for v in bits` would not vectorise
@@ -166,7 +165,7 @@ def _max32(row):
     return np.int32(high if high >= 0 else low).view(np.float32)
 
 
-def _exp(x): ...                       # in a kernel, numba puts the fast ones here for float32, plain ones for float64
+def _exp(x): ...                       # stubs: in a kernel numba calls these overloads, by the argument's type
 def _max(row): ...
 overload(_exp)(lambda x: (lambda x: _exp32(x)) if x == numba.float32 else (lambda x: math.exp(x)))
 overload(_max)(lambda row: (lambda row: _max32(row)) if row.dtype == numba.float32 else (lambda row: row.max()))
@@ -174,26 +173,31 @@ overload(_max)(lambda row: (lambda row: _max32(row)) if row.dtype == numba.float
 
 @njit(fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
 def _log_sum_exp(row):
+    """In two parts, to be subtracted one by one: for logits near 1e4 their float32 sum is right to 3 digits only."""
     top, total = _max(row), row.dtype.type(0)
     for k in range(row.shape[0]):
-        total += _exp(row[k] - top)
-    return top + math.log(total)
+        total += _exp(row[k] - top)                        # at most 1 each: no overflow
+    return top, math.log(total)
 
 
 @njit(fastmath={"contract"}, forceinline=True)
-def _scaled_softmax(row, lse, factor, out):
+def _scaled_softmax(row, norm, factor, out):
+    top, rest = norm[0], norm[1]
     for k in range(row.shape[0]):
-        out[k] = factor * _exp(row[k] - lse)
+        out[k] = factor * _exp((row[k] - top) - rest)
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def _cpu_log_probs(blank, fused, x, y, arcs, lse):
+def _cpu_log_probs(blank, fused, x, y, arcs, norms):
     for i in prange(x.shape[0]):
         if y[i] != PADDING:
-            lse[i] = norm = _log_sum_exp(x[i]) if fused else 0.0
-            arcs[i, BLANK] = x[i, blank] - norm
+            top = rest = x.dtype.type(0)
+            if fused:
+                top, rest = _log_sum_exp(x[i])
+            norms[i, 0], norms[i, 1] = top, rest
+            arcs[i, BLANK] = np.float64(x[i, blank] - top) - rest
             if y[i] != NO_LABEL:
-                arcs[i, LABEL] = x[i, y[i]] - norm
+                arcs[i, LABEL] = np.float64(x[i, y[i]] - top) - rest
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -203,11 +207,11 @@ def _cpu_lattice(arcs, alpha, frames, counts, want, best, costs):
 
 
 @njit(parallel=True, nogil=True, cache=True)
-def _cpu_gradient(blank, fused, x, y, lse, arc_grads, out):
+def _cpu_gradient(blank, fused, x, y, norms, arc_grads, out):
     for i in prange(x.shape[0]):
-        on, up = arc_grads[i, BLANK], arc_grads[i, LABEL]
+        on, up = arc_grads[i, BLANK], arc_grads[i, LABEL]  # dcost/darc of the blank, of the label
         if fused and y[i] != PADDING and (on != 0 or up != 0):
-            _scaled_softmax(x[i], lse[i], -(on + up), out[i])
+            _scaled_softmax(x[i], norms[i], -(on + up), out[i])
         else:
             out[i] = 0                                     # written, but the logits not read: they may be anything
         if y[i] != PADDING:
@@ -217,11 +221,11 @@ def _cpu_gradient(blank, fused, x, y, lse, arc_grads, out):
 
 
 # --------------------------------------------------------------------------------------------------------------- CUDA
-# The same three steps. 32 lanes share a row of logits, so that neighbours read neighbours; a block holds ROWS rows.
-# numba has no bfloat16: such logits come as int16, their bits, and `brain` is true. Sums are float32.
+# The same three steps. The 32 threads of a warp (lanes) share a row of logits, so that they read adjacent addresses; a
+# block holds ROWS rows. numba has no bfloat16: such logits come as their bits, int16, with `brain` true. Sums: float32.
 ROWS = 8
 LATTICE_THREADS = 1024                                     # of a block of the lattice, at most
-_real = _device(lambda v, brain: np.int32(np.int32(v) << 16).view(np.float32) if brain else np.float32(v))
+_float32 = _device(lambda v, brain: np.int32(np.int32(v) << 16).view(np.float32) if brain else np.float32(v))
 
 
 @cuda.jit(device=True)
@@ -232,23 +236,23 @@ def _brain(v):
 
 
 @cuda.jit
-def _gpu_log_probs(blank, fused, brain, x, y, arcs, lse):
+def _gpu_log_probs(blank, fused, brain, x, y, arcs, norms):
     """One pass: every lane keeps the maximum so far and the sum of exp(x - maximum), and the 32 pairs are merged."""
     lane, r = cuda.threadIdx.x, cuda.threadIdx.y
     i = np.int64(cuda.blockIdx.x) * ROWS + r               # 64 bits: there may be more than 2^31 logits
-    tops = cuda.shared.array((ROWS, 32), np.float32)       # the simulator tells shared arrays apart by their line
+    tops = cuda.shared.array((ROWS, 32), np.float32)       # numba's simulator needs one of these a line
     sums = cuda.shared.array((ROWS, 32), np.float32)
     label = y[i] if i < x.shape[0] else np.int64(PADDING)  # no early return: all threads must meet at every barrier
-    top, total = np.float32(-3e38), np.float32(0)          # not -inf: -inf - -inf is NaN
+    top, total = np.float32(-3.4028235e38), np.float32(0)  # not -inf: -inf - -inf is NaN
     if label != PADDING and fused:
-        for k in range(lane, x.shape[1], 32):
-            v = _real(x[i, k], brain)
+        for k in range(lane, x.shape[1], 32):              # 32 lanes read 32 neighbours
+            v = _float32(x[i, k], brain)
             if v > top:                                    # seldom: a second exp for those only
                 total *= math.exp(top - v)
                 top = v
             total += math.exp(v - top)
     tops[r, lane], sums[r, lane] = top, total
-    for step in (16, 8, 4, 2, 1):                          # 32 pairs, 16, 8 ...
+    for step in (16, 8, 4, 2, 1):                          # a tree: 32 pairs become 16, 8, 4, 2, 1
         cuda.syncthreads()
         if lane < step:
             top0, top1 = tops[r, lane], tops[r, lane + step]
@@ -256,11 +260,11 @@ def _gpu_log_probs(blank, fused, brain, x, y, arcs, lse):
             sums[r, lane] = sums[r, lane] * math.exp(top0 - new) + sums[r, lane + step] * math.exp(top1 - new)
             tops[r, lane] = new
     if label != PADDING and lane == 0:
-        norm = tops[r, 0] + math.log(sums[r, 0]) if fused else np.float32(0)
-        lse[i] = norm
-        arcs[i, BLANK] = _real(x[i, blank], brain) - norm
+        top, rest = (tops[r, 0], math.log(sums[r, 0])) if fused else (np.float32(0), np.float32(0))
+        norms[i, 0], norms[i, 1] = top, rest
+        arcs[i, BLANK] = _float32(x[i, blank], brain) - top - rest
         if label != NO_LABEL:
-            arcs[i, LABEL] = _real(x[i, label], brain) - norm
+            arcs[i, LABEL] = _float32(x[i, label], brain) - top - rest
 
 
 @cuda.jit
@@ -272,21 +276,19 @@ def _gpu_lattice(arcs, alpha, frames, counts, want, best, costs):
 
 
 @cuda.jit
-def _gpu_gradient(blank, fused, brain, x, y, lse, arc_grads, out):
+def _gpu_gradient(blank, fused, brain, x, y, norms, arc_grads, out):
     """A row is read once and written once, padding only written."""
     i = np.int64(cuda.blockIdx.x) * ROWS + cuda.threadIdx.y
     if i < x.shape[0]:
-        on, up, label, norm = arc_grads[i, BLANK], arc_grads[i, LABEL], y[i], lse[i]
+        on, up, label, top, rest = arc_grads[i, BLANK], arc_grads[i, LABEL], y[i], norms[i, 0], norms[i, 1]
         used = label != PADDING and (on != 0 or up != 0)   # else 0 is written and the logits are not read
         for k in range(cuda.threadIdx.x, x.shape[1], 32):
-            g = np.float32(0)
-            if used and fused:
-                g = -(on + up) * math.exp(_real(x[i, k], brain) - norm)
+            g = -(on + up) * math.exp(_float32(x[i, k], brain) - top - rest) if used and fused else np.float32(0)
             if used and k == blank:
                 g += on
             if used and k == label:
                 g += up
-            out[i, k] = np.float32(_brain(g)) if brain else g               # int16 fits a float32 exactly
+            out[i, k] = np.float32(_brain(g)) if brain else g              # one type for both: float32 holds any int16
 
 
 # ----------------------------------------------------------------------------------------- the three steps, on either
@@ -313,234 +315,232 @@ def _run(kernel, grid, *args):
     """Run a kernel: on as many threads as torch uses, or with a grid (blocks, threads) on the GPU's present stream."""
     if grid is None:
         threads = torch.get_num_threads()
-        numba.set_num_threads(max(1, min(threads, numba.config.NUMBA_NUM_THREADS)))
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         kernel(*map(_array, args))
-        torch.set_num_threads(threads)                     # where both use the same OpenMP, numba has changed it
+        torch.set_num_threads(threads)                     # if both share one OpenMP, numba has just changed torch's
     elif grid[0]:                                          # an empty batch has nothing to launch
-        with torch.cuda.device_of(args[-1]):               # the simulator has CPU tensors
-            stream = torch.cuda.current_stream().cuda_stream if args[-1].is_cuda else 0
+        with torch.cuda.device_of(args[-1]):               # numba launches on the current device
+            stream = torch.cuda.current_stream().cuda_stream if args[-1].is_cuda else 0  # 0 in the simulator
             kernel[(*grid, stream and cuda.external_stream(stream))](*map(_array, args))
 
 
 def _run_rows(cpu, gpu, batch, x, *others):
-    """Run a kernel over the rows of the logits x (n,V) and of others (n,...), of which it writes the last."""
+    """Run a kernel over the rows of the logits x (n,V) and of others (n,...), the last of which may be half too."""
     if batch.gpu:
-        grid = -(-len(x) // ROWS), (32, ROWS)
-        _run(gpu, grid, batch.blank, batch.fused, x.dtype == torch.bfloat16, x, *others)
-        return
+        grid = -(-len(x) // ROWS), (32, ROWS)              # blocks (rounded up), threads
+        return _run(gpu, grid, batch.blank, batch.fused, x.dtype == torch.bfloat16, x, *others)
     step = max(1, len(x) if x.dtype in (torch.float32, torch.float64) else SLAB_BYTES // (4 * x.shape[1]))
     for i in range(0, len(x), step):                       # the CPU's kernels know float32 and float64
         slab = [a[i:i + step] for a in (x, *others)]
         wide = [a.float() if a.dtype in (torch.float16, torch.bfloat16) else a for a in slab]
         _run(cpu, None, batch.blank, batch.fused, *wide)
-        slab[-1].copy_(wide[-1])                           # nothing to do where they are the same
+        slab[-1].copy_(wide[-1])                           # back to half; nothing is done where no cast was
 
 
 def log_probs(x, y, batch):
-    """Logits x (n,V) of nodes with the labels y (n,) -> arcs (n,2), float64 on a CPU, and log-normalisers (n,)."""
+    """Logits x (n,V) of nodes with the labels y (n,) -> arcs (n,2), float64 on a CPU, and log-normalisers (n,2)."""
     arcs = torch.zeros((len(x), 2), dtype=batch.real, device=x.device)
-    lse = torch.empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    _run_rows(_cpu_log_probs, _gpu_log_probs, batch, x, y, arcs, lse)
-    return arcs, lse
+    norms = torch.empty((len(x), 2), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    _run_rows(_cpu_log_probs, _gpu_log_probs, batch, x, y, arcs, norms)
+    return arcs, norms
 
 
 def lattice(arcs, batch, some=slice(None), want=True, best=False):
-    """Costs (B,) of some utterances, whose arcs (B,T,U1,2) become posteriors: with best, 1 on the best path, else 0."""
+    """Costs (B,) of some utterances. Their arcs (B,T,U1,2) become posteriors: if best, 1 on the best path, 0 off it."""
     (B, T, U1, _), frames, counts = arcs.shape, batch.frames[some], batch.counts[some]
     if batch.delay:
-        t = torch.arange(T, device=arcs.device)            # late is dear, early is cheap
+        t = torch.arange(T, device=arcs.device)            # a late label costs, an early one gains
         arcs[..., LABEL] += batch.delay * ((frames[:, None].to(arcs.dtype) - 1) / 2 - t)[:, :, None]
     alpha, costs = (arcs.new_empty(shape, dtype=torch.float64) for shape in ((B, 2, U1), (B,)))
     grid = (B, min(LATTICE_THREADS, -(-U1 // 32) * 32)) if batch.gpu else None
     _run(_gpu_lattice if batch.gpu else _cpu_lattice, grid, arcs, alpha, frames, counts, want, best, costs)
     if batch.fastemit:
-        arcs[..., LABEL] *= 1 + batch.fastemit             # no gradient of the costs: one that pulls labels forward
+        arcs[..., LABEL] *= 1 + batch.fastemit             # the gradient alone is changed: labels come earlier
     return costs
 
 
-def gradient(x, y, lse, arc_grads, batch, out):
+def gradient(x, y, norms, arc_grads, batch, out):
     """out (n,V): the gradient of the logits x, given that of their arcs (n,2)."""
-    _run_rows(_cpu_gradient, _gpu_gradient, batch, x, y, lse, arc_grads.to(lse.dtype), out)
+    _run_rows(_cpu_gradient, _gpu_gradient, batch, x, y, norms, arc_grads.to(norms.dtype), out)
 
 
-# ------------------------------------------------------------------------------------------------------------ checking
 def _batch(shape, device, dtype, targets, logit_lengths, target_lengths, blank, *, reduction="none",
-           validate=None, fused=True, fastemit=0.0, delay=0.0):
-    """Check the arguments and put them into a Batch. Its factor is that of the sum of costs; 0 where they stay apart.
+           validate=False, fused=True, fastemit=0.0, delay=0.0):
+    """Check the arguments and make a Batch; its factor multiplies the sum of the costs, 0 means one cost an utterance.
 
-    An utterance with a length or label out of range, where that goes unseen on a GPU, gets no frames: its cost is NaN.
+    On a GPU, values are not checked unless validate: an utterance out of range gets no frames, and its cost is NaN.
     """
+    if len(shape) != 4 or 0 in shape[2:] or not dtype.is_floating_point:
+        raise ValueError(f"logits must be (B,T,U+1,V) floats, not {dtype} of shape {tuple(shape)}")
     B, T, U1, V = shape
-    factors = {"none": 0.0, "sum": 1.0, "mean": 1 / max(1, B)}
+    factors = {"none": 0.0, "sum": 1.0, "mean": 1 / max(1, B)}  # an empty batch costs 0
     if reduction not in factors:
         raise ValueError(f"reduction is {reduction!r}, not 'none', 'mean' or 'sum'")
     if not -V <= blank < V:
         raise ValueError(f"blank is {blank}, but a node has {V} logits")
-    for name, a, dims in (("targets", targets, 2), ("logit_lengths", logit_lengths, 1),
-                          ("target_lengths", target_lengths, 1)):
-        if a.dim() != dims or len(a) != B or a.is_floating_point():
+    for name, a in (("targets", targets), ("logit_lengths", logit_lengths), ("target_lengths", target_lengths)):
+        dims = 2 if a is targets else 1
+        if a.dim() != dims or len(a) != B or a.is_floating_point() or a.dtype == torch.bool:
             raise ValueError(f"{name} must be {dims}-dimensional integers for {B} utterances, "
                              f"not {a.dtype} of shape {tuple(a.shape)}")
     blank, U, gpu = blank % V, min(U1 - 1, targets.shape[1]), runs_on_gpu(device, dtype)
-    short, long = (logit_lengths < 1) | (logit_lengths > T), (target_lengths < 0) | (target_lengths > U)
+    logit_lengths, target_lengths = logit_lengths.long(), target_lengths.long()                  # for T above 127
+    bad_T, bad_U = (logit_lengths < 1) | (logit_lengths > T), (target_lengths < 0) | (target_lengths > U)
     frames, counts, labels = (a.to(device, torch.int64) for a in (logit_lengths, target_lengths, targets[:, :U]))
     t, u = torch.arange(T, device=device), torch.arange(U1, device=device)                       # (T,), (U1,)
-    labels = torch.where(u < counts[:, None], torch.nn.functional.pad(labels, (0, U1 - U)), NO_LABEL)
+    labels = torch.where(u < counts[:, None], torch.nn.functional.pad(labels, (0, U1 - U)), NO_LABEL)  # (B,U1)
     wrong = (u < counts[:, None]) & ((labels < 0) | (labels >= V) | (labels == blank))           # (B,U1)
-    for name, a, bad, allowed in (("logit_lengths", logit_lengths, short, f"1..{T}"),
-                                  ("target_lengths", target_lengths, long, f"0..{U}"),
+    for name, a, bad, allowed in (("logit_lengths", logit_lengths, bad_T, f"1..{T}"),
+                                  ("target_lengths", target_lengths, bad_U, f"0..{U}"),
                                   ("targets", labels, wrong, f"0..{V - 1} without the blank, {blank}")):
         if (validate or a.device.type == "cpu") and bad.any():                                   # a GPU is waited for
             at = bad.nonzero()[0].tolist()
             raise ValueError(f"{name}{at} is {a[tuple(at)]}, not in {allowed}")
-    bad = short.to(device) | long.to(device) | wrong.any(1)
+    bad = bad_T.to(device) | bad_U.to(device) | wrong.any(1)
     frames, counts = torch.where(bad, 0, frames), torch.where(bad, 0, counts)
     inside = (t < frames[:, None])[:, :, None] & (u <= counts[:, None])[:, None]                 # (B,T,U1)
-    return Batch(torch.where(inside, labels[:, None], PADDING), frames, counts, blank, fused, fastemit, delay, gpu,
-                 torch.float32 if gpu else torch.float64, factors[reduction])
+    return Batch(torch.where(inside, labels[:, None], PADDING), frames, counts, blank, fused, fastemit, delay, gpu=gpu,
+                 real=torch.float32 if gpu else torch.float64, factor=factors[reduction])
 
 
 def _first_derivative_only():
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled():            # once_differentiable would let it pass where upstream needs no gradient
         raise RuntimeError("rnnt_loss has no second derivative: backward was called with create_graph=True")
 
 
 # ---------------------------------------------------------------------------------------------------- loss from logits
 class _Loss(Function):
     @staticmethod
-    def forward(ctx, logits, batch, clamp):
-        arcs, lse = log_probs(logits.flatten(0, 2), batch.y.flatten(), batch)                    # (n,2), (n,)
+    def forward(ctx, logits, batch, clamp, want):
+        arcs, norms = log_probs(logits.flatten(0, 2), batch.y.flatten(), batch)                  # (n,2), (n,2)
         arcs = arcs.view(*batch.y.shape, 2)                                                      # (B,T,U1,2)
-        costs = lattice(arcs, batch, want=ctx.needs_input_grad[0])                               # (B,)
-        ctx.save_for_backward(logits, arcs, lse)                                                 # posteriors by now
+        costs = lattice(arcs, batch, want=want)                                                  # (B,)
+        ctx.save_for_backward(logits, arcs, norms)                                               # posteriors by now
         ctx.options = batch, clamp
         return costs.to(torch.promote_types(logits.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx, upstream):
         _first_derivative_only()
-        (logits, posteriors, lse), (batch, clamp) = ctx.saved_tensors, ctx.options
-        if logits.is_cuda or logits.dtype == torch.bfloat16:
-            grad = torch.empty_like(logits)
-        else:                                              # fresh pages of torch's cost 5 x a copy, numpy's are huge
-            grad = torch.from_numpy(np.empty_like(logits.detach().numpy()))
+        (logits, posteriors, norms), (batch, clamp) = ctx.saved_tensors, ctx.options
+        native = not logits.is_cuda and logits.dtype != torch.bfloat16   # numpy's pages are huge; torch's cost 5 copies
+        grad = torch.from_numpy(np.empty_like(logits.detach().numpy())) if native else torch.empty_like(logits)
         upstream = upstream[:, None, None, None]
-        arc_grads = -posteriors if clamp > 0 else -posteriors * upstream
-        gradient(logits.flatten(0, 2), batch.y.flatten(), lse, arc_grads.flatten(0, 2), batch, grad.flatten(0, 2))
+        arc_grads = -posteriors if clamp > 0 else -posteriors * upstream                        # (B,T,U1,2)
+        gradient(logits.flatten(0, 2), batch.y.flatten(), norms, arc_grads.flatten(0, 2), batch, grad.flatten(0, 2))
         if clamp > 0:                                      # elementwise on dcost/dlogit, as torchaudio does
             grad.clamp_(-clamp, clamp).mul_(upstream)
-        return grad, None, None
+        return grad, None, None, None
 
 
 def rnnt_loss(logits, targets, logit_lengths, target_lengths, blank=-1, clamp=-1, reduction="mean",
-              fused_log_softmax=True, *, fastemit_lambda=0.0, delay_penalty=0.0, validate=None):
-    """-log P(targets | logits). Names, order and defaults of the arguments are torchaudio.functional.rnnt_loss's.
+              fused_log_softmax=True, *, fastemit_lambda=0.0, delay_penalty=0.0, validate=False):
+    """-log P(targets | logits), reduced. Arguments as torchaudio.functional.rnnt_loss's: names, order, defaults.
 
-    logits (B,T,U1,V) float32, float64, float16 or bfloat16; targets (B,U), logit_lengths (B,), target_lengths (B,) int.
-    fastemit_lambda multiplies the label arcs' part of the gradient by 1 + lambda (arXiv 2010.11148); the cost is
-    reported without it. delay_penalty adds lambda ((T-1)/2 - t) to a label's log-probability at frame t, T the
-    utterance's own length (arXiv 2211.00490). validate=True checks values on a GPU too, which waits for it; else a
-    length or label out of range there gives a cost of NaN. ValueError names any other.
+    logits (B,T,U1,V) float32, float64 (CPU only), float16, bfloat16; targets (B,U), both lengths (B,), integers.
+    clamp > 0 bounds each |dcost/dlogit|. fastemit_lambda scales the label arcs' part of the gradient by 1 + lambda, not
+    the cost (arXiv 2010.11148). delay_penalty adds delay_penalty ((T-1)/2 - t), T the utterance's own, to a label's
+    log-probability at frame t, in cost and gradient (arXiv 2211.00490). "mean" is over utterances. Bad arguments raise
+    ValueError; values on a GPU are checked only if validate (a wait); else one out of range makes the cost NaN.
     """
-    if logits.dim() != 4 or not logits.is_floating_point():
-        raise ValueError(f"logits must be (B,T,U+1,V) floats, not {logits.dtype} of shape {tuple(logits.shape)}")
     batch = _batch(logits.shape, logits.device, logits.dtype, targets, logit_lengths, target_lengths, blank,
                    reduction=reduction, validate=validate, fused=fused_log_softmax, fastemit=fastemit_lambda,
                    delay=delay_penalty)
-    costs = _Loss.apply(logits.contiguous(), batch, clamp)
+    costs = _Loss.apply(logits.contiguous(), batch, clamp, torch.is_grad_enabled() and logits.requires_grad)
     return costs.sum() * batch.factor if batch.factor else costs
 
 
 # ----------------------------------------------------------------------------------------------- fused with the joint
 class _Joint:
-    """The joint network over packed nodes: n of them, those in use, in order. A tile is a slice of them.
+    """The joint network over the n nodes in use, packed in order (b, t, u). A tile is a slice of them.
 
-    groups: pairs of a slice of utterances and their tiles. As many utterances as fit one tile make a group; where one
-    does not fit, all are one group, in as many tiles as it takes.
+    groups: (slice of utterances, their tiles) pairs. If a tile has room for the longest utterance, a group is as many
+    as are sure to fit one tile; if not, all utterances are one group of many tiles.
     """
     def __init__(self, inputs, targets, logit_lengths, target_lengths, blank, tile_bytes=TILE_BYTES, **options):
-        (B, T, J), U1, V, device = inputs[0].shape, inputs[1].shape[1], len(inputs[2]), inputs[0].device
-        if any(a.shape[-1] != J for a in inputs[:3]) or len(inputs[3]) != V:
-            raise ValueError("the joint's widths disagree: encoder_out {}, label_out {}, weight {}, bias {}".format(
-                *(tuple(a.shape) for a in inputs)))
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else inputs[0].dtype
+        e, l, w, v = (tuple(a.shape) for a in inputs)
+        if [len(e), len(l), len(w), len(v)] != [3, 3, 2, 1] or l[::2] != e[::2] or w != (*v, e[2]):
+            raise ValueError(f"encoder_out (B,T,J), label_out (B,U1,J), weight (V,J), bias (V,) are {e}, {l}, {w}, {v}")
+        (B, T, J), U1, V, device = e, l[1], v[0], inputs[0].device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else inputs[0].dtype
         self.encoder_out, self.label_out = (a.detach().flatten(0, 1) for a in inputs[:2])        # (B T,J), (B U1,J)
         self.weight, self.bias = (a.detach().to(dtype) for a in inputs[2:])
-        T_b, U_b = logit_lengths.cpu(), target_lengths.cpu()                                     # the only wait, if any
+        T_b, U_b = logit_lengths.cpu().long(), target_lengths.cpu().long()                       # the only wait, if any
         self.batch = _batch((B, T, U1, V), device, dtype, targets, T_b, U_b, blank, **options)
         inside = (torch.arange(T)[:, None] < T_b[:, None, None]) & (torch.arange(U1) <= U_b[:, None, None])
         b, t, u = (a.to(device) for a in inside.nonzero(as_tuple=True))                          # (n,) each
         self.encoder_rows, self.label_rows = b * T + t, b * U1 + u      # of encoder_out, of label_out, for each node
         self.nodes = self.encoder_rows * U1 + u                         # its place in (B,T,U1)
-        self.y = self.batch.y.flatten()[self.nodes]
-        self.arcs = torch.zeros(B * T * U1, 2, dtype=self.batch.real, device=device)
-        self.lse = torch.empty(len(u), dtype=torch.promote_types(dtype, torch.float32), device=device)
+        self.y = self.batch.y.flatten()[self.nodes]                     # its label
+        self.arcs = torch.zeros(B * T * U1, 2, dtype=self.batch.real, device=device)    # at the same places
+        self.norms = torch.empty(len(u), 2, dtype=torch.promote_types(dtype, torch.float32), device=device)
         sizes, rows = T_b * (U_b + 1), max(1, tile_bytes // ((2 * V + 4 * J) * dtype.itemsize))
         many = rows // max([1, *sizes.tolist()]) or B                   # utterances in a group
-        ends = [0, *sizes.cumsum(0).tolist()] + [len(u)] * many         # where their nodes end
-        self.groups = [(slice(b, b + many), [slice(i, min(i + rows, ends[b + many]))
-                                             for i in range(ends[b], ends[b + many], rows)]) for b in range(0, B, many)]
-        self.room, self.held = self.weight.new_empty(2, min(rows, len(u)), V), None
+        ends, self.groups = [0, *sizes.cumsum(0).tolist()], []          # where each utterance's nodes end
+        for b in range(0, B, many):
+            first, last = ends[b], ends[min(b + many, B)]
+            self.groups.append((slice(b, b + many), [slice(i, min(i + rows, last)) for i in range(first, last, rows)]))
+        self.buffers, self.current = self.weight.new_empty(2, min(rows, len(u)), V), None
 
     def compute(self, tile):
-        """-> hidden (n,J), logits (n,V), room for their gradient; computed unless the tile is the last that was."""
-        if self.held != tile:
-            hidden = self.encoder_out.index_select(0, self.encoder_rows[tile])
+        """-> hidden (n,J), logits (n,V), and an (n,V) buffer for their gradient. The last tile computed is kept."""
+        if self.current != tile:
+            hidden = self.encoder_out.index_select(0, self.encoder_rows[tile])                  # (n,J)
             hidden.add_(self.label_out.index_select(0, self.label_rows[tile])).tanh_()
-            self.hidden, self.held = hidden.to(self.weight.dtype), tile
-            torch.addmm(self.bias, self.hidden, self.weight.T, out=self.room[0, :len(hidden)])
-        return self.hidden, *self.room[:, :len(self.hidden)]
+            self.hidden, self.current = hidden.to(self.weight.dtype), tile
+            torch.addmm(self.bias, self.hidden, self.weight.T, out=self.buffers[0, :len(hidden)])
+        return self.hidden, *self.buffers[:, :len(self.hidden)]
 
     def run(self, some, tiles, **how):
-        """-> costs of a group. Its arcs, as `lattice` leaves them, stay in self.arcs, log-normalisers in self.lse."""
+        """-> costs of a group. Its arcs, as `lattice` leaves them, stay in self.arcs, log-normalisers in self.norms."""
         for tile in tiles:
-            self.arcs[self.nodes[tile]], self.lse[tile] = log_probs(self.compute(tile)[1], self.y[tile], self.batch)
+            self.arcs[self.nodes[tile]], self.norms[tile] = log_probs(self.compute(tile)[1], self.y[tile], self.batch)
         return lattice(self.arcs.view(*self.batch.y.shape, 2)[some], self.batch, some, **how)
 
 
 class _JointLoss(Function):
     """The sum of the costs. The gradient is formed in forward, tile by tile; backward only multiplies it."""
     @staticmethod
-    def forward(ctx, joint, *inputs):
-        want, wide = any(ctx.needs_input_grad), joint.lse.dtype
+    def forward(ctx, joint, want, *inputs):
+        wide = joint.norms.dtype
         ctx.grads = [torch.zeros(a.shape, dtype=wide, device=a.device) for a in inputs if want]  # of all four inputs
-        total = joint.lse.new_zeros((), dtype=torch.float64)
+        total = joint.norms.new_zeros((), dtype=torch.float64)
         for some, tiles in joint.groups:
             total += joint.run(some, tiles, want=want).sum()
             for tile in tiles if want else ():
                 hidden, logits, grad = joint.compute(tile)                                       # (n,J), (n,V), (n,V)
-                gradient(logits, joint.y[tile], joint.lse[tile], -joint.arcs[joint.nodes[tile]], joint.batch, grad)
+                gradient(logits, joint.y[tile], joint.norms[tile], -joint.arcs[joint.nodes[tile]], joint.batch, grad)
                 d_sum = torch.ops.aten.tanh_backward(grad @ joint.weight, hidden).to(wide)       # (n,J)
                 ctx.grads[0].flatten(0, 1).index_add_(0, joint.encoder_rows[tile], d_sum)
                 ctx.grads[1].flatten(0, 1).index_add_(0, joint.label_rows[tile], d_sum)
                 if grad.dtype == wide:
-                    ctx.grads[2].addmm_(grad.T, hidden)
+                    ctx.grads[2].addmm_(grad.T, hidden)    # no (V,J) in between
                 else:
-                    ctx.grads[2] += grad.T @ hidden
+                    ctx.grads[2] += grad.T @ hidden        # half precision adds up in float32
                 ctx.grads[3] += grad.sum(0, dtype=wide)
         return total.to(wide)
 
     @staticmethod
     def backward(ctx, upstream):
         _first_derivative_only()
-        return None, *(grad * upstream for grad in ctx.grads)
+        return None, None, *(grad * upstream for grad in ctx.grads)
 
 
 def joint_rnnt_loss(encoder_out, label_out, weight, bias, targets, logit_lengths, target_lengths, *, blank,
                     reduction="mean", fastemit_lambda=0.0, delay_penalty=0.0, tile_bytes=TILE_BYTES):
     """rnnt_loss(tanh(encoder_out[:, :, None] + label_out[:, None]) @ weight.T + bias, ...) without its logits.
 
-    encoder_out (B,T,J) and label_out (B,U1,J) are already projected; weight (V,J), bias (V,). Under autocast the joint
-    is computed in its dtype. Lengths on the CPU cost no synchronisation with a GPU. tile_bytes bounds the memory.
-    Where every utterance fits a tile, this takes three products of the joint's size, else four: tiles are dropped and
-    computed again. reduction="none" keeps a gradient of weight for each utterance.
+    encoder_out (B,T,J) and label_out (B,U1,J) are already projected; weight (V,J), bias (V,). Under autocast, logits
+    have its dtype, else encoder_out's. Lengths on the CPU spare a wait for the GPU. A tile takes about tile_bytes.
+    If every utterance fits a tile, the gradient takes three matrix products of size n J V, else four, as logits are
+    dropped and computed again. reduction="none" runs one utterance at a time and keeps a weight gradient for each.
     """
     inputs = encoder_out, label_out, weight, bias
     joint = _Joint(inputs, targets, logit_lengths, target_lengths, blank, tile_bytes, reduction=reduction,
                    fastemit=fastemit_lambda, delay=delay_penalty)
     if joint.batch.factor:
-        return _JointLoss.apply(joint, *inputs) * joint.batch.factor
+        want = torch.is_grad_enabled() and any(a.requires_grad for a in inputs)
+        return _JointLoss.apply(joint, want, *inputs) * joint.batch.factor      # one factor for all utterances
     alone = partial(joint_rnnt_loss, blank=blank, reduction="sum", fastemit_lambda=fastemit_lambda,
                     delay_penalty=delay_penalty, tile_bytes=tile_bytes)
     costs = [alone(encoder_out[b:b + 1], label_out[b:b + 1], weight, bias, targets[b:b + 1], logit_lengths[b:b + 1],
@@ -551,13 +551,13 @@ def joint_rnnt_loss(encoder_out, label_out, weight, bias, targets, logit_lengths
 # ------------------------------------------------------------------------------------------------------------- Viterbi
 def _emitted(arcs):
     """The frame of each label arc that is 1, (B,T,U1,2) -> (B,U1-1); -1 where none is."""
-    taken = (arcs[:, :, :-1, LABEL] == 1).int()
-    return torch.where(taken.any(1), taken.argmax(1), -1)
+    taken = (arcs[:, :, :-1, LABEL] == 1).int()            # (B,T,U1-1)
+    return torch.where(taken.any(1), taken.argmax(1), -1)  # argmax: its only 1
 
 
 @torch.no_grad()
 def rnnt_align(logits, targets, logit_lengths, target_lengths, *, blank):
-    """The frame (B,U1-1) at which the best path writes each label; -1 beyond the target and where there is no path."""
+    """The frame (B,U1-1) at which the likeliest path writes each label; -1 in padding and where there is no path."""
     batch = _batch(logits.shape, logits.device, logits.dtype, targets, logit_lengths, target_lengths, blank)
     arcs = log_probs(logits.contiguous().flatten(0, 2), batch.y.flatten(), batch)[0].view(*batch.y.shape, 2)
     lattice(arcs, batch, best=True)
@@ -574,7 +574,7 @@ def joint_rnnt_align(encoder_out, label_out, weight, bias, targets, logit_length
 
 
 def demonstrate():
-    """By every version: the known example's cost, a batch's costs, how far their gradient is from the reference's."""
+    """Each version: a known example's cost, a batch's costs, and the largest error of its gradient."""
     known = torch.tensor([[[[1, 6, 1, 1, 1], [1, 1, 6, 1, 1], [1, 1, 2, 8, 1]],
                            [[1, 6, 1, 1, 1], [1, 1, 2, 1, 1], [7, 1, 2, 1, 1]]]]) / 10          # costs 4.495667
     of_known = torch.tensor([[1, 2]]), torch.tensor([2]), torch.tensor([2])

@@ -235,6 +235,8 @@ def test_long_audio_keeps_its_gradient():
     ({"targets": torch.tensor([[1, 2, 9, 1]] * 3)}, r"targets\[0, 2\] is 9"),
     ({"targets": torch.tensor([[1, 0, 2, 1]] * 3)}, r"targets\[0, 1\] is 0, not in 0..6 without the blank, 0"),
     ({"targets": torch.ones(3, 4)}, "not torch.float32"),
+    ({"logit_lengths": torch.ones(3, dtype=torch.bool)}, "logit_lengths must be .* not torch.bool"),
+    ({"logits": torch.zeros(3, 6, 5, 7, dtype=torch.int64)}, "logits must be .* not torch.int64"),
     ({"blank": 7}, "blank is 7, but a node has 7 logits"),
     ({"reduction": "avg"}, "reduction is 'avg'"),
     ({"logits": torch.zeros(3, 6, 5)}, r"logits must be \(B,T,U\+1,V\) floats"),
@@ -292,8 +294,47 @@ def test_fused_skips_padding_and_names_widths():
     dirty[0][1, frames[1]:] = math.nan
     clean = joint_rnnt_loss(*inputs, targets, frames, counts, blank=0)
     assert torch.equal(joint_rnnt_loss(*dirty, targets, frames, counts, blank=0), clean)
-    with pytest.raises(ValueError, match="widths disagree"):
+    with pytest.raises(ValueError, match=r"are \(3, 6, 3\), \(3, 5, 8\), \(7, 8\), \(7,\)"):
         joint_rnnt_loss(inputs[0][..., :3], *inputs[1:], targets, frames, counts, blank=0)
+
+
+    with pytest.raises(ValueError, match=r"are \(3, 6, 8\), \(4, 5, 8\)"):
+        joint_rnnt_loss(inputs[0], torch.cat([inputs[1], inputs[1][:1]]), *inputs[2:], targets, frames, counts, blank=0)
+
+
+@pytest.mark.parametrize("ints", [torch.int8, torch.uint8, torch.int16])
+def test_narrow_integers_do_not_wrap(ints):
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(s, generator=g) for s in ((2, 300, 3), (2, 21, 3), (5, 3), (5,))]
+    rest = torch.randint(1, 5, (2, 20), generator=g), torch.tensor([120, 99]), torch.tensor([20, 20])
+    want = joint_rnnt_loss(*inputs, *rest, blank=0, reduction="none")
+    narrow = [a.to(ints) for a in rest]
+    assert torch.equal(joint_rnnt_loss(*inputs, *narrow, blank=0, reduction="none"), want)
+    assert torch.allclose(unfused(*inputs, *narrow, blank=0, reduction="none"), want, rtol=1e-6)
+
+
+def test_a_common_offset_of_the_logits_changes_nothing():
+    """Whole numbers of 2^-10 and their sums with the offset are exact in float32, so all that is lost is ours."""
+    logits, *rest = batch(T=50, U=19, V=100)
+    logits = (logits.detach() * 1024).round() / 1024
+    costs, grads = [], []
+    for offset in (0.0, 1e4):
+        x = (logits + offset).float().requires_grad_()
+        costs.append(rnnt_loss(x, *rest, blank=0, reduction="none"))
+        grads.append(grad_of(costs[-1].sum(), x))
+    assert torch.allclose(*costs, rtol=1e-7) and (grads[0] - grads[1]).abs().max() < 1e-6
+
+
+def test_no_gradient_is_formed_where_none_is_wanted(monkeypatch):
+    formed = []
+    monkeypatch.setattr(module, "gradient", lambda *args: formed.append(args))
+    _, *rest = batch()
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            joint_rnnt_loss(*joint_inputs(), *rest, blank=0)
+    assert not formed
+    joint_rnnt_loss(*joint_inputs(), *rest, blank=0)
+    assert formed
 
 
 @given(st.integers(1, 4), st.integers(1, 7), st.integers(0, 5), st.integers(2, 40), st.integers(0, 10**6))
@@ -341,12 +382,15 @@ def test_viterbi_of_the_joint_and_without_a_path():
     logits = logits.detach().clone()
     logits[0, ..., 0] = -math.inf
     assert rnnt_align(logits, *rest, blank=0)[0].tolist() == [-1] * 4
+    whole = rnnt_align(logits, *rest, blank=0)
+    logits[0, 1, 1, 2] = math.nan                                        # spoils its own utterance, and no other
+    assert torch.equal(rnnt_align(logits, *rest, blank=0)[1:], whole[1:])
 
 
 @pytest.mark.parametrize("right,wrong", [
     ("out[i, y[i]] += up", "out[i, y[i]] -= up"),
     ("arcs[t, u, BLANK] *= arcs[t + 1, u, BLANK] + arcs[t + 1, u, LABEL]", "arcs[t, u, BLANK] *= 1"),
-    ("lse[i], -(on + up), out[i]", "lse[i], -on, out[i]")])
+    ("norms[i], -(on + up), out[i]", "norms[i], -on, out[i]")])
 def test_negative_control_a_broken_gradient_is_seen(right, wrong, tmp_path):
     source = (ROOT / "rnnt_loss.py").read_text()
     assert source.count(right) == 1
@@ -426,7 +470,7 @@ for gpu in (False, True):
     for a, nothing in ((batch.frames, 0), (batch.counts, 0), (batch.y, m.PADDING)):
         a[1] = nothing                                     # as where a length is wrong and a GPU does not show it
     x = logits.clone().requires_grad_()
-    costs = m._Loss.apply(x, batch, -1)
+    costs = m._Loss.apply(x, batch, -1, True)
     grad, = torch.autograd.grad(costs[::2].sum(), x)
     assert costs[1].isnan() and costs[::2].isfinite().all() and grad[0].any() and not grad[1].any(), (gpu, costs)
 assert torch.equal(*paths) and paths[0][0, 0] >= 0, paths
