@@ -393,7 +393,7 @@ def loss(options):
     torch.set_num_threads(options.threads)
     print(machine())
     shapes = [(4, 150, 20, 1000), (8, 300, 40, 500), (16, 200, 50, 4000)][:options.shapes]
-    np.ones(5 * max(map(math.prod, shapes)), np.float32)  # a virtual machine is slow to give memory that it never gave
+    np.ones(max(2**29, 5 * max(map(math.prod, shapes))), np.float32)  # memory a virtual machine never gave is slow
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         print(f"\n{device}, forward and backward\n| logits | what | ms | least | / copy | / log_softmax | memory / logits |"
               + " host, a call |" * (device == "cuda"))
