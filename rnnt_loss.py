@@ -294,10 +294,10 @@ def _gpu_gradient(blank, fused, brain, x, y, norms, arc_grads, out):
 # ----------------------------------------------------------------------------------------- the three steps, on either
 def runs_on_gpu(device, dtype):
     """Whether the GPU's kernels take logits of this device and type; an error where they cannot."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return bool(numba.config.ENABLE_CUDASIM) and dtype != torch.float64
-    if dtype == torch.float64:
-        raise ValueError("rnnt_loss takes float64 logits on a CPU only; on a GPU float32, float16 or bfloat16")
+    if device.type != "cuda" or dtype == torch.float64:
+        raise ValueError(f"rnnt_loss takes float64 logits on a CPU only, all else on CUDA too; not {dtype} on {device}")
     if not find_spec("numba_cuda"):
         raise ImportError("rnnt_loss on a GPU needs numba-cuda: pip install 'numba-cuda[cu13]' (or cu12, by driver)")
     return True
@@ -465,7 +465,7 @@ class _Joint:
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else inputs[0].dtype
         self.encoder_out, self.label_out = (a.detach().flatten(0, 1) for a in inputs[:2])        # (B T,J), (B U1,J)
         self.weight, self.bias = (a.detach().to(dtype) for a in inputs[2:])
-        T_b, U_b = logit_lengths.cpu().long(), target_lengths.cpu().long()                       # the only wait, if any
+        T_b, U_b = logit_lengths.cpu(), target_lengths.cpu()                                     # the only wait, if any
         self.batch = _batch((B, T, U1, V), device, dtype, targets, T_b, U_b, blank, **options)
         inside = (torch.arange(T)[:, None] < T_b[:, None, None]) & (torch.arange(U1) <= U_b[:, None, None])
         b, t, u = (a.to(device) for a in inside.nonzero(as_tuple=True))                          # (n,) each
@@ -474,7 +474,7 @@ class _Joint:
         self.y = self.batch.y.flatten()[self.nodes]                     # its label
         self.arcs = torch.zeros(B * T * U1, 2, dtype=self.batch.real, device=device)    # at the same places
         self.norms = torch.empty(len(u), 2, dtype=torch.promote_types(dtype, torch.float32), device=device)
-        sizes, rows = T_b * (U_b + 1), max(1, tile_bytes // ((2 * V + 4 * J) * dtype.itemsize))
+        sizes, rows = T_b.long() * (U_b.long() + 1), max(1, tile_bytes // ((2 * V + 4 * J) * dtype.itemsize))
         many = rows // max([1, *sizes.tolist()]) or B                   # utterances in a group
         ends, self.groups = [0, *sizes.cumsum(0).tolist()], []          # where each utterance's nodes end
         for b in range(0, B, many):
@@ -582,8 +582,8 @@ def demonstrate():
     joint = [torch.randn(shape) for shape in ((3, 9, 16), (3, 5, 16), (20, 16), (20,))]
     logits = torch.tanh(joint[0][:, :, None] + joint[1][:, None]) @ joint[2].T + joint[3]
     batch = torch.randint(1, 20, (3, 4)), torch.tensor([9, 4, 1]), torch.tensor([3, 4, 0])
-    for name, device, dtype in (("reference", "cpu", torch.float64), ("CPU", "cpu", torch.float64), ("CPU", "cpu",
-                                torch.float32), ("CUDA", "cuda", torch.float32))[:3 + torch.cuda.is_available()]:
+    ours = [("CPU", "cpu", torch.float64), ("CPU", "cpu", torch.float32), ("CUDA", "cuda", torch.float32)]
+    for name, device, dtype in [("reference", "cpu", torch.float64)] + ours[:2 + torch.cuda.is_available()]:
         loss = rnnt_loss_reference if name == "reference" else partial(rnnt_loss, reduction="none")
         x = logits.to(device, dtype).requires_grad_()
         costs = loss(x, *batch, blank=0)

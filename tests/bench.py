@@ -295,15 +295,15 @@ def loss_peers():
 def rounds(contenders, repeats, device):
     """-> seconds of each, the least of them, and those of the host on a GPU: medians over rounds in which all take
     turns, so that what disturbs one disturbs the others. The least is what they take where memory is at hand: a virtual
-    machine may take seconds to give back gigabytes that were freed a moment ago."""
+    machine may need seconds to fetch gigabytes that were freed a moment ago."""
     seconds, host = ({name: [] for name in contenders} for _ in range(2))
     for _ in range(repeats + 1):
         for name, function in contenders.items():
-            elapsed, launch = (cuda_timed if device == "cuda" else lambda f: (timed(f), 0.0))(function)
+            elapsed, launch = cuda_timed(function) if device == "cuda" else (timed(function), 0.0)
             seconds[name].append(elapsed)
             host[name].append(launch)
-    return tuple({name: kind(each[1:] or each) for name, each in all.items()}
-                 for kind, all in ((statistics.median, seconds), (min, seconds), (statistics.median, host)))
+    return tuple({name: summary(each[1:] or each) for name, each in times.items()}
+                 for summary, times in ((statistics.median, seconds), (min, seconds), (statistics.median, host)))
 
 
 def cuda_timed(function, calls=20):
@@ -363,8 +363,9 @@ def loss_table(shape, repeats, device):
     seconds, least, host = rounds(contenders, repeats, device)
     size = logits.numel() * 4 / 1e6
     for name, each in seconds.items():
-        print(f"| {shape} {size:.0f} MB | {name} | {each * 1e3:.3g} | {least[name] * 1e3:.3g} | {each / seconds['copy']:.2f} | "
-              f"{each / seconds['log_softmax']:.2f} | {peak_mb(contenders[name], device) / size:.2f} |"
+        print(f"| {shape} {size:.0f} MB | {name} | {each * 1e3:.3g} | {least[name] * 1e3:.3g} | "
+              f"{each / seconds['copy']:.2f} | {each / seconds['log_softmax']:.2f} | "
+              f"{peak_mb(contenders[name], device) / size:.2f} |"
               + f" {host[name] * 1e6:.0f} us |" * (device == "cuda"), flush=True)
 
 
@@ -395,7 +396,8 @@ def loss(options):
     shapes = [(4, 150, 20, 1000), (8, 300, 40, 500), (16, 200, 50, 4000)][:options.shapes]
     np.ones(max(2**29, 5 * max(map(math.prod, shapes))), np.float32)  # memory a virtual machine never gave is slow
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        print(f"\n{device}, forward and backward\n| logits | what | ms | least | / copy | / log_softmax | memory / logits |"
+        print(f"\n{device}, forward and backward\n"
+              "| logits | what | ms | least | / copy | / log_softmax | memory / logits |"
               + " host, a call |" * (device == "cuda"))
         for shape in shapes:
             loss_table(shape, options.repeats, device)

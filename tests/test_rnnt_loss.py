@@ -302,6 +302,15 @@ def test_fused_skips_padding_and_names_widths():
         joint_rnnt_loss(inputs[0], torch.cat([inputs[1], inputs[1][:1]]), *inputs[2:], targets, frames, counts, blank=0)
 
 
+@pytest.mark.parametrize("wrong", [torch.float32, torch.bool])
+@pytest.mark.parametrize("name", ["logit_lengths", "target_lengths"])
+def test_fused_takes_integers_only(name, wrong):
+    _, *rest = batch()
+    rest[["logit_lengths", "target_lengths"].index(name) + 1] = torch.ones(3, dtype=wrong)
+    with pytest.raises(ValueError, match=f"{name} must be 1-dimensional integers for 3 utterances, not {wrong}"):
+        joint_rnnt_loss(*joint_inputs(), *rest, blank=0)
+
+
 @pytest.mark.parametrize("ints", [torch.int8, torch.uint8, torch.int16])
 def test_narrow_integers_do_not_wrap(ints):
     g = torch.Generator().manual_seed(0)
@@ -486,8 +495,9 @@ def test_cuda_kernels_under_the_simulator():
 
 
 def test_where_no_kernel_is_the_error_says_what_to_do(monkeypatch):
-    with pytest.raises(ValueError, match="float64 logits on a CPU only"):
-        module.runs_on_gpu(torch.device("cuda"), F64)
+    for device, dtype in (("cuda", F64), ("mps", torch.float32)):
+        with pytest.raises(ValueError, match=f"float64 logits on a CPU only, .* not {dtype} on {device}"):
+            module.runs_on_gpu(torch.device(device), dtype)
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="needs numba-cuda: pip install 'numba-cuda"):
         module.runs_on_gpu(torch.device("cuda"), torch.float32)
