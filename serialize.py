@@ -314,7 +314,8 @@ class Tokenizer:
         """The tokenizer of to_dict; InputError for anything else."""
         try:
             tokenizer = cls(**data)
-            if all(isinstance(text, str) for text in [*tokenizer.tags, tokenizer.alphabet]):
+            texts = [*tokenizer.tags, tokenizer.alphabet]
+            if not isinstance(data["tags"], str) and all(isinstance(text, str) for text in texts):
                 return tokenizer
         except (TypeError, ValueError):
             pass
@@ -535,33 +536,35 @@ class Intake:
     def __init__(self, strict=False, on_bad=None, by_sound=False):
         self.strict, self.tell, self.by_sound = strict, on_bad or tell, by_sound
         self.rows, self.ids, self.sounds = [], {}, {}
+        self.counts = Counter()  # of one file
 
     @contextmanager
     def line(self, path, number):
         """Around the reading of one line: whatever is wrong with it gets its file and number."""
         try:
             yield
-        except (ValueError, RecursionError, csv.Error) as error:
+        except (ValueError, RecursionError) as error:
             if self.strict:
                 raise InputError(f"{path}:{number}: {error}") from None
             self.tell(f"{path}:{number}: skipped: {error}")
-            self.bad += 1
+            self.counts["bad"] += 1
 
     @contextmanager
     def file(self, path):
         """Around the reading of one file: says at its end, once, what happened to its rows."""
-        self.bad = self.good = self.composed = self.unspaced = 0
+        self.counts.clear()
         yield
-        if self.bad:  # an importer's line is not yet a row
-            counted = "lines" if self.by_sound else f"of {self.bad + self.good} rows"
-            self.tell(f"{path}: {self.bad} {counted} skipped")
-        if self.composed:
-            self.tell(f"{path}: text of {self.composed} rows brought to NFC")
-        if self.unspaced:
-            self.tell(f"{path}: {self.unspaced} rows hold a script without spaces (as Thai, Lao, "
-                      "Khmer, Burmese), where a whole phrase counts as one word; put spaces "
-                      "between the words first")
-        if not self.good:
+        bad, good = self.counts["bad"], self.counts["good"]
+        if bad:  # an importer's line is not yet a row
+            self.tell(f"{path}: {bad} {'lines' if self.by_sound else f'of {bad + good} rows'} "
+                      "skipped")
+        if composed := self.counts["composed"]:
+            self.tell(f"{path}: text of {composed} rows brought to NFC")
+        if unspaced := self.counts["unspaced"]:
+            self.tell(f"{path}: {unspaced} rows hold a script without spaces (as Thai, Lao, Khmer, "
+                      "Burmese), where a whole phrase counts as one word; put spaces between the "
+                      "words first")
+        if not good:
             raise InputError(f"{path}: no usable row")
 
     def add(self, record, path, number, allow_outside=False):
@@ -575,10 +578,11 @@ class Intake:
         else:
             self.ids[row.id] = self.sounds[sound] = row
             self.rows.append(row)
-        self.good += 1
+        self.counts["good"] += 1
         texts = [record.get("asr") or "", *(record.get("st") or {}).values()]
-        self.composed += not all(unicodedata.is_normalized("NFC", text) for text in texts)
-        self.unspaced += any(UNSPACED.search(text) is not None for text in texts)
+        normal = all(unicodedata.is_normalized("NFC", text) for text in texts)
+        self.counts["composed"] += not normal
+        self.counts["unspaced"] += any(UNSPACED.search(text) is not None for text in texts)
 
 
 def read_manifest(path, strict=False, *, allow_outside=False, on_bad=None):
@@ -784,14 +788,16 @@ def tsv_records(path, intake, columns, optional):
     an escape character. A line must have as many cells as the header: a stray tab would shift the
     texts to other columns. `columns` must be in the header, `optional` may.
     """
-    text = (line.decode(errors="surrogateescape") + "\n" for _, line in read_lines(path))
+    # A CR that ends no line is white space, as in read_lines; to csv it would be an error.
+    text = (line.decode(errors="surrogateescape") for _, line in read_lines(path))
+    text = (re.sub(r"(?<!\\)\r\Z", "", line).replace("\r", " ") + "\n" for line in text)
     reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\")
     header = _header(path, reader, columns)
     columns = columns | {ours: name for ours, name in optional.items() if name in header}
     while True:
         number, cells = reader.line_num + 1, ()
         with intake.line(path, number):
-            cells = next(reader, None)
+            cells = _next_cells(reader)
             if cells and len(cells) != len(header):
                 raise InputError(f"{len(cells)} cells where the header has {len(header)}")
             if cells:
@@ -801,10 +807,18 @@ def tsv_records(path, intake, columns, optional):
             return
 
 
+def _next_cells(reader):
+    """The cells of the next line; None at the end."""
+    try:
+        return next(reader, None)
+    except csv.Error as error:  # a cell beyond all bounds
+        raise InputError(str(error)) from None
+
+
 def _header(path, reader, columns):
     try:
-        header = [name.removeprefix("\ufeff") for name in next(reader, [])]
-    except csv.Error as error:
+        header = [name.removeprefix("\ufeff") for name in _next_cells(reader) or []]
+    except InputError as error:
         raise InputError(f"{path}:1: {error}") from None
     if missing := [name for name in columns.values() if name not in header]:
         raise InputError(f"{path}:1: no column {', '.join(missing)!r} in the header "

@@ -1,10 +1,14 @@
 """The laws of interleaving and of the tokens, on random input, and everything that can be wrong with a manifest."""
+import csv
 import gzip
 import json
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -16,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import serialize as module  # noqa: E402
-from serialize import (ASR, Row, StreamParser, Tokenizer, deinterleave, interleave, interleave_align,  # noqa: E402
-                       interleave_ratio, interleave_time, join, needs, parse, read_manifest, serialize, units, write_manifest)
+from serialize import (ASR, InputError, Row, StreamParser, Tokenizer, deinterleave, interleave, interleave_align,  # noqa: E402
+                       interleave_ratio, interleave_time, join, joined, mode_of, needs, parse, read_manifest, serialize, units, write_manifest)
 
 settings.register_profile("here", deadline=None, max_examples=150)
 settings.load_profile("here")
@@ -538,3 +542,439 @@ def test_griko():
             for mode in ["align", "ratio:0"]}
     assert all(words >= 0 for delays in late.values() for words, _ in delays)  # neither guesses
     assert sum(s for _, s in late["align"]) < 0.05 * sum(s for _, s in late["ratio:0"])
+
+
+# ---- Words of scripts without spaces -------------------------------------------------------------
+
+HAN_WORDS = some.sampled_from(["我", "語", "か", "か\u3099", "ガ", "ー", "々", "𠀋", "葛\U000e0100"])
+OTHER_WORDS = some.sampled_from(["Python", "。", "a。", "\u3099", "é", "한국어", "ไทย", "\u0301x"])
+UNITS = some.lists(some.one_of(HAN_WORDS, OTHER_WORDS), max_size=8)
+
+
+@given(UNITS)
+def test_join_is_undone_by_units(words):
+    assert units(join(words)) == words
+    pairs = [(ASR, word) for word in words]
+    assert parse(serialize(pairs, TRAINED), TRAINED) == pairs
+    assert TRAINED.decode(TRAINED.encode(join(words))) == join(words)
+
+
+@given(some.text(max_size=20))
+def test_any_text_has_units_that_join(text):
+    words = units(text)
+    assert units(join(words)) == words and join(units(join(words))) == join(words)
+    assert "".join(words) == "".join(text.split())
+    if not any(unicodedata.name(c, "").startswith(("CJK", "KANGXI", "HIRAGANA", "KATAKANA"))
+               or "\u2fff" < c < "\u33ff" or c > "\uf8ff" for c in text):
+        assert words == text.split() and join(words) == " ".join(words)
+
+
+def test_units_of_chinese_japanese_and_others():
+    assert units("我爱 Python 语言。") == ["我", "爱", "Python", "语", "言", "。"]
+    assert join(["我", "爱", "Python", "语", "言", "。"]) == "我爱Python语言。"
+    assert units("か\u3099っこう, ガス") == ["か\u3099", "っ", "こ", "う", ",", "ガ", "ス"]
+    assert join(["か", "\u3099"]) == "か \u3099"  # beside each other they would be one character
+    assert units("나는 집에 ไทยไทย a-b") == ["나는", "집에", "ไทยไทย", "a-b"]
+    assert join(["a", "b"]) == "a b" and join(["。", "b"]) == "。 b" and join([]) == ""
+    assert units("".join(["我", "a", "b"])) != ["我", "a", "b"]  # without any space the law breaks
+
+
+def test_normalising_changes_no_unit():
+    """NFC of a character has as many units, so links and times counted before still fit."""
+    for code in range(sys.maxunicode):
+        if not unicodedata.is_normalized("NFC", chr(code)):
+            composed = unicodedata.normalize("NFC", chr(code))
+            assert len(units("我" + composed)) == len(units("我" + chr(code))), hex(code)
+
+
+def test_links_and_times_of_a_longer_word_pass_to_its_characters(tmp_path):
+    row = {"audio": "a.wav", "asr": "你好 world 再见", "times": [1.0, 2.0, None],
+           "st": {"en": "hello world bye", "ja": "今日は"}, "st_times": {"ja": [0.5, 0.7, 0.9]},
+           "links": {"en": "0-0 1-1 2-2", "ja": "0-0"}}
+    first, = read_manifest(manifest(tmp_path, row), strict=True)
+    assert first.asr == "你好world再见" and first.times == [1.0, 1.0, 2.0, None, None]
+    assert first.links["en"] == [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2)]
+    assert first.links["ja"] == [(i, j) for i in (0, 1) for j in (0, 1, 2)]
+    assert first.st_times == {"ja": [0.5, 0.7, 0.9]}  # as many as characters: they count them
+    assert join(word for tag, word in interleave(first, "align") if tag == "<st:ja>") == "今日は"
+    assert [word for _, word in interleave(first, "align")][:3] == ["你", "好", "hello"]
+    write_manifest(tmp_path / "again.jsonl", [first])
+    assert "你 好 world 再 见" in (tmp_path / "again.jsonl").read_text(encoding="utf-8")
+    assert read_manifest(tmp_path / "again.jsonl", strict=True) == [first]
+    plain = Row("1", str(tmp_path / "a.wav"), asr="你好")
+    write_manifest(tmp_path / "plain.jsonl", [plain])
+    assert '"你好"' in (tmp_path / "plain.jsonl").read_text(encoding="utf-8")
+    for wrong in [{"times": [1.0]}, {"links": {"en": "3-0"}}]:  # a link counts words in the file
+        with pytest.raises(InputError, match="m.jsonl:1: .*(1 times for 3 words|outside 3 source)"):
+            read_manifest(manifest(tmp_path, row | wrong), strict=True)
+
+
+def test_texts_are_composed_on_reading_and_nowhere_else(tmp_path):
+    loose = "e\u0301te\u0301"
+    told = []
+    path = manifest(tmp_path, {"audio": "a", "asr": loose, "st": {"fr": "x"}},
+                    {"audio": "b", "asr": "x", "st": {"fr": loose}}, {"audio": "c", "asr": "été"})
+    rows = read_manifest(path, on_bad=told.append)
+    assert [rows[0].asr, rows[1].st["fr"], rows[2].asr] == ["été"] * 3
+    assert told == [f"{path}: text of 2 rows brought to NFC"]
+    assert units(loose) == [loose] and join([loose]) == loose
+    assert parse(serialize([(ASR, loose)], PLAIN), PLAIN) == [(ASR, loose)] != [(ASR, "été")]
+
+
+def test_scripts_without_spaces_are_told(tmp_path):
+    told = []
+    texts = ["สวัสดี", "ສະບາຍດີ", "សួស្តី", "မင်္ဂလာပါ", "plain", "Ελλάδα हिन्दी 你好 안녕"]
+    path = manifest(tmp_path, *({"audio": "a", "asr": text} for text in texts))
+    read_manifest(path, on_bad=told.append)
+    assert len(told) == 1 and told[0].startswith(f"{path}: 4 rows hold a script without spaces")
+
+
+# ---- Rows come back as they were written ---------------------------------------------------------
+
+SECONDS = some.one_of(some.just(0), some.just(0.0), some.floats(0, 1e6))
+TEXT = some.one_of(some.just(""), some.just("0"), UNITS.map(join), WORDS.map(" ".join)).map(
+    lambda text: join(units(unicodedata.normalize("NFC", text))))
+JSON = some.recursive(
+    some.one_of(some.none(), some.booleans(), some.integers(-9, 9), some.just(""), some.just(0.0)),
+    lambda inner: some.lists(inner, max_size=2) | some.dictionaries(some.sampled_from("ab"), inner))
+
+
+@some.composite
+def rows_of_a_manifest(draw):
+    asr = draw(some.one_of(some.none(), TEXT))
+    st = draw(some.dictionaries(some.sampled_from(["", "fr", "de"]), TEXT))
+    if not units(asr or "") and not any(units(text) for text in st.values()):
+        asr = "a"
+    timed = some.one_of(some.none(), SECONDS)
+    n = len(units(asr or ""))
+    times = draw(some.one_of(some.none(), some.lists(timed, min_size=n, max_size=n)))
+    links, st_times = {}, {}
+    for lang in draw(some.lists(some.sampled_from(sorted(st)), unique=True) if st else some.just([])):
+        m = len(units(st[lang]))
+        st_times[lang] = draw(some.lists(timed, min_size=m, max_size=m))
+        pairs = some.tuples(some.integers(0, max(0, n - 1)), some.integers(0, max(0, m - 1)))
+        links[lang] = draw(some.lists(pairs, max_size=4)) if n and m else []
+    name = some.sampled_from(["", "0", "s/1", "id"])
+    other = some.dictionaries(some.sampled_from(["", "x", "where", "other"]), JSON, max_size=2)
+    return Row(draw(name), "a.wav", draw(SECONDS), draw(some.one_of(some.none(), SECONDS)),
+               draw(name), asr, st, links, times, st_times, draw(name), draw(other))
+
+
+@given(rows_of_a_manifest())
+def test_what_is_written_is_read(tmp_path_factory, row):
+    folder = tmp_path_factory.getbasetemp()
+    row.audio = str(folder / row.audio)
+    write_manifest(folder / "law.jsonl", [row])
+    again, = read_manifest(folder / "law.jsonl", strict=True)
+    assert again == row and again.other == row.other
+    assert type(again.duration) is type(row.duration) and repr(again.st) == repr(row.st)
+
+
+def test_zero_seconds_are_not_the_whole_file(tmp_path):
+    path = manifest(tmp_path, {"audio": "a.wav", "asr": "x", "duration": 0, "gain": 0, "note": None})
+    write_manifest(tmp_path / "again.jsonl", read_manifest(path, strict=True))
+    record = json.loads((tmp_path / "again.jsonl").read_text())
+    assert record == {"id": "m:1", "audio": "a.wav", "asr": "x", "duration": 0, "gain": 0,
+                      "note": None}
+    for wrong in [{"start": True}, {"times": [False]}]:  # true is no number
+        with pytest.raises(InputError, match="cannot be"):
+            read_manifest(manifest(tmp_path, {"audio": "a", "asr": "x"} | wrong), strict=True)
+
+
+def test_no_id_stands_twice(tmp_path):
+    path = manifest(tmp_path, {"id": "a\x1b[2J", "audio": "1", "asr": "x"}, {"audio": "2", "asr": "y"},
+                    {"id": "a\x1b[2J", "audio": "3", "asr": "z"})
+    told = []
+    assert [row.asr for row in read_manifest(path, on_bad=told.append)] == ["x", "y"]
+    assert told == [f"{path}:3: skipped: id 'a\\x1b[2J' stands at {path}:1 already",
+                    f"{path}: 1 of 3 rows skipped"]
+    with pytest.raises(InputError, match=r"m\.jsonl:3: id .* stands at .*m\.jsonl:1 already"):
+        read_manifest(path, strict=True)
+    (tmp_path / "b").mkdir()
+    line = {"audio_filepath": "x.wav", "duration": 1.0, "id": "u", "text": "a"}
+    one, two = manifest(tmp_path, line, name="1.jsonl"), manifest(tmp_path / "b", line, name="2.jsonl")
+    code, _, err = command("--from", "nemo", one, two, "--strict", "-o", tmp_path / "out.jsonl")
+    assert code == 2 and f"{two}:1: id 'u' stands at {one}:1 already" in err
+    again = manifest(tmp_path, line | {"text": "b"}, name="3.jsonl")  # other words for one sound
+    code, _, err = command("--from", "nemo", one, again, "--strict", "-o", tmp_path / "out.jsonl")
+    assert code == 2 and f"{again}:1: another text (asr) for the same sound stands at {one}:1" in err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_only_regular_files_are_read_and_replaced(tmp_path, kind):
+    path = {"fifo": tmp_path / "f.a_b.x", "device": Path("/dev/zero"), "folder": tmp_path}[kind]
+    if kind == "fifo":
+        os.mkfifo(path)
+    for call in [read_manifest, module.import_nemo, module.import_mustc]:
+        with pytest.raises(InputError, match="pipe or a device|Is a directory"):
+            call(path)
+    with pytest.raises(InputError, match="not a file that can be replaced"):
+        write_manifest(path, [Row("1", "a", asr="a")])
+    code, out, err = command(path)
+    assert code == 2 and err.count("\n") == 1 and err.startswith("serialize.py: ") and not out
+
+
+def test_no_escape_sequence_reaches_the_terminal(tmp_path):
+    assert module.printable("a\x1b[31m\u202eb\n\ud800é中") == "a\\x1b[31m\\u202eb\\n\\ud800é中"
+    evil = "\x1b]0;gone\x07\u202e"
+    lines = [{"audio": evil + "\0", "asr": "x"}, {"audio": "a", "asr": [evil]}, {evil: evil},
+             {"audio": "a", "asr": "x", "times": [1, 2]}, {"audio": "a", "asr": "a", "st": {evil: 3}},
+             {"audio": "a", "asr": "x", "st": {"fr": "y"}, "links": {evil: "0-0"}}]
+    path = manifest(tmp_path, *lines, GOOD, name=f"m{evil[:3]}.jsonl")
+    code, out, err = command(path)
+    assert code == 0 and err.count("\n") == len(lines) + 1
+    assert not {c for c in out + err if not c.isprintable()} - {"\n"}
+    code, out, err = command(path, "--strict")
+    assert code == 2 and err.count("\n") == 1 and "\x1b" not in err and "\\x1b" in err
+
+
+def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "m.jsonl"
+    rows = [Row(str(k), str(tmp_path / "a.wav"), asr="word " * 50) for k in range(200)]
+    write_manifest(path, rows[:1])
+    before = path.read_bytes()
+    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); "
+            "import serialize; rows = [serialize.Row(str(k), 'a.wav', asr='word ' * 50) "
+            "for k in range(200)]\n"
+            "try: serialize.write_manifest(sys.argv[1], rows)\n"
+            "except OSError as error: print(error)")
+    done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True)
+    assert "File too large" in done.stdout and str(path) in done.stdout and ".tmp" not in done.stdout
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["m.jsonl"]
+    with pytest.raises(OSError, match="No such file"):
+        write_manifest(tmp_path / "none" / "m.jsonl", rows)
+
+
+# ---- Modes by row, utterances in one stream ------------------------------------------------------
+
+def test_a_row_with_one_text_is_written_as_that_text():
+    both, asr = Row("1", "a", asr="a b", st={"fr": "x"}), Row("2", "a", asr="a", st={"fr": " "})
+    st = Row("3", "a", asr="", st={"fr": "", "de": "x"})
+    for mode in ["ratio:0.5", "align", "time"]:
+        assert [mode_of(row, mode) for row in (both, asr, st)] == [mode, "asr", "st"]
+    assert interleave(asr, mode_of(asr, "time")) == [(ASR, "a")]
+    assert interleave(st, mode_of(st, "align")) == [("<st:de>", "x")]
+    with pytest.raises(InputError, match="no links"):  # both texts: the links are needed
+        interleave(both, mode_of(both, "align"))
+    for row, mode, lacking in [(st, "asr", "transcription"), (asr, "st", "translation")]:
+        with pytest.raises(InputError, match=f"no {lacking} for mode '{mode}'"):
+            interleave(row, mode_of(row, mode))
+
+
+def test_joined_utterances_are_written_one_after_the_other():
+    first = Row("1", "a", asr="a b", st={"fr": "x y"}, links={"fr": [(0, 0), (1, 1)]},
+                times=[1.0, 2.0], st_times={"fr": [1.5, 2.5]})
+    second = Row("2", "b", asr="c d", st={"fr": "z"}, links={"fr": [(1, 0)]}, times=[0.5, 1.0],
+                 st_times={"fr": [0.7]})
+    alone = Row("3", "c", asr="e")
+    assert "".join(word for _, word in joined([first, second, alone], "align")) == "axbycdze"
+    assert "".join(word for _, word in joined([first, alone, second], "time")) == "axbyeczd"
+    shifted = Row("1+2", "", asr="a b c d", st={"fr": "x y z"}, times=[1.0, 2.0, 3.5, 4.0],
+                  st_times={"fr": [1.5, 2.5, 3.7]})  # the second begins at 3 s
+    assert joined([first, second], "time") == interleave(shifted, "time")
+    assert joined([first, second], "ratio:1") != interleave(shifted, "ratio:1")
+
+
+# ---- The tokenizer's example and its data --------------------------------------------------------
+
+def test_the_example_in_the_documentation_of_train():
+    trained = Tokenizer.train(["an and", "ant man"], 300)
+    assert [trained.pieces[a] + trained.pieces[b] for a, b in trained.merges] == [b"an", b"an "]
+    x, y = len(PLAIN) - 2, len(PLAIN) - 1  # one tag instead of three
+    assert trained.encode_word("an") == (y,) and trained.encode_word("man")[1:] == (y,)
+    assert trained.encode_word("and")[0] == trained.encode_word("ant")[0] == x
+
+
+@pytest.mark.parametrize("data", [None, {}, [], 7, {"tags": ["a"]}, {"tags": "<asr>"},
+                                  {"tags": [1], "merges": []}, {"tags": ["a"], "merges": [[1, 4]]},
+                                  {"tags": ["a"], "merges": [7]}, {"tags": ["a"], "alphabet": [1]},
+                                  {"tags": ["a"], "merges": [["x", "y"]]}, {"tags": ["a"], "new": 1}])
+def test_what_is_no_tokenizer_is_refused(data):
+    if data == {"tags": ["a"]}:
+        assert len(Tokenizer.from_dict(data)) == 258
+    else:
+        with pytest.raises(InputError, match="not the data of a tokenizer"):
+            Tokenizer.from_dict(data)
+
+
+# ---- Importers, line by line ---------------------------------------------------------------------
+
+def tsv(path, *rows, end="\n"):
+    """As get_covost_splits.py writes: no quoting, backslash before what would be misread."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\",
+                            lineterminator=end)
+        writer.writerows(rows)
+    return path
+
+
+CELL = some.text(some.sampled_from('ab \t\n\r"\\é中'), max_size=6).map(lambda text: f"x{text}x")
+
+
+@given(some.lists(some.tuples(CELL, CELL), min_size=1, max_size=4), some.sampled_from(["\n", "\r\n"]))
+def test_a_covost_table_is_read_as_it_was_written(tmp_path_factory, texts, end):
+    path = tmp_path_factory.getbasetemp() / "covost_v2.fr_en.law.tsv"
+    rows = [(f"{k}.mp3", asr, st) for k, (asr, st) in enumerate(texts)]
+    tsv(path, ("path", "sentence", "translation"), *rows, end=end)
+    found = module.import_covost(path, strict=True, on_bad=[].append)
+    expected = [(join(units(asr)), join(units(st))) for asr, st in texts]
+    assert [(row.asr, row.st["en"]) for row in found] == expected
+
+
+def test_covost_lines_that_cannot_be_trusted(tmp_path):
+    path = tmp_path / "covost_v2.fr_en.x.tsv"
+    lines = [b"\xef\xbb\xbfpath\tsentence\ttranslation\tage", b"s1/1.mp3\ta\tb\t20", b"s2/1.mp3\ta\tb\t",
+             b"../1.mp3\ta\tb\t", b"/etc/1.mp3\ta\tb\t", b"4.mp3\ta\tb", b"5.mp3\ta\tq\tb\t",
+             b"6.mp3\ta\rq\tb\t", b"7.mp3\t\xff\tb\t", b"\ta\tb\t", b"8.mp3\ta\\\nq\tb\t", b"", b"9.mp3\t\t\t"]
+    path.write_bytes(b"\n".join(lines))
+    told = []
+    rows = module.import_covost(path, on_bad=told.append)
+    assert [(row.id, row.where) for row in rows] == [("s1/1", f"{path}:2"), ("s2/1", f"{path}:3"),
+                                                     ("6", f"{path}:8"), ("8", f"{path}:11")]
+    assert rows[2].asr == "a q" == rows[3].asr  # a CR and an escaped end of line are white space
+    assert rows[0].audio == str(tmp_path / "clips/s1/1.mp3") and rows[0].other == {"age": "20"}
+    wrong = {4: "is no file inside clips", 5: "is no file inside clips",
+             6: "3 cells where the header has 4", 7: "5 cells where the header has 4",
+             9: "byte 0xff .* is not UTF-8", 10: "is no file inside clips",
+             14: "no text"}
+    for message, (number, reason) in zip(told, wrong.items()):
+        assert re.match(f"{re.escape(str(path))}:{number}: skipped: .*{reason}", message), message
+    assert told[len(wrong)] == f"{path}: 7 lines skipped"
+    for header in [b"path\tsentence", b"", b"path\tsentence\ttranslation\tpath", b"path\ra"]:
+        path.write_bytes(header + b"\na\tb\tc\n")
+        with pytest.raises(InputError, match=r"x\.tsv:1: "):
+            module.import_covost(path)
+
+
+def test_any_table_is_imported(tmp_path):
+    path = tsv(tmp_path / "a.tsv", ["file", "fr", "en", "who", "from", "up_votes", "links"],
+               ["a.wav", "un \"mot\"", "a word", "s", "1.5", "2", "x"], ["b.wav", "deux", "", "", "", "", ""],
+               ["../c.wav", "trois", "", "", "", "", ""], ["d.wav", "quatre", "", "", "x", "", ""])
+    columns = "audio=file,asr=fr,st.en=en,speaker=who,start=from"
+    out = tmp_path / "out.jsonl"
+    code, _, err = command("--from", "tsv", path, "--columns", columns, "-o", out)
+    assert code == 0 and "a.tsv:4: skipped: audio '../c.wav' leaves" in err
+    assert "a.tsv:5: skipped: 'x' is not a number" in err
+    first, second = read_manifest(out, strict=True)
+    assert first == Row("a:2", str(tmp_path / "a.wav"), 1.5, asr='un "mot"', st={"en": "a word"},
+                        speaker="s")
+    assert first.other == {"up_votes": "2"} and second.st == {"en": ""}
+    rows = module.import_tsv(path, columns={"audio": "file", "asr": "fr"}, folder="clips",
+                             allow_outside=True, on_bad=[].append)
+    assert [row.audio for row in rows] == [str(tmp_path / name) for name in (
+        "clips/a.wav", "clips/b.wav", "c.wav", "clips/d.wav")]
+    for wrong, message in [("audio=file,ars=fr", "no column 'ars'"), ("asr=fr", "need audio"),
+                           ("audio=file,asr", "should be OURS=THEIRS"), ("", "should be OURS"),
+                           ("audio=file,asr=de", "a.tsv:1: no column 'de' in the header")]:
+        code, _, err = command("--from", "tsv", path, "--columns", wrong, "-o", out)
+        assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_mustc_lines_stay_beside_each_other(tmp_path):
+    folder = tmp_path / "txt"
+    folder.mkdir()
+    mapping = "- {{duration: 2.0, offset: {}, speaker_id: s, wav: {}}}\n".format
+    (folder / "dev.yaml").write_text(mapping(0, "t.wav") + mapping(1, "'a, b.wav'") + mapping(2, "t.wav")
+                                     + mapping("x", "t.wav") + mapping(3, "../t.wav") + "- {wav: t.wav}\n"
+                                     + "nothing\n" + mapping(4, "t.wav"))
+    (folder / "dev.en").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rtwo\nthree\n4\n5\n6\n7\n\xff\n")
+    (folder / "dev.de").write_bytes(b"eins\nzwei\n\n\n\n\n\n\n")
+    told = []
+    rows = module.import_mustc(folder / "dev.yaml", on_bad=told.append)
+    assert [(row.asr, row.st["de"]) for row in rows] == [("one", "eins"), ("two two", "zwei"), ("three", "")]
+    assert rows[1].audio == str(tmp_path / "wav/a, b.wav") and rows[2].id == "t_3"
+    reasons = ["'x' is not a number", "is no file inside ../wav", "no duration, offset",
+               "not a mapping", f"{folder / 'dev.en'}:8: byte 0xff after 0 others is not UTF-8"]
+    for number, (message, reason) in enumerate(zip(told, reasons), 4):
+        assert f"dev.yaml:{number}: skipped: " in message and reason in message
+    assert told[5].endswith("dev.yaml: 5 lines skipped")
+
+
+def test_the_mustc_case(tmp_path):
+    if not (DATA / "cases" / "mustc").exists():
+        pytest.skip(f"needs {DATA / 'cases' / 'mustc'}")
+    rows = module.import_mustc(DATA / "cases" / "mustc" / "dev.yaml", strict=True)
+    assert [(row.asr, row.st["de"]) for row in rows] == [("one", "eins"), ("two", "zw ei"), ("three", "")]
+
+
+def test_the_covost_case():
+    path = DATA / "cases" / "covost_v2.fr_en.train.tsv"
+    if not path.exists():
+        pytest.skip(f"needs {path}")
+    rows = module.import_covost(path, strict=True, on_bad=[].append)
+    assert [row.asr for row in rows] == [
+        "plain words", 'he said "yes" to me', '"Quoted from end to end."', 'an unmatched " in the middle',
+        "a back\\slash", "a tab here", "dots … and «guillemets»", "l'été", '""" three', "a | pipe", "tail\\"]
+    assert all(row.st["en"] == row.asr.upper() for row in rows)
+
+
+def test_nemo_lines_of_any_kind(tmp_path):
+    good = {"audio_filepath": str(tmp_path / "a.wav"), "duration": 1.0, "text": "a", "pnc": "yes"}
+    lines = [b"[]", b"3", b"null", b'"a"', b"[" * 100000, b'{"text": "a"}', b"\xff", b"{",
+             *({**good, key: value} for key, value in [
+                 ("audio_filepath", 7), ("audio_filepath", ""), ("text", ["a"]), ("text", None),
+                 ("target_lang", ["de"]), ("source_lang", 7), ("offset", "x"), ("duration", -1),
+                 ("duration", True), ("text", "\ud800"), ("id", [1])])]
+    told = []
+    path = manifest(tmp_path, *lines, good)
+    row, = module.import_nemo(path, on_bad=told.append)
+    assert (row.asr, row.other, row.duration) == ("a", {"pnc": "yes"}, 1.0)
+    assert [message.split(": ")[0] for message in told] == [
+        *(f"{path}:{n}" for n in range(1, len(lines) + 1)), f"{path}"]
+    assert not [message for message in told if "Error" in message]
+
+
+def test_imported_rows_get_the_duration_that_is_sure(tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    (tmp_path / "clips").mkdir()
+    noise = [((k * 7919) % 1000 - 500) / 1000 for k in range(12345)]
+    for name in ["a.wav", "b.flac", "c.ogg", "d.mp3"]:
+        soundfile.write(tmp_path / "clips" / name, noise, 16000)
+        whole = (tmp_path / "clips" / name).read_bytes()
+        (tmp_path / "clips" / f"cut_{name}").write_bytes(whole[:len(whole) * 2 // 3])
+    os.mkfifo(tmp_path / "clips" / "pipe.wav")
+    names = ["a.wav", "b.flac", "c.ogg", "d.mp3", "cut_a.wav", "cut_b.flac", "cut_c.ogg",
+             "cut_d.mp3", "none.wav", "pipe.wav"]
+    path = tsv(tmp_path / "covost_v2.fr_en.x.tsv", ("path", "sentence", "translation"),
+               *((name, "a", "b") for name in names))
+    told = []
+    seconds = {}
+    for row in module.import_covost(path, on_bad=told.append):
+        seconds[Path(row.audio).name] = row.duration
+    assert [seconds[name] for name in names[:4]] == [12345 / 16000] * 4
+    assert [seconds[name] for name in names[4:]] == [None] * 6
+    assert told == ["6 rows get no duration: their sound is missing or not surely whole"]
+    path = tsv(tmp_path / "t.tsv", ("a", "b", "c"), ("a.wav", "x", "0.5"), ("a.wav", "y", "9"))
+    columns = {"audio": "a", "asr": "b", "start": "c"}
+    first, second = module.import_tsv(path, columns=columns, folder="clips", on_bad=[].append)
+    assert (first.duration, second.duration) == (12345 / 16000 - 0.5, None)
+
+
+@pytest.mark.parametrize("name", ["vbr_no_xing_6s.mp3", "two_mp3_3s_and_3s.mp3", "cut_at_two_thirds.au",
+                                  "cut_at_two_thirds.aiff", "flac_length_unknown.flac"])
+def test_no_duration_is_guessed(name):
+    pytest.importorskip("soundfile")
+    if not (DATA / "cases" / name).exists():
+        pytest.skip(f"needs {DATA / 'cases' / name}")
+    assert module.sound_seconds(DATA / "cases" / name) is None
+
+
+def test_it_works_alone_in_an_empty_folder(tmp_path):
+    """-S leaves only the standard library: no sibling and no package is needed."""
+    shutil.copy(ROOT / "serialize.py", tmp_path)
+    tsv(tmp_path / "covost_v2.fr_en.x.tsv", ("path", "sentence", "translation"), ("a.mp3", "b", "c"))
+    tsv(tmp_path / "a.tsv", ("a", "b"), ("a.wav", "b"))
+    manifest(tmp_path, {"audio_filepath": "a.wav", "text": "a"}, name="n.jsonl")
+    (tmp_path / "dev.yaml").write_text("- {duration: 1, offset: 0, wav: a.wav}\n")
+    (tmp_path / "dev.en").write_text("a\n")
+    calls = [[], ["--from", "covost", "covost_v2.fr_en.x.tsv", "-o", "out.jsonl"], ["out.jsonl"],
+             ["--from", "tsv", "a.tsv", "--columns", "audio=a,asr=b", "-o", "t.jsonl"],
+             ["--from", "nemo", "n.jsonl", "-o", "o.jsonl"], ["--from", "mustc", "dev.yaml", "-o", "m.jsonl"]]
+    for call in calls:
+        done = subprocess.run([sys.executable, "-S", "-E", "serialize.py", *call], cwd=tmp_path,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert ("pip install soundfile" in done.stderr) == (call[1:2] in (["covost"], ["tsv"], ["nemo"]))
+    assert {path.name for path in tmp_path.glob("*.jsonl")} == {
+        "n.jsonl", "out.jsonl", "t.jsonl", "o.jsonl", "m.jsonl"}
