@@ -123,7 +123,8 @@ def step(streamers, n_frames, last):
     """The next `n_frames` encoder frames of every stream in one batch; returns the words of each."""
     began, model = time.perf_counter(), streamers[0].model
     samples = torch.from_numpy(np.stack([streamer.take(n_frames) for streamer in streamers]))  # (B, N)
-    mel = log_mel(samples.to(model.joint.output.weight), model.config.n_mels)                  # (B, F, 80)
+    config = model.config
+    mel = log_mel(samples.to(model.joint.output.weight), config.n_mels, config.floor)          # (B, F, 80)
     frames, state = model.encoder(mel, state=State.join([streamer.encoder_state for streamer in streamers]))
     for b, streamer in enumerate(streamers):
         streamer.encoder_state = state.select(slice(b, b + 1))
@@ -176,8 +177,8 @@ class Greedy:
         while rows := [b for b, search in enumerate(searches) if search.at < lengths[b]]:
             some = torch.tensor(rows, device=frames.device)
             at = torch.tensor([searches[b].at for b in rows], device=frames.device)[:, None] + ahead
-            nodes = torch.tanh(frames[some[:, None], at.clamp(max=T - 1)] + labels.proj[some][:, None])  # (R, W, J)
-            log_probs = model.joint.output(nodes).log_softmax(-1)                                        # (R, W, V)
+            heard = frames[some[:, None], at.clamp(max=T - 1)]                                  # (R, W, J)
+            log_probs = model.joint.combine(heard, labels.proj[some][:, None]).log_softmax(-1)  # (R, W, V)
             best, token = log_probs.max(-1)
             new = [BLANK] * B
             for b, *row in zip(rows, token.tolist(), best.tolist(), log_probs[..., BLANK].tolist()):
@@ -247,8 +248,8 @@ class Beam:
     def one_frame(self, frame, limit):
         active, left = self.hyps, {}  # left: by tokens, those that took blank
         for symbols in range(limit + 1):
-            nodes = torch.tanh(frame + torch.cat([hyp.labels.proj for hyp in active]))          # (A, J)
-            log_probs = self.model.joint.output(nodes).log_softmax(-1)                          # (A, V)
+            labels = torch.cat([hyp.labels.proj for hyp in active])                             # (A, J)
+            log_probs = self.model.joint.combine(frame, labels).log_softmax(-1)                 # (A, V)
             for hyp, blank in zip(active, log_probs[:, BLANK].tolist()):
                 hyp = replace(hyp, score=hyp.score + blank)
                 if twin := left.get(hyp.tokens):  # the times are those of the more probable one
