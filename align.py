@@ -1,42 +1,70 @@
-"""align.py -- who translates whom, and when was it said: what serialize.py needs to know before it interleaves.
+"""align.py -- who translates whom, and when was it said: what serialize.py must know to interleave.
 
-    python align.py FILE.pairs > FILE.links                 0-0 1-2 ... for each line `a b ||| c d`
-    python align.py IN.jsonl -o OUT.jsonl [--times SOURCE]  the same for a manifest, and the times of its words
+    python align.py FILE.pairs > FILE.links     0-0 1-2 ... for each line `a b ||| c d`
+    python align.py IN.jsonl -o OUT.jsonl       links for the rows of a manifest that lack them
+    python align.py IN.jsonl -o OUT.jsonl --times RUN/model.pt    and the times of its words: of the
+                                                best path through a trained transducer (Viterbi),
+    python align.py IN.jsonl -o OUT.jsonl --times FILE.ctm        of a forced aligner's output,
+    python align.py IN.jsonl -o OUT.jsonl --times FOLDER          of Praat TextGrids, as MFA's
 
-The aligner learns from the bitext alone and tells it twice. Forward, every target word j is said by a source word a_j:
+The aligner learns from the bitext alone, and in both directions. Forward, every target word j is
+emitted by a source word a_j, and a_1 .. a_J is the path of a hidden Markov model (HMM):
 
-    P(target | source) = sum over all paths a of  prod_j  jump(a_j - a_{j-1}) * t(target_j | source_{a_j})
+    P(target | source) = sum over all paths a of
+                         prod_j  jump(a_j - a_{j-1}) * t(target_j | source_{a_j})
 
-or by NULL; backward, the roles are exchanged. IBM model 1 is the story without jumps; it has no bad local optimum and
-comes first. Expectation maximisation: the E-step finds the posterior of every link under the present tables, the M-step
-adds posteriors up to expected counts and divides. Four things make it strong on a small corpus:
+or a word is emitted by NULL, no word at all. Backward, the sides are exchanged. IBM model 1 is the
+same without jumps; it has one optimum and comes first. Expectation maximisation (EM): the E-step
+finds the posterior of every link under the present tables, the M-step adds the posteriors up to
+expected counts and divides. On a small corpus four things make it strong:
 
-1. agreement (Liang, Taskar, Klein 2006): both directions count the product of their posteriors; each is a teacher;
-2. a variational M-step, exp(digamma(count)): half a count less everywhere keeps rare words from collecting links;
+1. agreement: both directions count the product of their posteriors, so that each teaches the other;
+2. a variational M-step, exp(digamma(count)): about half a count less everywhere, which keeps rare
+   words from collecting links ("garbage collection");
 3. a prior: two words spelled alike start with up to one imagined count;
 4. a second prior, worth ten counts, from a table over stems: finanziarie learns from finanziario.
+
+Papers: IBM model 1, Brown et al. 1993 (Computational Linguistics 19:2); the HMM, Vogel, Ney,
+Tillmann 1996 (COLING); agreement, Liang, Taskar, Klein 2006 (NAACL); the variational M-step, Riley,
+Gildea 2012 (ACL); the pull to the diagonal, Dyer, Chahuneau, Smith 2013 (NAACL, fast_align). The
+priors of points 3 and 4 are ours. Papi et al. (arXiv 2307.03354, 2310.14806) interleave by such
+links and by such times; the aligner they use is awesome-align (arXiv 2101.08231, here `--model`).
 """
 import argparse
+import importlib
+import math
+import os
 import re
-import runpy
+import stat
 import sys
-from collections import namedtuple
+import unicodedata
+from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-from numba import njit, prange
+from numba import config, get_num_threads, njit
 
-NULL = 0.02        # the chance that a word is said by no word of the other side
-WIDTH = 8          # jumps longer than this share one probability
+NULL = 0.02        # the chance that a word is emitted by no word of the other side
+WIDTH = 8          # jumps of this length and longer share one probability
 STEM = 4           # letters
+CELLS = 250_000    # of 500 words beside 500; a longer pair is aligned in windows of that size
+BATCH_SAMPLES = 120 * 16000  # of sound with its padding that go through a model together
+SILENCES = "", "sil", "sp", "<eps>"  # what forced aligners write where nothing is said
 METHODS = "posterior", "grow-diag-final-and", "intersection", "union", "forward", "backward"
-REORDER = {"reassoc", "contract", "arcp", "nsz"}  # the compiler may add in vector lanes, but must keep nan and inf
+REORDER = {"reassoc", "contract", "arcp", "nsz"}  # the compiler may add in vector lanes
+
+
+class InputError(ValueError):
+    """What a user gave cannot be used; the message names the file, the line and the value."""
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """How to learn and how to link. Counts are numbers of occurrences."""
     ibm1: int = 4              # iterations of IBM model 1, then
     hmm: int = 5               # of the two HMMs
     diagonal: float = 4.0      # in IBM-1: P(i | j) ~ exp(-diagonal * |i/I - j/J|)
@@ -45,406 +73,968 @@ class Recipe:
     prior: float = 0.1         # imagined counts: of any two words that occur together,
     spelling: float = 1.0      # of two words spelled alike,
     stems: float = 10.0        # spread over the entries of a word as its stem's table says,
-    null: float = 1.0          # and of any word as said by NULL, which would keep a frequent word for itself
-    method: str = "posterior"  # link where the mean of both posteriors exceeds the threshold; or see symmetrise
-    threshold: float = 0.5
+    null: float = 1.0          # and of any word as emitted by NULL, or it keeps a frequent word
+    method: str = "posterior"  # link where the mean of both posteriors exceeds the threshold,
+    threshold: float = 0.5     # or see symmetrise
 
 
-# ---- The bitext as arrays -------------------------------------------------------------------------------------------
-# source, target: the word ids of all sentences, one after the other, and (S+1,) where each sentence begins. Pair s has
-# I x J cells, (i, j) at cell_start[s] + i*J + j; entry (cells,) is the table row that a cell uses, entry_source and
-# entry_target (E,) its two words. Only words that occur together have a row: 12 bytes a cell, no vocabulary squared.
-Bitext = namedtuple("Bitext", "source source_start target target_start cell_start entry entry_source entry_target")
+# ---- The bitext as arrays ------------------------------------------------------------------------
+# source, target: the word ids of all sentences, one after the other; source_start, target_start
+# (S+1,): where each sentence begins. Pair s has I x J cells, (i, j) at cell_start[s] + i*J + j.
+# entry (cells,): the row of the translation table that a cell uses; entry_source, entry_target
+# (E,): the two words of a row. Only words that occur together have a row: 12 bytes a cell, and
+# nowhere the product of two vocabularies.
+Bitext = namedtuple("Bitext", "source source_start target target_start "
+                              "cell_start entry entry_source entry_target")
 
 
 def make_bitext(pairs):
-    """-> (Bitext, source vocabulary, target vocabulary), lower-cased"""
+    """[(source words, target words)] -> Bitext, (source, target vocabulary), in lower case."""
     arrays, vocabularies = [], []
     for sentences in zip(*pairs):
         ids = {}
         flat = [ids.setdefault(word.lower(), len(ids)) for words in sentences for word in words]
-        arrays += np.array(flat, np.int32), np.cumsum([0] + [len(words) for words in sentences])
+        arrays.append(np.array(flat, np.int32))
+        arrays.append(np.cumsum([0] + [len(words) for words in sentences]))
         vocabularies.append(list(ids))
-    cell_start = np.concatenate([[0], np.cumsum(np.diff(arrays[1]) * np.diff(arrays[3]))])
-    by_word = np.argsort(arrays[0], kind="stable")  # all places of source word 0, then of word 1, ...
-    sentence = np.repeat(np.arange(len(pairs)), np.diff(arrays[1]))
-    latest = np.full(len(vocabularies[1]), -1, np.int32)
-    entries = number_entries(tuple(arrays), cell_start, by_word, sentence, latest)
-    return Bitext(*arrays, cell_start, *entries), vocabularies
+    source, source_start, target, target_start = arrays
+    cells = np.diff(source_start) * np.diff(target_start)
+    cell_start = np.concatenate([[0], np.cumsum(cells)])
+    by_word = np.argsort(source, kind="stable")  # all places of source word 0, then of word 1, ...
+    sentence = np.repeat(np.arange(len(pairs)), np.diff(source_start))
+    numbers = number_entries(*arrays, cell_start, by_word, sentence, len(vocabularies[1]))
+    return Bitext(*arrays, cell_start, *numbers), vocabularies
 
 
 @njit(cache=True)
-def number_entries(arrays, cell_start, by_word, sentence, latest):
-    """Number the word pairs that occur together, source word by source word: no sorting and no hashing."""
-    source, source_start, target, target_start = arrays
-    entry, entry_source, entry_target = [np.empty(cell_start[-1], np.int32) for _ in range(3)]
-    number, size = np.zeros(len(latest), np.int32), 0
+def number_entries(source, source_start, target, target_start, cell_start, by_word, sentence, n):
+    """Number the word pairs that occur together, source word by source word: no sorting, no hashes.
+    n: the number of target words."""
+    cells = cell_start[-1]
+    entry = np.empty(cells, np.int32)
+    entry_source = np.empty(cells, np.int32)
+    entry_target = np.empty(cells, np.int32)
+    met = np.empty(n, np.int32)     # the source word that a target word met most recently,
+    number = np.empty(n, np.int32)  # and the number of that entry
+    met[:] = -1
+    size = 0
     for place in by_word:
         s, word = sentence[place], source[place]
         J = target_start[s + 1] - target_start[s]
+        cell = cell_start[s] + (place - source_start[s]) * J
         for j in range(J):
             other = target[target_start[s] + j]
-            if latest[other] != word:  # latest: the source word that this target word met last
-                latest[other], number[other] = word, size
+            if met[other] != word:
+                met[other], number[other] = word, size
                 entry_source[size], entry_target[size] = word, other
                 size += 1
-            entry[cell_start[s] + (place - source_start[s]) * J + j] = number[other]
+            entry[cell + j] = number[other]
     return entry, entry_source[:size].copy(), entry_target[:size].copy()
 
 
-# ---- E-step: the posterior of every link ----------------------------------------------------------------------------
-# In a sentence, J words are said by I words: emission[j, i] = (1 - NULL) t(word j | word i), null[j] = NULL t(word j |
-# NULL). Both functions fill posterior (J, I), turn null into the posterior of NULL, and return log P.
+# ---- E-step: the posterior of every link ---------------------------------------------------------
+# In a sentence, J words are emitted by I words: emission[j, i] = (1 - NULL) t(word j | word i) and
+# null[j] = NULL t(word j | NULL). Both models fill posterior (J, I), turn null into the posterior
+# of NULL, and return log P. Loops instead of array expressions, and Python's threads instead of
+# numba's: so all of it compiles in a fifth of the time.
 
 @njit(cache=True, fastmath=REORDER)
 def ibm1_sentence(emission, null, diagonal, posterior):
-    """Every word chooses alone."""
-    (J, I), log_likelihood = emission.shape, 0.0
+    """IBM model 1: every word chooses alone, P(i | j) t(word j | word i) / their sum over i."""
+    J, I = emission.shape
+    near = np.empty(I, np.float32)
+    log_likelihood = 0.0
     for j in range(J):
-        near = np.exp(-diagonal * np.abs((np.arange(I) + 0.5) / I - (j + 0.5) / J))
-        posterior[j] = near / near.sum() * emission[j]
-        total = null[j] + posterior[j].sum()
-        posterior[j] /= total
+        total_near = 0.0
+        for i in range(I):
+            near[i] = math.exp(-diagonal * abs((i + 0.5) / I - (j + 0.5) / J))
+            total_near += near[i]
+        total = null[j]
+        for i in range(I):
+            posterior[j, i] = near[i] / total_near * emission[j, i]
+            total += posterior[j, i]
+        for i in range(I):
+            posterior[j, i] /= total
         null[j] /= total
-        log_likelihood += np.log(total)
+        log_likelihood += math.log(total)
     return log_likelihood
+
+
+@njit(cache=True)
+def running_sums(values, below, above):
+    """below[k] = the sum of values[:k], above[k] = the sum of values[k:]."""
+    n = len(values)
+    below[0] = above[n] = 0
+    for k in range(n):
+        below[k + 1] = below[k] + values[k]
+        above[n - 1 - k] = above[n - k] + values[n - 1 - k]
 
 
 @njit(cache=True, fastmath=REORDER)
 def hmm_sentence(emission, null, jump, posterior, jump_counts):
-    """Forward-backward. State p is one more than the position linked last (0: none yet); a word said by NULL keeps it.
-    Moving by d has probability jump[d + WIDTH], longer moves jump[0] and jump[-1]: what falls outside the sentence is
-    lost, not redistributed, and so the counts added to jump_counts make an exact M-step."""
+    """Forward-backward (Baum-Welch). State p is one more than the position linked most recently (0:
+    none yet); a word emitted by NULL keeps it. From state p to word i is a jump of i + 1 - p.
+
+    jump (2 WIDTH + 1,): the probability of a jump of d - WIDTH at [d]; its two ends stand for all
+    jumps at least so long. What falls outside the sentence is lost, not redistributed, so that the
+    counts added to jump_counts make an exact M-step. Since all long jumps are equally probable, two
+    running sums serve for them, and a sentence takes I * J * WIDTH steps instead of I * I * J.
+    """
     J, I = emission.shape
-    move = np.empty(2 * I + 1, np.float32)  # move[I + d]
-    for d in range(-I, I + 1):
-        move[I + d] = jump[min(max(d, -WIDTH), WIDTH) + WIDTH]
+    near = jump.astype(np.float32)
+    down, up = near[0], near[2 * WIDTH]  # the long jumps, which are seen to apart
+    near[0] = near[2 * WIDTH] = 0
+    shift = WIDTH + 1  # word i lies at i + shift of these two, so at p + d, and no d falls outside
+    linked = np.zeros(I + 2 * shift, np.float32)
+    ahead = np.zeros(I + 2 * shift, np.float32)
     state = np.zeros((J + 1, I + 1), np.float32)  # P(p after j words | the first j words)
     state[0, 0] = 1
-    scale = np.empty(J, np.float32)
+    scale = np.empty(J, np.float32)               # 1 / P(word j | the words before it)
+    below, above = np.empty(I + 2, np.float32), np.empty(I + 2, np.float32)
     for j in range(J):
-        linked = posterior[j]
-        linked[:] = 0
+        running_sums(state[j], below, above)
+        for i in range(I):
+            far_up, far_down = below[max(i + 2 - WIDTH, 0)], above[min(i + 1 + WIDTH, I + 1)]
+            linked[i + shift] = up * far_up + down * far_down
         for p in range(I + 1):
             if state[j, p] > 1e-10:  # most states are all but impossible
-                for i in range(I):
-                    linked[i] += state[j, p] * move[I + 1 - p + i]
-        linked *= emission[j]
-        scale[j] = 1 / (linked.sum() + null[j] + np.float32(1e-35))
+                for d in range(2 * WIDTH):
+                    linked[p + d] += state[j, p] * near[d]
+        total = null[j] + np.float32(1e-35)
+        for i in range(I):
+            posterior[j, i] = linked[i + shift] * emission[j, i]
+            total += posterior[j, i]
+        scale[j] = 1 / total
         null[j] *= scale[j]
-        linked *= scale[j]
-        state[j + 1] = state[j] * null[j]
-        state[j + 1, 1:] += linked
+        state[j + 1, 0] = state[j, 0] * null[j]
+        for i in range(I):
+            posterior[j, i] *= scale[j]
+            state[j + 1, i + 1] = state[j, i + 1] * null[j] + posterior[j, i]
     future = np.ones(I + 1, np.float32)  # P(the words after j | p) / P(the words after j)
-    moves = np.zeros((I + 1, I), np.float32)
+    moved = np.zeros(2 * WIDTH + 1, np.float32)
+    log_likelihood = 0.0
     for j in range(J - 1, -1, -1):
-        posterior[j] *= future[1:]
-        ahead, stay = emission[j] * future[1:] * scale[j], null[j]
-        null[j] = stay * (state[j] * future).sum()
+        for i in range(I):
+            posterior[j, i] *= future[i + 1]
+            ahead[i + shift] = emission[j, i] * future[i + 1] * scale[j]
+        running_sums(ahead[shift:shift + I], below, above)
+        stayed = np.float32(0)
         for p in range(I + 1):
-            go = np.float32(0)
+            stayed += state[j, p] * future[p]
+            far_down, far_up = down * below[max(p - WIDTH, 0)], up * above[min(p - 1 + WIDTH, I)]
+            go = far_down + far_up
+            for d in range(2 * WIDTH):
+                step = near[d] * ahead[p + d]
+                go += step
+                moved[d] += state[j, p] * step
+            moved[0] += state[j, p] * far_down
+            moved[2 * WIDTH] += state[j, p] * far_up
+            future[p] = go + null[j] * future[p]
+        null[j] *= stayed
+        log_likelihood -= math.log(scale[j])
+    for d in range(2 * WIDTH + 1):
+        jump_counts[d] += moved[d]
+    return log_likelihood
+
+
+@njit(cache=True, nogil=True)
+def pair_posteriors(begin, end, layout, tables, diagonal, posteriors, results):
+    """The pairs begin .. end - 1: their emissions from the tables, then one of the two models (no
+    jumps given: IBM-1), and the posteriors into their places."""
+    forward, words, start, other_start, cell_start, entry = layout
+    table, null_table, jump = tables
+    posterior, null_posterior = posteriors
+    log_likelihood, jump_counts = results
+    for s in range(begin, end):
+        J, I = start[s + 1] - start[s], other_start[s + 1] - other_start[s]
+        if J == 0 or I == 0:
+            continue
+        step_j, step_i = (1, J) if forward else (I, 1)  # the cells lie source word by source word
+        emission = np.empty((J, I), np.float32)
+        found = np.empty((J, I), np.float32)
+        null = null_posterior[start[s]:start[s + 1]]
+        for j in range(J):
+            null[j] = NULL * null_table[words[start[s] + j]]
             for i in range(I):
-                go += move[I + 1 - p + i] * ahead[i]
-                moves[p, i] += state[j, p] * ahead[i]
-            future[p] = go + stay * future[p]
-    for p, i in np.ndindex(I + 1, I):
-        jump_counts[min(max(i + 1 - p, -WIDTH), WIDTH) + WIDTH] += moves[p, i] * move[I + 1 - p + i]
-    return -np.log(scale).sum()
+                cell = cell_start[s] + j * step_j + i * step_i
+                emission[j, i] = (1 - NULL) * table[entry[cell]]
+        if len(jump):
+            log_likelihood[s] = hmm_sentence(emission, null, jump, found, jump_counts[s])
+        else:
+            log_likelihood[s] = ibm1_sentence(emission, null, diagonal, found)
+        for j in range(J):
+            for i in range(I):
+                posterior[cell_start[s] + j * step_j + i * step_i] = found[j, i]
 
 
-@njit(cache=True)
-def sentence_posteriors(table, null, forward, jump, diagonal, jump_counts):
-    """table (I, J): turned, if forward, so that the words that are said come first. -> log P, posterior (I * J)"""
-    emission = np.float32(1 - NULL) * (table.T.copy() if forward else table)
-    posterior = np.empty_like(emission)
-    log_likelihood = (hmm_sentence(emission, null, jump, posterior, jump_counts) if len(jump) else
-                      ibm1_sentence(emission, null, diagonal, posterior))
-    return log_likelihood, (posterior.T.copy() if forward else posterior).ravel()
+def in_parallel(function, n, block):
+    """function(begin, end) for all blocks of 0 .. n - 1, on as many threads as numba would use. The
+    function must let go of Python's lock (nogil) and write to places of its own."""
+    with ThreadPoolExecutor(get_num_threads()) as pool:
+        blocks = [pool.submit(function, k, min(k + block, n)) for k in range(0, n, block)]
+    for done in blocks:
+        done.result()  # raises what the function raised
 
 
-@njit(parallel=True, cache=True)
-def all_posteriors(bitext, forward, tables, diagonal, posteriors):
-    """-> (log likelihood, expected counts of the jumps); no jumps given: IBM model 1"""
-    source, source_start, target, target_start, cell_start, entry, _, _ = bitext
-    (table, null_table, jump), (posterior, null_posterior) = tables, posteriors
-    said, start = (target, target_start) if forward else (source, source_start)
-    log_likelihood, jump_counts = np.zeros(len(start) - 1), np.zeros((len(start) - 1, 2 * WIDTH + 1))
-    for s in prange(len(start) - 1):
-        I, J = source_start[s + 1] - source_start[s], target_start[s + 1] - target_start[s]
-        cells, null = slice(cell_start[s], cell_start[s + 1]), null_posterior[start[s]:start[s + 1]]
-        if I and J:
-            null[:] = NULL * null_table[said[start[s]:start[s + 1]]]
-            log_likelihood[s], posterior[cells] = sentence_posteriors(
-                table[entry[cells]].reshape(I, J), null, forward, jump, diagonal, jump_counts[s])
-    return log_likelihood.sum(), jump_counts.sum(0)
-
-
-# ---- M-step: expected counts -> tables ------------------------------------------------------------------------------
+# ---- M-step: expected counts -> tables -----------------------------------------------------------
 
 @njit(cache=True)
-def add_up(index, values, others, size):
-    """total[index[k]] += values[k] * others[k]; by one thread, so that the order of the sum is always the same."""
-    total = np.zeros(size)
+def add_up(index, values, others, total):
+    """total[index[k]] += values[k] * others[k]; by one thread, so that the order of the sum is
+    always the same. others: (1,) for all k, or one for each."""
     for k in range(len(index)):
-        total[index[k]] += values[k] if others is None else values[k] * others[k]
-    return total
+        total[index[k]] += values[k] * others[k % len(others)]
 
 
 def exp_digamma(x):
-    """About x - 1/2 for large x, almost 0 for small. The series holds from 6 on; digamma(x) = digamma(x+1) - 1/x."""
+    """About x - 1/2 for large x, almost 0 for small. digamma's series holds from 6 on, and below
+    digamma(x) = digamma(x + 1) - 1/x."""
     y = np.maximum(x, 1e-3) + 6
-    return y * np.exp(-0.5 / y - 1 / (12 * y**2) + 1 / (120 * y**4) - sum(1 / (y - k) for k in range(1, 7)))
+    below = sum(1 / (y - k) for k in range(1, 7))
+    return y * np.exp(-0.5 / y - 1 / (12 * y**2) + 1 / (120 * y**4) - below)
 
 
 def divide(counts, given, variational):
-    """Counts of entries -> t(said | given) of entries."""
+    """Counts of entries -> t(emitted | given) of entries; given (E,): the word that emits."""
     weigh = exp_digamma if variational else np.asarray
-    return (weigh(counts) / np.maximum(weigh(np.bincount(given, counts)), 1e-30)[given]).astype(np.float32)
+    total = np.maximum(weigh(np.bincount(given, counts)), 1e-30)
+    return (weigh(counts) / total[given]).astype(np.float32)
 
 
 class Direction:
-    """One of the two stories: its tables and, after an E-step, its posteriors."""
+    """One of the two models: its tables and, after an E-step, its posteriors."""
+
     def __init__(self, bitext, forward, start):
+        """start: what the rows of the translation table are proportional to at first"""
         self.bitext, self.forward = bitext, forward
         self.given = bitext.entry_source if forward else bitext.entry_target
-        self.words = bitext.target if forward else bitext.source  # the words that are said
+        self.words = bitext.target if forward else bitext.source  # those that are emitted
         size = self.words.max() + 1
-        self.table, self.null_table = (start / size).astype(np.float32), np.full(size, 1 / size, np.float32)
-        self.jump = np.tanh(0.25) * np.exp(-0.5 * np.abs(np.arange(-WIDTH, WIDTH + 1) - 1))  # they sum to one
-        self.posterior, self.null_posterior = (np.zeros(len(x), np.float32) for x in (bitext.entry, self.words))
+        self.table = (start / size).astype(np.float32)
+        self.null_table = np.full(size, 1 / size, np.float32)
+        distance = np.abs(np.arange(-WIDTH, WIDTH + 1) - 1)
+        self.jump = np.tanh(0.25) * np.exp(-0.5 * distance)  # over all distances the sum is one
+        self.posterior = np.zeros(len(bitext.entry), np.float32)
+        self.null_posterior = np.zeros(len(self.words), np.float32)
 
     def e_step(self, hmm, diagonal):
+        """Fills posterior (cells,), null_posterior (words,), jump_counts. -> log likelihood"""
+        starts = self.bitext.source_start, self.bitext.target_start
+        starts = starts[::-1] if self.forward else starts  # of the words that are emitted first
+        layout = self.forward, self.words, *starts, self.bitext.cell_start, self.bitext.entry
         tables = self.table, self.null_table, self.jump if hmm else self.jump[:0]
-        log_likelihood, self.jump_counts = all_posteriors(tuple(self.bitext), self.forward, tables, diagonal,
-                                                          (self.posterior, self.null_posterior))
-        return log_likelihood
+        posteriors = self.posterior, self.null_posterior
+        n_pairs = len(self.bitext.cell_start) - 1
+        log_likelihood, jump_counts = np.zeros(n_pairs), np.zeros((n_pairs, 2 * WIDTH + 1))
+        results = log_likelihood, jump_counts
+
+        def block(begin, end):
+            pair_posteriors(begin, end, layout, tables, float(diagonal), posteriors, results)
+
+        in_parallel(block, n_pairs, 256)
+        self.jump_counts = jump_counts.sum(0)
+        return log_likelihood.sum()
+
+    def expected_counts(self, other=None):
+        """Expected counts of the entries, each posterior times that of the other direction."""
+        counts = np.zeros(len(self.table))
+        others = np.ones(1, np.float32) if other is None else other.posterior
+        add_up(self.bitext.entry, self.posterior, others, counts)
+        return counts
 
     def m_step(self, counts, prior, stems, recipe):
+        """New tables from counts (E,) and imagined counts (E,); stems: see number_stems."""
         if recipe.stems:
-            entry, *names = stems  # the stem entry of every entry, the two stems of every stem entry
-            by_stem = divide(np.bincount(entry, counts) + recipe.prior, names[not self.forward], recipe.variational)
-            prior = prior + recipe.stems * by_stem[entry]
+            stem_entry, *stem_given = stems
+            stem_counts = np.bincount(stem_entry, counts) + recipe.prior
+            by_stem = divide(stem_counts, stem_given[not self.forward], recipe.variational)
+            prior = prior + recipe.stems * by_stem[stem_entry]
         self.table = divide(counts + prior, self.given, recipe.variational)
-        null = add_up(self.words, self.null_posterior, None, len(self.null_table)) + recipe.null
+        null = np.full(len(self.null_table), float(recipe.null))
+        add_up(self.words, self.null_posterior, np.ones(1, np.float32), null)
         self.null_table = (null / null.sum()).astype(np.float32)
         if self.jump_counts.any():
             self.jump = np.maximum(self.jump_counts / self.jump_counts.sum(), 1e-6)
 
 
-@njit(parallel=True, cache=True)
-def spelled_alike(left, right, entry_source, entry_target):
-    """For each entry 0 .. 1 from the longest common subsequence of its words: 0 for half of the longer word or less."""
+def spelled_alike(vocabularies, entry_source, entry_target):
+    """For each entry 0 .. 1 from the longest common subsequence of its two words (their first 24
+    letters): 0 for half of the longer word or less, 1 for all of it."""
+    left, right = (np.array(words, "U24").view(np.uint32).reshape(-1, 24) for words in vocabularies)
     alike = np.zeros(len(entry_source))
-    for k in prange(len(entry_source)):
-        a, b = left[entry_source[k]], right[entry_target[k]]  # letters, padded with 0
-        m, n = (a > 0).sum(), (b > 0).sum()
-        common = np.zeros((m + 1, n + 1), np.int8)
-        for i in range(m):
-            for j in range(n):
-                common[i + 1, j + 1] = common[i, j] + 1 if a[i] == b[j] else max(common[i, j + 1], common[i + 1, j])
-        alike[k] = max(0.0, 2 * common[m, n] / max(m, n) - 1)
+
+    def block(begin, end):
+        common_letters(begin, end, left, right, entry_source, entry_target, alike)
+
+    in_parallel(block, len(alike), 4096)
     return alike
 
 
+@njit(cache=True, nogil=True)
+def common_letters(begin, end, left, right, entry_source, entry_target, alike):
+    """left, right (words, 24): letters, padded with 0. Fills alike[begin:end]."""
+    common = np.zeros(right.shape[1] + 1, np.int64)  # [j]: letters shared by a so far and by b[:j]
+    for k in range(begin, end):
+        a, b = left[entry_source[k]], right[entry_target[k]]
+        m = n = 0
+        while m < len(a) and a[m]:
+            m += 1
+        while n < len(b) and b[n]:
+            common[n + 1] = 0
+            n += 1
+        for i in range(m):
+            before = 0  # common[j] as it was one letter of a ago
+            for j in range(n):
+                longest = before + 1 if a[i] == b[j] else max(common[j], common[j + 1])
+                before, common[j + 1] = common[j + 1], longest
+        alike[k] = max(0.0, 2 * common[n] / max(m, n) - 1)
+
+
+def number_stems(vocabularies, bitext):
+    """-> stem_entry (E,): for each entry the number of its pair of stems; then for each such pair
+    its source stem and its target stem."""
+    sides = []
+    for side, entry in zip(vocabularies, (bitext.entry_source, bitext.entry_target)):
+        stem_of_word = np.unique([word[:STEM] for word in side], return_inverse=True)[1]
+        sides.append(stem_of_word[entry])
+    source, target = sides
+    n_target = target.max() + 1
+    both, stem_entry = np.unique(source * n_target + target, return_inverse=True)
+    return stem_entry, *np.divmod(both, n_target)
+
+
 def train(pairs, recipe=Recipe()):
-    """-> (bitext, both Directions with their last posteriors, the log likelihoods of both at each E-step)"""
-    bitext, words = make_bitext(pairs)
-    letters = [np.array(side, "U24").view(np.uint32).reshape(-1, 24) for side in words]
-    alike = spelled_alike(*letters, bitext.entry_source, bitext.entry_target) if recipe.spelling else 0
-    prior = np.full(len(bitext.entry_source), recipe.prior) + recipe.spelling * alike
-    source, target = (np.unique([word[:STEM] for word in side], return_inverse=True)[1][entry]
-                      for side, entry in zip(words, (bitext.entry_source, bitext.entry_target)))
-    pairs, entry = np.unique(source * (target.max() + 1) + target, return_inverse=True)
-    stems = entry, *np.divmod(pairs, target.max() + 1)
-    both = [Direction(bitext, forward, np.ones(len(prior)) + 10 * alike) for forward in (True, False)]
+    """EM. -> bitext, both Directions with the posteriors of their final tables, and the log
+    likelihoods of both at each E-step."""
+    tell_compilation()
+    bitext, vocabularies = make_bitext(pairs)
+    alike = np.zeros(len(bitext.entry_source))
+    if recipe.spelling:
+        alike = spelled_alike(vocabularies, bitext.entry_source, bitext.entry_target)
+    prior = recipe.prior + recipe.spelling * alike
+    stems = number_stems(vocabularies, bitext)
+    forward, backward = (Direction(bitext, way, 1 + 10 * alike) for way in (True, False))
     history = []
-    for step in range(recipe.ibm1 + recipe.hmm):
-        if step:
-            partners = [story.posterior for story in both[::-1]] if recipe.agree and hmm else [None, None]
-            counts = [add_up(bitext.entry, story.posterior, other, len(prior)) for story, other in zip(both, partners)]
-            for story, own in zip(both, counts):
-                story.m_step(own, prior, stems, recipe)
+    steps = recipe.ibm1 + recipe.hmm
+    for step in range(steps):
         hmm = step >= recipe.ibm1
-        history.append([story.e_step(hmm, recipe.diagonal) for story in both])
-    return bitext, both, history
+        history.append([each.e_step(hmm, recipe.diagonal) for each in (forward, backward)])
+        if step == steps - 1:
+            break  # whoever called wants posteriors, not tables
+        agree = hmm and recipe.agree
+        forward_counts = forward.expected_counts(backward if agree else None)
+        backward_counts = backward.expected_counts(forward if agree else None)
+        forward.m_step(forward_counts, prior, stems, recipe)
+        backward.m_step(backward_counts, prior, stems, recipe)
+    return bitext, (forward, backward), history
 
 
-# ---- Links and times ------------------------------------------------------------------------------------------------
+def tell_compilation():
+    """numba compiles at the first call and keeps the result on disk. Say so before, not after."""
+    if config.DISABLE_JIT or pair_posteriors.signatures:
+        return
+    kept = Path(pair_posteriors.stats.cache_path).glob("*pair_posteriors-*.nbi")
+    written = max((file.stat().st_mtime for file in kept), default=0)
+    if written < Path(__file__).stat().st_mtime:
+        warn("align.py: compiling, some seconds, at the first run only")
+
+
+# ---- Links ---------------------------------------------------------------------------------------
 
 def align_bitext(pairs, recipe=Recipe()):
-    """[(source words, target words)] -> for each pair its links, a sorted list of (i, j), 0-based. Case is ignored."""
+    """[(source words, target words)] -> for each pair its links, a sorted list of (i, j), 0-based.
+    Case is ignored.
+
+    Time and memory grow with I * J of a pair, and its tables are not made smaller by a long one: so
+    one of more than CELLS cells is learned from, and linked, window by window. See windows().
+    """
     if not any(a and b for a, b in pairs):
         return [[] for _ in pairs]
-    bitext, stories, _ = train(pairs, recipe)
-    result = []
-    for s, (a, b) in enumerate(pairs):
-        cells = slice(bitext.cell_start[s], bitext.cell_start[s + 1])
-        result.append(choose_links(*(story.posterior[cells].reshape(len(a), len(b)) for story in stories), recipe))
-    return result
+    pieces = [(s, *window) for s, (a, b) in enumerate(pairs) for window in windows(len(a), len(b))]
+    texts = [(pairs[s][0][i0:i1], pairs[s][1][j0:j1]) for s, _, (i0, i1), (j0, j1) in pieces]
+    bitext, directions, _ = train(texts, recipe)
+    links = [[] for _ in pairs]
+    for n, (s, owns, (i0, i1), (j0, j1)) in enumerate(pieces):
+        cells = slice(bitext.cell_start[n], bitext.cell_start[n + 1])
+        both = [direction.posterior[cells].reshape(i1 - i0, j1 - j0) for direction in directions]
+        found = ((i0 + i, j0 + j) for i, j in choose_links(*both, recipe))
+        links[s] += [link for link in found if owns(*link)]
+    if long := sum(len(a) * len(b) > CELLS for a, b in pairs):
+        warn(f"align.py: {long} pairs of more than {CELLS} cells (words times words) were aligned "
+             f"in windows along the diagonal")
+    return [sorted(line) for line in links]
+
+
+def windows(I, J):
+    """Stretches of a pair of I and J words: [(owns, (i0, i1), (j0, j1))].
+
+    A pair of CELLS cells or less is one. A longer one is cut into n parts, on both sides alike, and
+    a window is two neighbouring parts, so that windows overlap by half and hold CELLS cells at most
+    (or rows of single words). owns(i, j): whether this window decides about that link, the one in
+    whose middle it lies. A link further from the diagonal than a part, I / n words, is not found.
+    """
+    if I * J <= CELLS:
+        return [(lambda i, j: True, (0, I), (0, J))]
+    n = math.ceil(2 * math.sqrt(I * J / CELLS))
+    found = []
+    for k in range(n - 1):
+        def owns(i, j, k=k):
+            place = n * ((i + 0.5) / I + (j + 0.5) / J) / 2  # in parts
+            return k == min(max(math.floor(place - 0.5), 0), n - 2)
+        ends = [(k * size // n, -(-(k + 2) * size // n)) for size in (I, J)]
+        found.append((owns, *ends))
+    return found
 
 
 def choose_links(forward, backward, recipe):
-    """Two posteriors (I, J) -> links. Forward, a column and its NULL sum to one; backward, a row and its NULL."""
+    """Two posteriors (I, J) -> links. Forward, a column and its NULL sum to one; backward, a row
+    and its NULL."""
     if recipe.method == "posterior":
-        return [(int(i), int(j)) for i, j in np.argwhere((forward + backward) / 2 > recipe.threshold)]
+        mean = (forward + backward) / 2
+        return [(int(i), int(j)) for i, j in np.argwhere(mean > recipe.threshold)]
     f = {(int(p.argmax()), j) for j, p in enumerate(forward.T) if p.max(initial=0) > 1 - p.sum()}
     g = {(i, int(p.argmax())) for i, p in enumerate(backward) if p.max(initial=0) > 1 - p.sum()}
     return sorted(symmetrise(f, g, recipe.method))
 
 
 def symmetrise(forward, backward, method="grow-diag-final-and"):
-    """Two sets of links -> one; method: any of METHODS but posterior."""
+    """Two sets of links -> one; method: any of METHODS but posterior. Koehn, Och, Marcu 2003."""
     union, links = forward | backward, forward & backward
     if method != "grow-diag-final-and":
-        return {"forward": forward, "backward": backward, "intersection": links, "union": union}[method]
-
-    def linked(link):
-        return any(link[0] == i for i, _ in links), any(link[1] == j for _, j in links)
+        return {"forward": forward, "backward": backward,
+                "intersection": links, "union": union}[method]
+    sources, targets = {i for i, _ in links}, {j for _, j in links}  # the words that have a link
     todo = sorted(links)
-    for i, j in todo:  # grow-diag: add a neighbour of a link if one of its words has no link yet; then its neighbours
+
+    def add(i, j):
+        links.add((i, j))
+        sources.add(i)
+        targets.add(j)
+        todo.append((i, j))
+    # grow-diag: add a neighbour of a link if one of its words has no link yet; then its neighbours
+    for i, j in todo:
         for a, b in (-1, 0), (0, -1), (1, 0), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1):
             near = i + a, j + b
-            if near in union - links and not all(linked(near)):
-                links.add(near)
-                todo.append(near)
-    for link in sorted(forward) + sorted(backward):  # final-and: where both words have no link yet
-        if not any(linked(link)):
-            links.add(link)
+            if near in union and not (near[0] in sources and near[1] in targets):
+                add(*near)
+    # final-and: add a link of either direction where both words have no link yet
+    for i, j in sorted(forward) + sorted(backward):
+        if i not in sources and j not in targets:
+            add(i, j)
     return links
 
 
 def aer(links, sure, possible=None):
-    """Alignment error rate of lists of link sets: 1 - (|A & S| + |A & P|) / (|A| + |S|), where P includes S."""
+    """Alignment error rate (Och, Ney 2003) of lists of link sets:
+
+        1 - (|A & S| + |A & P|) / (|A| + |S|),    A links, S sure, P possible, which includes S
+    """
     lines = [tuple(map(set, line)) for line in zip(links, sure, possible or sure, strict=True)]
     hits = sum(len(a & s) + len(a & (s | p)) for a, s, p in lines)
     return 1 - hits / max(1, sum(len(a) + len(s) for a, s, _ in lines))
 
 
 def extract_links(source, source_word, target, target_word, threshold=1e-3):
-    """awesome-align (Dou, Neubig 2021): two pieces are linked where the softmax of their similarity exceeds the
-    threshold both ways, two words where any of their pieces are. source (m, D), source_word (m,): the word of each."""
+    """awesome-align (Dou, Neubig 2021, arXiv 2101.08231): two word pieces are linked where the
+    softmax of their similarity exceeds the threshold both ways, two words where any of their pieces
+    are. source (m, D): a vector a piece; source_word (m,): the word that it belongs to."""
     similarity = np.asarray(source, np.float64) @ np.asarray(target, np.float64).T  # (m, n)
-    e, f = (np.exp(similarity - similarity.max(axis, keepdims=True)) for axis in (1, 0))  # softmax: e over its sum
-    m, n = np.nonzero((e > threshold * e.sum(1, keepdims=True)) & (f > threshold * f.sum(0)))
-    return sorted({(int(source_word[a]), int(target_word[b])) for a, b in zip(m, n)})
+    rows = np.exp(similarity - similarity.max(1, keepdims=True))  # softmax: these over their sums
+    columns = np.exp(similarity - similarity.max(0, keepdims=True))
+    close = (rows > threshold * rows.sum(1, keepdims=True)) & (columns > threshold * columns.sum(0))
+    return sorted({(int(source_word[m]), int(target_word[n])) for m, n in zip(*np.nonzero(close))})
 
 
 def contextual_links(pairs, name, layer=8):
-    """name: a model with a fast tokenizer, as transformers takes it: bert-base-multilingual-cased, or a folder."""
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-    tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
+    """Links from the vectors of a pretrained encoder. name: a model with a fast tokenizer, as
+    transformers takes it: bert-base-multilingual-cased, or a folder."""
+    torch, transformers = needed("torch", "--model"), needed("transformers", "--model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    model = transformers.AutoModel.from_pretrained(name).eval()
 
     def vectors(words):
         pieces = tokenizer([words], is_split_into_words=True, truncation=True, return_tensors="pt")
         with torch.inference_mode():
             layers = model(**pieces, output_hidden_states=True).hidden_states
-        word = np.array([-1 if w is None else w for w in pieces.word_ids(0)])  # None: [CLS] and [SEP]
+        word = np.array([-1 if w is None else w for w in pieces.word_ids(0)])  # -1: [CLS], [SEP]
         return layers[min(layer, len(layers) - 1)][0].numpy()[word >= 0], word[word >= 0]
+
     return [extract_links(*vectors(a), *vectors(b)) if a and b else [] for a, b in pairs]
 
 
+def add_links(rows, align, compare=False):
+    """Fill row.links where a row with two texts lacks them; those that it has stay. Learns from all
+    rows that have both texts. align: [(source words, target words)] -> links, as align_bitext.
+
+    A pair without any link gets one, from the last source word to the first target word: all must
+    be heard before anything is said. compare: align, and compare with the links that are there,
+    also where no row lacks any.
+    """
+    words = [row.words() for row in rows]
+    for lang in sorted({lang for row in rows for lang in row.st}):
+        both = [(row, asr, st[lang]) for row, (asr, st) in zip(rows, words) if asr and st.get(lang)]
+        given = sum(bool(row.links.get(lang)) for row, _, _ in both)
+        if given == len(both) and not compare:
+            continue
+        links = align([check_pair(asr, st, row.where) for row, asr, st in both])
+        hits = [(found, row.links[lang]) for (row, _, _), found in zip(both, links)
+                if row.links.get(lang)]
+        for (row, asr, _), found in zip(both, links):
+            row.links[lang] = row.links.get(lang) or found or [(len(asr) - 1, 0)]
+        score = f", AER {100 * aer(*zip(*hits)):.1f} against them" if hits else ""
+        warn(f"{lang}: {len(both)} rows aligned, {given} keep the links that they had{score}")
+
+
+# ---- Word times ----------------------------------------------------------------------------------
+# A transducer's times say when it could write a word, which is what interleaving needs; those of a
+# forced aligner say when the word was over.
+
 def word_times(frames, word_of_token, frame_s):
-    """frames (U,): the encoder frame that wrote each token; word_of_token (U,): the word it belongs to, -1 for a tag.
-    -> for each word the end, in seconds, of the frame that wrote its last token."""
-    last = {word: int(frame) for word, frame in zip(word_of_token, frames, strict=True) if word >= 0}
-    return [(last[word] + 1) * frame_s for word in range(len(last))]
+    """frames (U,): the encoder frame that wrote each token; word_of_token (U,): the word it belongs
+    to, -1 for a tag; frame_s: seconds a frame. -> for each word the end, in seconds, of the frame
+    that wrote its last token."""
+    ends = {}
+    for word, frame in zip(word_of_token, frames, strict=True):
+        if word >= 0:
+            ends[word] = (int(frame) + 1) * frame_s
+    return [ends[word] for word in range(len(ends))]
 
 
-# ---- Files and the command line -------------------------------------------------------------------------------------
+def viterbi_times(rows, path):
+    """When each word of a row is complete on the best path (Viterbi) of a trained transducer that
+    writes what it was trained to write. Yields (row, {tag: [end in s]}); a row that lacks texts,
+    links or sound is named and left out."""
+    serialize, load_run, readable = run_tools()
+    model, tokenizer, beside = load_run(path)
+    ready = []
+    for row, samples in readable(rows):
+        try:
+            pairs = serialize.interleave(row, beside["mode"])
+            ids = serialize.serialize(pairs, tokenizer)
+        except ValueError as error:
+            warn(f"{row.where}: no times: {error}")
+            continue
+        longest = max([len(samples), *(len(earlier) for _, earlier, _, _ in ready)])
+        if ready and longest * (len(ready) + 1) > BATCH_SAMPLES:
+            yield from batch_times(model, tokenizer, serialize, ready)
+            ready = []
+        ready.append((row, samples, pairs, ids))
+    if ready:
+        yield from batch_times(model, tokenizer, serialize, ready)
+
+
+def run_tools():
+    """-> serialize.py, load_run(path) and readable(rows), both of stream.py"""
+    serialize, stream = needed("serialize", "--times"), needed("stream", "--times")
+    if hasattr(stream, "readable"):
+        return serialize, stream.load_run, stream.readable
+    models = needed("model", "--times")
+
+    def load_run(path):
+        model, beside = models.load(path)
+        return model, serialize.Tokenizer.from_dict(beside["tokenizer"]), beside
+
+    def readable(rows):
+        for row in rows:
+            try:
+                yield row, stream.read_audio(row.audio, row.start, row.duration)
+            except ValueError as error:
+                warn(f"{row.where}: no times: {error}")
+    return serialize, load_run, readable
+
+
+def batch_times(model, tokenizer, serialize, ready):
+    """ready: [(row, samples, (tag, word) pairs, token ids)]; see viterbi_times"""
+    frames = best_path(model, [samples for _, samples, _, _ in ready], [ids for *_, ids in ready])
+    for (row, _, pairs, ids), written in zip(ready, frames):
+        if -1 in written:
+            warn(f"{row.where}: no times: no path through the model writes its text")
+            continue
+        parser, done, word_of_token = serialize.StreamParser(tokenizer), 0, []
+        for token in ids:
+            word_of_token.append(-1 if 0 < token < tokenizer.first_byte else done)
+            done += len(parser.feed(token))  # the words, one or none, that this token completes
+        streams = {}
+        ends = word_times(written, word_of_token, model.config.frame_s)
+        for (tag, _), end in zip(pairs, ends, strict=True):
+            streams.setdefault(tag, []).append(end)
+        yield row, streams
+
+
+def best_path(model, samples, ids):
+    """[samples], [token ids] -> for each the frames in which its tokens are written, [int]"""
+    torch, models = needed("torch", "--times"), needed("model", "--times")
+    rnnt_loss = needed("rnnt_loss", "--times")
+    config, pad = model.config, partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    floor = {"floor": config.floor} if hasattr(config, "floor") else {}
+    with torch.inference_mode():
+        mels = [models.log_mel(models.pad_samples(torch.from_numpy(x), config.subsampling),
+                               config.n_mels, **floor) for x in samples]
+        mel_lengths = torch.tensor([len(mel) for mel in mels])
+        frames, _ = model.encoder(pad(mels), mel_lengths)
+        targets = pad([torch.tensor(line, dtype=torch.long) for line in ids])
+        labels, _ = model.label_encoder(targets)
+        written = rnnt_loss.joint_rnnt_align(
+            model.joint.encoder_proj(frames), model.joint.label_proj(labels),
+            model.joint.output.weight, model.joint.output.bias, targets,
+            mel_lengths // config.subsampling, torch.tensor([len(line) for line in ids]), blank=0)
+    return [line[:len(tokens)] for line, tokens in zip(written.tolist(), ids)]
+
+
+def ctm_times(path):
+    """A CTM, `utterance channel start duration word` a line -> {utterance: [(word, end in s)]}, by
+    time, whatever the order of the lines. Other lines are named and left out."""
+    found, bad = {}, []
+    for n, line in enumerate(read_lines(path), 1):
+        fields = line.split()
+        if not fields or line.startswith(";;"):
+            continue
+        start, duration = map(seconds, fields[2:4]) if len(fields) > 4 else (None, None)
+        if start is None or duration is None or not_utf8(line):
+            bad.append(f"{path}:{n}: left out, not a line of a CTM: {line[:80]!r}")
+        else:
+            found.setdefault(fields[0], []).append((start, start + duration, fields[4]))
+    if not found:
+        raise InputError(f"{path}: no line of a CTM: utterance, channel, start, duration, word")
+    for message in bad:
+        warn(message)
+    return {utterance: in_time(words) for utterance, words in found.items()}
+
+
+def textgrid_times(folder):
+    """Praat TextGrids in a folder and the folders in it, as the Montreal Forced Aligner writes them
+    -> {path without its suffix: [(word, end in s)]}, and by its name alone where no other file has
+    the same."""
+    found = {}
+    for file in sorted(Path(folder).rglob("*")):
+        if file.suffix.lower() == ".textgrid":
+            try:
+                words = read_textgrid(file)
+            except InputError as error:
+                warn(f"{error}: left out")
+            else:
+                found[file.relative_to(folder).with_suffix("").as_posix()] = in_time(words)
+    if not found:
+        raise InputError(f"{folder}: no TextGrid that can be read")
+    names = Counter(key.split("/")[-1] for key in found)
+    for key in list(found):
+        name = key.split("/")[-1]
+        if names[name] == 1:
+            found[name] = found[key]
+    return found
+
+
+# Praat's own rule for its text files: numbers, quoted texts and flags that stand free count, and
+# everything else is commentary. So the long and the short format are one.
+PRAAT = re.compile(r'(?<!\S)(?:"(?:[^"]|"")*"|[-+]?\d[-+.\deE]*|<exists>)(?!\S)')
+
+
+def read_textgrid(path):
+    """One file -> [(start, end, word)] of its tiers `words` and `SPEAKER - words`."""
+    content = read_regular(path)
+    utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+    try:
+        text = content.decode("utf-16" if utf16 else "utf-8-sig")
+        tokens = iter(PRAAT.findall(text))
+        if (next(tokens), next(tokens)) != ('"ooTextFile"', '"TextGrid"'):
+            raise ValueError
+        next(tokens), next(tokens), next(tokens)  # xmin, xmax, <exists>
+        tiers = [read_tier(tokens) for _ in range(int(next(tokens)))]
+    except (ValueError, StopIteration, RuntimeError):
+        raise InputError(f"{path}: not a whole TextGrid in text format") from None
+    words = [tier for name, tier in tiers if re.fullmatch("(.* - )?words", name, re.I)]
+    if not words:
+        raise InputError(f"{path}: no tier `words` among {[name for name, _ in tiers]}")
+    return [interval for tier in words for interval in tier]
+
+
+def read_tier(tokens):
+    """-> name, [(start, end, text)]; a point tier has no intervals"""
+    kind, name = next(tokens), unquote(next(tokens))
+    next(tokens), next(tokens)  # xmin, xmax
+    intervals = []
+    for _ in range(int(next(tokens))):
+        start = float(next(tokens))
+        end = float(next(tokens)) if kind == '"IntervalTier"' else start
+        intervals.append((start, end, unquote(next(tokens))))
+    return name, intervals
+
+
+def unquote(text):
+    if text[0] != '"':
+        raise ValueError(text)
+    return nfc(text[1:-1].replace('""', '"').strip())
+
+
+def in_time(words):
+    """[(start, end, word)] -> [(word, end)], by time; an end before its predecessor's counts as
+    that, so that times never fall."""
+    words = sorted(words, key=lambda word: word[:2])
+    ends = accumulate((end for _, end, _ in words), max)
+    return [(word, end) for (_, _, word), end in zip(words, ends)]
+
+
+def seconds(text):
+    """-> float, or None if it is no time"""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 <= value < math.inf else None
+
+
+def annotated_times(rows, path):
+    """Times of a CTM or of TextGrids. Yields (row, {"<asr>": [end in s]}); a row whose words are
+    not those of the annotation, apart from case, is named and left out."""
+    found = textgrid_times(path) if Path(path).is_dir() else ctm_times(path)
+    for row in rows:
+        words = found.get(row.id) or found.get(f"{row.speaker}/{row.id}") or []
+        words = [(word, end) for word, end in words if word not in SILENCES]
+        ends = match_words(row.words()[0], words)
+        if ends is None:
+            warn(f"{row.where}: no times: {len(words)} words of {row.id!r} in {path} are not those "
+                 f"of {row.asr!r}")
+        else:
+            yield row, {"<asr>": ends}
+
+
+def match_words(words, annotated):
+    """The end of each of `words`, or None if the texts differ. One annotated (word, end) may be
+    several of ours, as where ours are single characters (Han, kana): they all end with it."""
+    words, ends = [nfc(word.lower()) for word in words], []
+    for text, end in annotated:
+        rest = nfc(text.lower())
+        while rest and len(ends) < len(words) and rest.startswith(words[len(ends)]):
+            rest = rest[len(words[len(ends)]):]
+            ends.append(end)
+        if rest:
+            return None
+    return ends if words and len(ends) == len(words) else None
+
+
+def add_times(rows, path):
+    """Fill row.times and row.st_times from a checkpoint RUN/model.pt, a CTM or a folder of
+    TextGrids. Times that a row has are replaced, and ours are compared with them."""
+    source = viterbi_times if path.endswith(".pt") else annotated_times
+    errors, count = {}, 0
+    for row, streams in source(rows, path):
+        for tag, ends in streams.items():
+            known = row.times if tag == "<asr>" else row.st_times.get(tag[4:-1])
+            differences = [abs(a - b) for a, b in zip(ends, known or []) if b is not None]
+            errors.setdefault(tag, []).extend(differences)
+            ends = [round(end, 3) for end in ends]
+            if tag == "<asr>":
+                row.times = ends
+            else:
+                row.st_times[tag[4:-1]] = ends
+        count += 1
+    warn(f"{path}: times for {count} of {len(rows)} rows")
+    for tag, error in errors.items():
+        if error:
+            median, tail = np.percentile(error, (50, 90))
+            warn(f"{tag}: |end - reference| over {len(error)} words: median {median:.3f} s, "
+                 f"90th percentile {tail:.3f} s")
+
+
+# ---- Files ---------------------------------------------------------------------------------------
 
 def warn(message):
-    print(message, file=sys.stderr)
+    """One line to standard error. What a terminal would obey, as an escape sequence out of a file,
+    is shown as its code."""
+    if sys.stderr is not None:
+        shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        print("".join(shown), file=sys.stderr)
+
+
+def nfc(text):
+    """Canonical composition: one spelling for what looks the same."""
+    return unicodedata.normalize("NFC", text)
+
+
+def not_utf8(text):
+    return re.search("[\udc80-\udcff]", text) is not None
+
+
+def read_regular(path):
+    """The bytes of a file. A pipe, a device or a folder could be endless and is refused."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise InputError(f"{path}: not a regular file")
+    return Path(path).read_bytes()
 
 
 def read_lines(path):
-    return [line.decode("utf-8-sig", "surrogateescape") for line in Path(path).read_bytes().splitlines()]
+    """The lines of a text file: they end with \\n, before which one \\r is dropped, and with no
+    other. A byte order mark is dropped, text becomes NFC (told once), and bytes that are not UTF-8
+    become lone surrogates (see not_utf8), so that a caller can name the line."""
+    lines = read_regular(path).split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    given = [line.removesuffix(b"\r").decode("utf-8-sig", "surrogateescape") for line in lines]
+    composed = [nfc(line) for line in given]
+    if changed := sum(a != b for a, b in zip(given, composed)):
+        warn(f"{path}: {changed} lines were not in NFC and now are")
+    return composed
 
 
-def read_pair(source, target, where):
+def check_pair(source, target, where):
     """The words of both sides; where they cannot be aligned, which is told, two empty lists."""
-    text, source, target = f"{source} {target}", source.split(), target.split()
-    problem = ("a NUL character" if "\0" in text else "a second separator |||" if "|||" in text else
-               "bytes that are not UTF-8" if re.search("[\udc80-\udcff]", text) else
+    text = " ".join([*source, *target])
+    problem = ("a NUL character" if "\0" in text else
+               "a second separator |||" if "|||" in text else
+               "bytes that are not UTF-8" if not_utf8(text) else
                "an empty side" if not (source and target) else "")
     if problem:
         warn(f"{where}: not aligned: {problem}: {text[:80]!r}")
-    return ([], []) if problem else (source, target)
+        return [], []
+    return source, target
 
 
 def read_pairs(path):
-    return [read_pair(*line.partition("|||")[::2], f"{path}:{n}") for n, line in enumerate(read_lines(path), 1)]
+    """`source words ||| target words` a line -> [(source words, target words)]"""
+    lines = read_lines(path)
+    if lines and not any("|||" in line for line in lines):
+        raise InputError(f"{path}:1: no line has the separator |||: {lines[0][:80]!r}")
+    pairs = []
+    for n, line in enumerate(lines, 1):
+        source, _, target = line.partition("|||")
+        pairs.append(check_pair(source.split(), target.split(), f"{path}:{n}"))
+    return pairs
 
 
 def read_gold(path, pairs):
-    """`i-j` (sure) and `ipj` (possible) -> (sure, possible); a link out of range is reported and left out."""
+    """`i-j` (sure) and `ipj` (possible) -> (sure, possible), a set a line each; a link out of range
+    is named and left out."""
     lines = read_lines(path)
     if len(lines) != len(pairs):
-        warn(f"{path}:{min(len(lines), len(pairs)) + 1}: {len(lines)} lines of links for {len(pairs)} pairs")
+        n = min(len(lines), len(pairs)) + 1
+        warn(f"{path}:{n}: {len(lines)} lines of links for {len(pairs)} pairs")
     gold = {kind: [set() for _ in zip(lines, pairs)] for kind in "-p"}
     for n, (line, (a, b)) in enumerate(zip(lines, pairs)):
         for link in line.split():
-            match = re.fullmatch(r"(\d+)([-p])(\d+)", link)
+            match = re.fullmatch(r"([0-9]{1,9})([-p])([0-9]{1,9})", link)
             if match and int(match[1]) < len(a) and int(match[3]) < len(b):
                 gold[match[2]][n].add((int(match[1]), int(match[3])))
             else:
-                warn(f"{path}:{n + 1}: left out, {link!r} is not a link between {len(a)} and {len(b)} words")
+                warn(f"{path}:{n + 1}: left out, {link!r} is not a link between {len(a)} and "
+                     f"{len(b)} words")
     return gold["-"], gold["p"]
 
 
-def add_links(rows, aligner):
-    """Links for rows with two texts; those that a row has stay, and ours are compared with them."""
-    for lang in sorted({lang for row in rows for lang in row.st}):
-        todo = [row for row in rows if (row.asr or "").strip() and row.st.get(lang, "").strip()]
-        links = aligner([read_pair(row.asr, row.st[lang], row.where) for row in todo])
-        given = [(found, row.links[lang]) for row, found in zip(todo, links) if row.links.get(lang)]
-        for row, found in zip(todo, links):
-            row.links[lang] = row.links.get(lang) or found or [(len(row.asr.split()) - 1, 0)]  # all heard
-        score = f", AER {100 * aer(*zip(*given)):.1f} against them" if given else ""
-        warn(f"{lang}: {len(todo)} rows aligned, {len(given)} keep the links that they had{score}")
+def write_lines(path, lines):
+    """To a file, or to standard output (None). A file is written under another name beside it and
+    renamed: a full disk leaves the old one as it was and nothing else."""
+    content = "".join(f"{line}\n" for line in lines).encode()
+    if path is None and sys.stdout is None:
+        raise InputError("standard output is closed")
+    target = sys.stdout.fileno() if path is None else os.path.realpath(path)
+    if path is None or os.path.exists(target) and not os.path.isfile(target):
+        with open(target, "wb", closefd=path is not None) as file:  # a device or a pipe
+            file.write(content)
+        return
+    temporary = f"{target}.{os.getpid()}.tmp"
+    try:
+        Path(temporary).write_bytes(content)
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+def needed(name, purpose):
+    """A module that only a part of the command line needs: one of the files beside this one, or a
+    package."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name in ("model", "rnnt_loss", "serialize", "stream"):
+            raise InputError(f"{purpose} needs {error.name}.py beside align.py") from None
+        raise InputError(f"{purpose} needs {error.name}: pip install {error.name}") from None
+
+
+def input_errors():
+    """What is told in one line. Each file stands alone and so has an InputError of its own."""
+    files = [sys.modules.get(name) for name in ("model", "serialize", "stream")]
+    return OSError, InputError, *(getattr(file, "InputError", ValueError) for file in files if file)
 
 
 def demonstrate():
-    texts = ("das haus", "the house"), ("das buch ist neu", "the book is new"), ("das haus ist alt", "the house is old")
+    """Three sentences, a table each: # where two words are linked."""
+    texts = [("das haus", "the house"), ("das buch ist neu", "the book is new"),
+             ("das haus ist alt", "the house is old")]
     pairs = [(a.split(), b.split()) for a, b in texts]
     for (a, b), links in zip(pairs, align_bitext(pairs)):
-        print("\n".join(f"{'':8}{'  ' * j}{word}" for j, word in enumerate(b)))
+        for j, word in enumerate(b):
+            print(f"{'':8}{'  ' * j}{word}")
         for i, word in enumerate(a):
             print(f"{word:>6}  " + " ".join(".#"[(i, j) in links] for j in range(len(b))))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", nargs="?", help="FILE.pairs, or a manifest IN.jsonl; nothing: a demonstration")
-    parser.add_argument("-o", "--out", help="the manifest to write")
-    parser.add_argument("--train", nargs="+", default=[], metavar="FILE.pairs", help="more text to learn from")
-    parser.add_argument("--gold", help="`i-j` sure, `ipj` possible: print the alignment error rate to standard error")
-    parser.add_argument("--method", choices=METHODS, default=Recipe.method, help="how the two directions are joined")
-    parser.add_argument("--model", help="link by this encoder instead: a name for transformers, or its folder")
-    parser.add_argument("--times", help="a checkpoint RUN/model.pt, a CTM, or a folder of TextGrids named by row id")
-    options = parser.parse_args()
-    aligner = (partial(contextual_links, name=options.model) if options.model else
-               partial(align_bitext, recipe=Recipe(method=options.method)))
+def align_pairs(options, align):
+    pairs = read_pairs(options.input)
+    links = align(pairs)
+    write_lines(options.out, (" ".join(f"{i}-{j}" for i, j in line) for line in links))
+    count = sum(map(len, links))
+    warn(f"{options.out or 'standard output'}: {len(links)} lines, {count} links written")
+    if options.gold:
+        sure, possible = read_gold(options.gold, pairs)
+        warn(f"AER {100 * aer(links[:len(sure)], sure, possible):.1f}")
+
+
+def align_manifest(options, align):
+    if not options.out:
+        raise InputError("a manifest needs -o OUT.jsonl")
+    serialize = needed("serialize", "a manifest")
+    rows = serialize.read_manifest(options.input, allow_outside=options.allow_outside)
+    add_links(rows, align, compare=True)
+    if options.times:
+        add_times(rows, options.times)
+    serialize.write_manifest(options.out, rows)
+    links = sum(len(line) for row in rows for line in row.links.values())
+    warn(f"{options.out}: {len(rows)} rows, {links} links written")
+
+
+def parse_options(argv):
+    parser = argparse.ArgumentParser(prog="align.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("input", nargs="?", help="FILE.pairs, or a manifest IN.jsonl; nothing: a demonstration")
+    add("-o", "--out", help="the file to write; links: standard output if not given")
+    add("--train", nargs="+", default=[], metavar="FILE.pairs", help="more text to learn from")
+    add("--gold", help="`i-j` sure, `ipj` possible: print the alignment error rate")
+    add("--method", choices=METHODS, default=Recipe.method, help="how the directions are joined")
+    add("--model", help="link by this encoder instead: a name for transformers, or its folder")
+    add("--times", help="RUN/model.pt, a CTM, or a folder of TextGrids named by row id")
+    add("--allow-outside", action="store_true", help="sound may lie outside the manifest's folder")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    options = parse_options(argv)
+    more = [pair for path in options.train for pair in read_pairs(path)]
+
+    def align(pairs):
+        if options.model:
+            return contextual_links(pairs, options.model)
+        return align_bitext(pairs + more, Recipe(method=options.method))[:len(pairs)]
+
+    manifest = (options.input or "").endswith(".jsonl")
     if not options.input:
         demonstrate()
-    elif options.input.endswith(".jsonl"):
-        from serialize import read_manifest, write_manifest
-        rows = read_manifest(options.input) if options.out else parser.error("a manifest needs -o OUT.jsonl")
-        add_links(rows, aligner)
-        if options.times:
-            runpy.run_path(str(Path(__file__).with_name("tests") / "word_times.py"))["add_times"](rows, options.times)
-        write_manifest(options.out, rows)
+    elif manifest and options.gold:
+        raise InputError("--gold is for FILE.pairs; the links of a manifest are compared anyway")
+    elif manifest:
+        align_manifest(options, align)
+    elif options.times:
+        raise InputError(f"--times is for a manifest, a file called .jsonl, not {options.input!r}")
     else:
-        pairs = read_pairs(options.input)
-        links = aligner(pairs + [pair for path in options.train for pair in read_pairs(path)])[:len(pairs)]
-        print("\n".join(" ".join(f"{i}-{j}" for i, j in pair) for pair in links))
-        if options.gold:
-            sure, possible = read_gold(options.gold, pairs)
-            warn(f"AER {100 * aer(links[:len(sure)], sure, possible):.1f}")
+        align_pairs(options, align)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"align.py: {error}")
+    except input_errors() as error:
+        named = isinstance(error, OSError) and error.filename
+        warn(f"align.py: {error.filename}: {error.strerror}" if named else f"align.py: {error}")
+        sys.exit(2)
