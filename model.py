@@ -36,6 +36,10 @@ CHECKPOINT_FORMAT = "joint-streaming-transducer"
 CHECKPOINT_VERSION = 1
 
 
+class InputError(ValueError):
+    """What a user gave cannot be used; the message is one line and names it."""
+
+
 # ---------------------------------------------------------------------------------------------------------- options
 
 @dataclass(frozen=True)
