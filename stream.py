@@ -396,7 +396,7 @@ def opened(path):
                 yield file, promised, lambda: (end - raw.tell()) / max(1, raw.tell() - begin)
     except soundfile.LibsndfileError as error:
         kind = kind_of(head, KINDS | SYNC_WORDS)
-        raise refusal(path, f"{kind}, not readable here ({error.error_string})" if kind else
+        raise refusal(path, f"{kind}, cut off or not readable here ({error.error_string})" if kind else
                       "no format of sound that is known here (raw samples? give ffmpeg their -f, "
                       "-ar and -ac before -i)") from None
     except OSError as error:

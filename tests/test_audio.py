@@ -169,12 +169,15 @@ def test_cut_at_two_thirds(tmp_path, kind, subtype):
     soundfile.write(path, noise(SECOND * 3) * 0.5, 16000, format=kind, subtype=subtype)
     whole = read_audio(path)
     assert 3 <= len(whole) / SECOND < 3.1
-    piece = read_audio(path, 1.0, 0.5)
-    assert len(piece) == 8000 and np.abs(piece - whole[16000:24000]).max() < 0.2
+    if subtype.startswith("DWVW"):  # libsndfile can read it, but not from a place inside
+        refused(path, "psf_fseek", start=1.0, duration=0.5)
+    else:
+        piece = read_audio(path, 1.0, 0.5)
+        assert len(piece) == 8000 and np.abs(piece - whole[16000:24000]).max() < 0.2
     data = path.read_bytes()
     for part in (2 / 3, 0.97):
         path.write_bytes(data[:int(part * len(data))])
-        refused(path, "malformed" if kind == "CAF" else "cut off")
+        refused(path, "cut off")
 
 
 def test_joined(tmp_path):
@@ -330,7 +333,7 @@ def test_damaged_headers(tmp_path, kind):
         except AudioError as error:
             assert str(path) in str(error)
             counts["refused"] += 1
-    assert min(counts.values()) > 5
+    assert counts["refused"] > 5 and (counts["read"] > 5 or kind == "ogg")  # its pages have checksums
 
 
 # ---- Samples handed over ------------------------------------------------------------------------
@@ -376,7 +379,8 @@ def test_refused_before_or_after_the_words(folder, capsys, monkeypatch, tmp_path
         data = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(data[:len(data) * 2 // 3])
         code, out, err = captions(folder, capsys, monkeypatch, str(tmp_path / name))
-        assert code == 2 and bool(out) == some and name in err and err.count("\n") == 1
+        told = [line for line in err.splitlines() if "frames cut off" not in line]  # random weights
+        assert code == 2 and bool(out) == some and len(told) == 1 and name in told[0]
     assert float(out.splitlines()[-1].split()[0]) == 3.0  # the flush, after the last whole block
 
 
