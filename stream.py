@@ -10,20 +10,26 @@ measuring comes last. The network is model.py's, turning tokens into words seria
 prints captions, with `--eval MANIFEST` error rates and latency; alone, it shows that packets do not matter.
 """
 import argparse
+import io
 import json
 import math
 import os
+import queue
 import re
+import shlex
+import stat
 import sys
 import time
 import unicodedata
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from model import HOP, PRESETS, SAMPLE_RATE, WINDOW, State, Transducer, load, log_mel
+from model import HOP, PRESETS, SAMPLE_RATE, WINDOW, InputError, State, Transducer, load, log_mel
 from serialize import StreamParser, Tokenizer, read_manifest
 
 BLANK = 0
@@ -60,7 +66,7 @@ class Streamer:
         self.parser = StreamParser(tokenizer)
 
     def accept(self, samples):
-        """Samples (N,) at 16 kHz in -1..1, any number of them -> the words that they finish."""
+        """Samples (N,) at 16 kHz, float in -1..1 or int16, any number -> the words that they finish."""
         self.push(samples)
         return advance([self])[0]
 
@@ -70,7 +76,12 @@ class Streamer:
         return advance([self])[0]
 
     def push(self, samples):
-        samples = np.asarray(samples, np.float32)
+        samples = np.asarray(samples)
+        if samples.dtype == np.int16:
+            samples = samples / np.float32(32768)
+        if samples.dtype.kind != "f":
+            raise ValueError(f"samples must be float in -1..1, or int16, not {samples.dtype}")
+        samples = samples.astype(np.float32, copy=False)
         if self.closed:
             raise ValueError("this stream was flushed; another one starts with a new Streamer")
         if samples.ndim != 1 or not np.isfinite(samples).all():
@@ -293,70 +304,427 @@ class Beam:
         return tokens
 
 
-# ---- Audio and captions ---------------------------------------------------------------------------------------------
+# ---- Sound: files -------------------------------------------------------------------------------
 
-class AudioError(ValueError):
-    """Audio that cannot be used; the message names the file."""
+# A file is read if it can be shown to be whole: its container says how much sound it holds, and that
+# much is there. Anything else is refused, in one line with the ffmpeg command that hands it over.
+CONTAINERS = ("WAV", "WAVEX", "RF64", "AIFF", "CAF", "AU", "FLAC", "OGG", "MP3")
+CHUNKED = CONTAINERS[:5]  # other things may follow the sound; libsndfile has looked through them
+UNKNOWN = 1 << 62         # libsndfile gives more frames than that where a header states no number
+DENSEST = 8192            # samples in a byte: more than FLAC or Opus makes of silence
+CUT_OFF = re.compile(  # what libsndfile notes about a file that ends before its sound does
+    r"(?:data|SSND|Data Size) *: (\d+) \(should be|(lacks an end-of-stream|Junk after|from 'ds64' chunk)")
+RATES, MOST_CHANNELS = (4000, 400_000), 64
+
+KINDS = {  # first bytes (a regular expression) -> what that is
+    rb"RIFF....WAVE|RIFX|RF64": "WAV", rb"FORM....AIF": "AIFF", rb"caff": "CAF", rb"\.snd": "AU",
+    rb"fLaC": "FLAC", rb"OggS": "Ogg", rb"ID3": "MP3", rb"....ftyp": "MPEG-4 (m4a, mp4, mov)",
+    rb"\x30\x26\xb2\x75": "Windows Media (wma, asf)", rb"\x1a\x45\xdf\xa3": "Matroska or WebM",
+    rb"#!AMR": "AMR"}
+SYNC_WORDS = {rb"\xff[\xf0\xf1\xf8\xf9]": "AAC", rb"\x0b\x77": "AC-3"}  # PCM may begin so as well
+
+
+class AudioError(InputError):
+    """Sound that cannot be used: one line, in printable characters, that names the file."""
+    def __init__(self, message):
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+
+
+def refusal(path, reason):
+    """The AudioError that also says how to hand over the sound of about any file."""
+    decoded = f"ffmpeg -loglevel error -i {shlex.quote(str(path))} -f s16le -ac 1 -ar {SAMPLE_RATE} -"
+    return AudioError(f"{path}: {reason}; try: {decoded} | python stream.py MODEL -")
+
+
+def kind_of(head, kinds):
+    """The name of what begins with these bytes, or None."""
+    return next((name for magic, name in kinds.items() if re.match(magic, head, re.DOTALL)), None)
 
 
 def read_audio(path, start=0.0, duration=None):
-    """A file, or a piece of it in seconds -> float32 samples (N,), mono, 16 kHz. Channels are averaged."""
+    """A file, or a piece of it in seconds -> float32 samples (N,), mono, 16 kHz: `audio_blocks` in one.
+
+    Raises AudioError if anything is wrong with it."""
+    return np.concatenate(list(audio_blocks(path, start, duration)))
+
+
+def audio_blocks(path, start=0.0, duration=None):
+    """A file, or a piece of it in seconds, as float32 blocks (N,), mono, 16 kHz, of about a second.
+
+    Raises AudioError: before the first block for what its beginning shows, in the middle for samples
+    that are no numbers, after the last one for what only the end can tell (cut off, silent)."""
+    with opened(path) as (file, *ends):
+        rate = file.samplerate
+        blocks = stored_blocks(path, start, duration, file, *ends)
+        blocks = checked(path, one_channel(path, rate, blocks))
+        yield from blocks if rate == SAMPLE_RATE else resampled(blocks, rate)
+
+
+class RawFile(io.BufferedReader):
+    """The bytes of a file. A damaged header sends libsndfile before their beginning: it stays put."""
+    def seek(self, *place):
+        try:
+            return super().seek(*place)
+        except (OSError, OverflowError):
+            return self.tell()
+
+
+@contextmanager
+def opened(path):
+    """A file -> (soundfile.SoundFile; the frames that it must have, None if unstated; a function: the
+    bytes of sound that were not read yet, as a part of those that were)."""
     import soundfile
     try:
-        with open(path, "rb") as raw, soundfile.SoundFile(raw) as file:
-            rate, first = file.samplerate, round(start * file.samplerate)
-            wanted = file.frames - first if duration is None else round(duration * rate)
-            if wanted <= 0 or first + wanted > file.frames + rate // 20:  # manifests may round
-                raise AudioError(f"{path}: {file.frames / rate:.2f} s long, not {duration or 'more'} from {start} on")
-            file.seek(first)
-            samples = file.read(wanted, dtype="float32", always_2d=True).mean(axis=1)
-            cut = re.search(r"lacks an end-of-stream|data : [1-9]\d{,8} \(should be", file.extra_info)  # its log
-    except (soundfile.SoundFileError, OSError, TypeError) as error:
-        raise AudioError(f"{path}: not a readable audio file ({error})") from None
-    if len(samples) < wanted - rate // 20 or cut and duration is None:
-        raise AudioError(f"{path}: cut off, {len(samples) / rate:.2f} s could be read")
-    if bad := np.count_nonzero(~np.isfinite(samples)):
-        raise AudioError(f"{path}: {bad} of {len(samples)} samples are NaN or infinite")
-    if not samples.any():
-        raise AudioError(f"{path}: silent, all {len(samples)} samples are zero")
-    if (clipped := np.mean(np.abs(samples) >= 0.999)) > 0.1:
-        raise AudioError(f"{path}: clipped, {clipped:.0%} of the samples lie at full scale or beyond")
-    return samples if rate == SAMPLE_RATE else resample(samples, rate, SAMPLE_RATE)
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise AudioError(f"{path}: a folder, not a file of sound")
+        if not stat.S_ISREG(mode):  # opening a pipe waits, a device never ends
+            raise refusal(path, "not a regular file")
+        # Opened by number, the file has no name: its suffix decides nothing.
+        with RawFile(io.FileIO(os.open(path, os.O_RDONLY))) as raw:
+            size, head = os.fstat(raw.fileno()).st_size, raw.read(16)
+            begin, end = between_tags(raw, size)
+            stated = info_frame(raw, begin)
+            if stated and not 0.99 * stated <= end - begin <= 1.01 * stated:
+                raise refusal(path, f"cut off or joined: its Info frame states {stated} bytes of sound, "
+                                    f"{end - begin} are there")
+            raw.seek(0)
+            with soundfile.SoundFile(raw) as file:
+                unstated = file.frames > UNKNOWN or file.format == "MP3" and not stated
+                promised = None if unstated else file.frames
+                if fault := fault_of_header(file, size, promised):
+                    raise refusal(path, fault)
+                yield file, promised, lambda: (end - raw.tell()) / max(1, raw.tell() - begin)
+    except soundfile.LibsndfileError as error:
+        kind = kind_of(head, KINDS | SYNC_WORDS)
+        raise refusal(path, f"{kind}, cut off or not readable here ({error.error_string})" if kind else
+                      "no format of sound that is known here (raw samples? give ffmpeg their -f, "
+                      "-ar and -ac before -i)") from None
+    except OSError as error:
+        raise AudioError(f"{path}: {error.strerror or error}") from None
 
 
-def resample(samples, rate, to, crossings=32):
-    """Band-limited interpolation: a windowed sinc, one short filter for each of the phases that the ratio has."""
-    up, down = to // math.gcd(rate, to), rate // math.gcd(rate, to)
-    cutoff = 0.95 * min(1.0, up / down)  # as a part of the half sampling rate of the input
-    half = math.ceil(crossings / cutoff)
-    out = np.zeros(math.ceil(len(samples) * up / down), np.float32)
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(samples, half), 2 * half)
-    for phase in range(min(up, len(out))):
-        base, rest = divmod(phase * down, up)  # output sample `phase` lies at base + rest / up of the input
-        at = np.arange(1 - half, half + 1) - rest / up
-        kernel = cutoff * np.sinc(cutoff * at) * np.cos(np.pi * np.clip(at / (2 * half), -0.5, 0.5)) ** 2
-        out[phase::up] = windows[base + 1::down][:len(out[phase::up])] @ kernel.astype(np.float32)
-    return out
+def fault_of_header(file, size, promised):
+    """What the header of a file of `size` bytes shows to be wrong with it, or None."""
+    if file.format not in CONTAINERS:
+        return f"{file.format} does not show whether it is whole"
+    if not RATES[0] <= file.samplerate <= RATES[1] or file.channels > MOST_CHANNELS:
+        return f"a header of {file.samplerate} samples a second in {file.channels} channels"
+    if promised and promised > DENSEST * size:
+        return f"a header that promises {promised} samples in {size} bytes"
+    for length, other in CUT_OFF.findall(file.extra_info):
+        if other or abs((int(length) + (1 << 16)) % (1 << 31)) >= 1 << 17 or int(length) < 1 << 30:
+            return "cut off"  # but about 2^31 or 2^32 bytes is what is written into a pipe: unknown
+    return None
+
+
+def between_tags(raw, size):
+    """(begin, end) of the sound in the bytes of an MP3: ID3v2 stands before it, APE and ID3v1 behind."""
+    begin, end = 0, size
+    raw.seek(0)
+    head = raw.read(10)
+    if head[:3] == b"ID3":  # maybe with a picture; the length has seven bits in each of four bytes
+        begin = 10 + sum(byte << 7 * k for k, byte in enumerate(reversed(head[6:])))
+    raw.seek(max(0, size - 128))
+    if raw.read(3) == b"TAG":
+        end -= 128
+    raw.seek(max(0, end - 32))
+    footer = raw.read(32)
+    if footer[:8] == b"APETAGEX":  # its length counts the footer; bit 31 of the flags: a header too
+        end -= int.from_bytes(footer[12:16], "little") + 32 * (footer[23] >> 7)
+    return begin, end
+
+
+def info_frame(raw, begin):
+    """How many bytes of sound the first frame of an MP3 states, if it is an Info (or Xing) frame; or None."""
+    raw.seek(begin)
+    frame = re.match(rb"\xff[\xe0-\xff].{7,40}?(?:Xing|Info)\0\0\0(.)(.{8})", raw.read(64), re.DOTALL)
+    if not frame or not frame[1][0] & 2:       # flags: 1, there is a number of frames; 2, of bytes
+        return None
+    at = 4 * (frame[1][0] & 1)
+    return int.from_bytes(frame[2][at:at + 4], "big")
+
+
+def stored_blocks(path, start, duration, file, promised, left):
+    """The sound as it is stored, in blocks (N, channels) of a second; AudioError if it is not all there."""
+    import soundfile
+    rate, at = file.samplerate, 0
+    first = min(round(start * rate), file.frames)
+    end = math.inf if duration is None else first + round(duration * rate)
+    try:
+        if first and file.seekable():
+            at = file.seek(first)
+        # A seekable file is set after each block to where it stands already, which tears the bits
+        # that MP3 frames share, and fails in a FLAC of unknown length.
+        file.seekable = lambda: False
+        while at < end and len(block := file.read(int(min(end - at, rate)), "float32", always_2d=True)):
+            if not (finite := np.isfinite(block).all(1)).all():
+                bad = at + int(finite.argmin())
+                raise AudioError(f"{path}: NaN or infinite at {bad / rate:.4f} s (sample {bad})")
+            at += len(block)
+            if at > first:
+                yield block[max(0, len(block) - (at - first)):]
+    except soundfile.LibsndfileError as error:
+        raise refusal(path, f"cut off or damaged after {at / rate:.2f} s ({error.error_string})") from None
+    slack = rate // 20  # manifests may round
+    if at <= first or duration is not None and at < end - slack:
+        wanted = "more" if duration is None else f"{duration} s"
+        raise AudioError(f"{path}: {at / rate:.2f} s long, not {wanted} from {start} s on")
+    if duration is None and promised and at < promised - slack:
+        raise refusal(path, f"cut off, {at / rate:.2f} s of {promised / rate:.2f} could be read")
+    unread_s = left() * at / rate
+    if duration is None and unread_s > 0.25 and file.format not in CHUNKED:
+        raise refusal(path, f"goes on after {at / rate:.2f} s for about {unread_s:.2f} s that libsndfile "
+                            "does not reach")
+
+
+def one_channel(path, rate, blocks):
+    """Blocks (N, C) -> (N,): the mean of the channels, or the loudest where the mean would lose sound.
+
+    This is decided once, by the first ten seconds with sound."""
+    weights, head, failure = None, [], None
+    try:
+        for block in blocks:
+            if weights is not None:
+                yield block @ weights
+            elif block.shape[1] == 1 or not head and not block.any():
+                yield block[:, 0]  # the only one, or silence in all of them
+            else:
+                head.append(block)
+            if weights is None and sum(map(len, head)) >= 10 * rate:
+                weights = mixing_weights(path, np.concatenate(head))
+                yield from (block @ weights for block in head)
+    except AudioError as error:  # what was there before it is still to be heard
+        failure = error
+    if weights is None and head:
+        weights = mixing_weights(path, np.concatenate(head))
+        yield from (block @ weights for block in head)
+    if failure:
+        raise failure
+
+
+def mixing_weights(path, head):
+    """head (N, C) -> weights (C,) that sum to 1. If one of C channels alone has sound, the mean has 1 / C^2
+    of its power, with C different voices 1 / C; where channels cancel, less."""
+    head, channels = head.astype(np.float64), head.shape[1]
+    power, powers = np.square(head.mean(1)).mean(), np.square(head).mean(0)
+    if power < 1.2 / channels ** 2 * powers.max():
+        best = int(powers.argmax())
+        print(AudioError(f"{path}: channel {best + 1} of {channels} is taken, with the others it would "
+                         "be weaker or gone"), file=sys.stderr)
+        return np.eye(channels, dtype=np.float32)[best]
+    return np.full(channels, 1 / channels, np.float32)
+
+
+def checked(path, blocks):
+    """The same blocks; AudioError at the end for silence or clipping."""
+    n = clipped = 0
+    heard = False
+    for samples in blocks:
+        n, heard = n + len(samples), heard or samples.any()
+        clipped += np.count_nonzero(np.abs(samples) >= 0.999)
+        yield samples
+    if not heard:
+        raise AudioError(f"{path}: silent, all {n} samples are zero")
+    if clipped > 0.1 * n:
+        raise AudioError(f"{path}: clipped, {clipped / n:.0%} of the samples lie at full scale or beyond")
+
+
+def readable(rows, strict=False):
+    """Yield (row, samples) of the rows whose sound can be used; the others are named and left out.
+
+    Raises InputError at the first bad row if `strict`, and at the end if there was no good one."""
+    from tqdm import tqdm  # its write goes around a progress bar, if there is one
+    n_rows = bad = 0
+    for row in rows:
+        n_rows += 1
+        try:
+            samples = read_audio(row.audio, row.start, row.duration)
+        except InputError as error:
+            if strict:
+                raise InputError(f"{row.where}: {error}") from None
+            tqdm.write(f"{row.where}: skipped: {error}", file=sys.stderr)
+            bad += 1
+            continue
+        yield row, samples
+    if bad == n_rows:
+        raise InputError(f"none of the {n_rows} rows has sound that can be used")
+    if bad:
+        tqdm.write(f"{bad} of {n_rows} rows skipped", file=sys.stderr)
+
+
+# ---- Sound: resampling --------------------------------------------------------------------------
+
+class Resampler:
+    """Band-limited interpolation by a windowed sinc, of samples that come in pieces of any size.
+
+    Output n lies at input n down / up, a whole sample and one of `up` fractions; each fraction has its
+    own short filter over the 2 half inputs around it."""
+
+    def __init__(self, rate, to=SAMPLE_RATE, crossings=32):
+        common = math.gcd(rate, to)
+        self.up, self.down = to // common, rate // common
+        cutoff = 0.95 * min(1.0, self.up / self.down)  # as a part of the input's half sampling rate
+        self.half = math.ceil(crossings / cutoff)
+        self.filters = sinc_filters(self.up, cutoff, self.half)
+        self.inputs = np.zeros(self.half - 1, np.float32)  # before the first one: silence
+        self.at = 1 - self.half                            # the index of inputs[0]
+        self.done = 0                                      # outputs given
+
+    def feed(self, samples, last=False):
+        """The outputs (N,) that these inputs complete; after the `last` ones come zeros."""
+        received = self.at + len(self.inputs) + len(samples)
+        ready = received if last else received - self.half
+        ready = max(self.done, -(-ready * self.up // self.down))
+        tail = np.zeros(self.half if last else 0, np.float32)
+        self.inputs = np.concatenate([self.inputs, samples, tail])
+        out = np.zeros(ready - self.done, np.float32)
+        # Outputs `stride` apart share a filter, and their windows do not overlap: one product of a
+        # matrix with a vector.
+        repeat = math.ceil(2 * self.half / self.down)
+        stride = self.up * repeat
+        for k in range(min(stride, len(out))):
+            base, fraction = divmod((self.done + k) * self.down, self.up)
+            count = len(range(k, len(out), stride))
+            begin = base + 1 - self.half - self.at
+            windows = np.lib.stride_tricks.as_strided(
+                self.inputs[begin:], (count, 2 * self.half),
+                (self.down * repeat * self.inputs.itemsize, self.inputs.itemsize), writeable=False)
+            out[k::stride] = windows @ self.filters[fraction]
+        used = ready * self.down // self.up + 1 - self.half - self.at
+        self.inputs, self.at, self.done = self.inputs[used:].copy(), self.at + used, ready
+        return out
+
+
+@lru_cache(maxsize=4)
+def sinc_filters(up, cutoff, half):
+    """(up, 2 half): the sinc of a low pass under a cos^2 window, shifted by each fraction k / up."""
+    at = np.arange(1 - half, half + 1) - np.arange(up)[:, None] / up
+    window = np.cos(np.pi * np.clip(at / (2 * half), -0.5, 0.5)) ** 2
+    return (cutoff * np.sinc(cutoff * at) * window).astype(np.float32)
+
+
+def resampled(blocks, rate):
+    """Blocks (N,) at `rate` -> blocks at 16 kHz, the last one the filter's tail."""
+    resampler = Resampler(rate)
+    for block in blocks:
+        yield resampler.feed(block)
+    yield resampler.feed(np.zeros(0, np.float32), last=True)
+
+
+def resample(samples, rate, to):
+    """Samples (N,) at `rate` in one piece -> at `to`."""
+    return samples if rate == to else Resampler(rate, to).feed(samples, last=True)
+
+
+# ---- Sound: standard input, microphone, and files at their own pace ------------------------------
+
+WITHOUT = (f"arecord -q -f S16_LE -c 1 -r {SAMPLE_RATE} | python stream.py MODEL -   or: "
+           f"ffmpeg -loglevel error -f alsa -i default -f s16le -ac 1 -ar {SAMPLE_RATE} - | "
+           "python stream.py MODEL -")
+STALLED_S = 2.0  # of no packets, or of exact zeros, that are worth a message
 
 
 def packets(source, realtime):
-    """The audio of a file, or 16-bit PCM from standard input as it comes."""
-    if source == "-":
-        rest, received, heard = b"", 0, False
-        while data := sys.stdin.buffer.read1(4096):
-            data = rest + data
-            rest = data[len(data) // 2 * 2:]  # half a sample waits for its other half
-            samples = np.frombuffer(data[:len(data) // 2 * 2], "<i2").astype(np.float32) / 32768
-            received, heard = received + len(samples), heard or samples.any()
-            yield samples
-        if not heard:
-            raise AudioError(f"standard input: no sound, {received} samples and none but zeros")
+    """Packets (N,) of a file, of standard input (`-`: 16-bit PCM) or of the microphone (`mic`)."""
+    if source in ("-", "mic"):
+        yield from standard_input() if source == "-" else microphone()
         return
-    samples, began, size = read_audio(source), time.perf_counter(), SAMPLE_RATE // 10
-    for start in range(0, len(samples), size):
-        if realtime:
-            time.sleep(max(0.0, began + min(start + size, len(samples)) / SAMPLE_RATE - time.perf_counter()))
-        yield samples[start:start + size]
+    began, done, size = time.perf_counter(), 0, SAMPLE_RATE // 10
+    for block in audio_blocks(source):
+        for start in range(0, len(block), size):
+            packet = block[start:start + size]
+            done += len(packet)
+            if realtime:
+                time.sleep(max(0.0, began + done / SAMPLE_RATE - time.perf_counter()))
+            yield packet
+
+
+def standard_input():
+    """16-bit mono PCM at 16 kHz as it comes. Anything that begins like a file of sound is refused."""
+    if sys.stdin is None:
+        raise AudioError("standard input is closed")
+    waiting, received, heard, known = b"", 0, False, False
+    while (data := sys.stdin.buffer.read1(4096)) or not known:
+        waiting += data
+        if data and len(waiting) < 12 and not known:
+            continue  # the first bytes of a file may be on their way
+        if not known and (kind := kind_of(waiting, KINDS)):
+            raise AudioError(
+                f"standard input: {kind}, not 16-bit PCM; pipe it through: ffmpeg -loglevel error "
+                f"-i - -f s16le -ac 1 -ar {SAMPLE_RATE} - | python stream.py MODEL -")
+        whole = len(waiting) // 2 * 2  # half a sample waits for its other half
+        samples = np.frombuffer(waiting[:whole], "<i2").astype(np.float32) / 32768
+        waiting, known = waiting[whole:], True
+        received, heard = received + len(samples), heard or samples.any()
+        yield samples
+    if not heard:
+        raise AudioError(f"standard input: no sound, {received} samples and none but zeros")
+
+
+def microphone():
+    """Packets from the default input device, at its own rate resampled; ends when the device stops."""
+    try:
+        import sounddevice
+    except (ImportError, OSError) as error:  # OSError: the package without the library PortAudio
+        raise AudioError(f"mic: {error}; pip install sounddevice (on Linux PortAudio too: apt install "
+                         f"libportaudio2), or without it: {WITHOUT}") from None
+    arrived = queue.SimpleQueue()
+
+    def copy(block, frames, times, status):  # on the device's own thread, which must never wait
+        arrived.put((block[:, 0].copy(), bool(status.input_overflow)))
+
+    try:
+        rate = round(sounddevice.query_devices(kind="input")["default_samplerate"])
+        with sounddevice.InputStream(samplerate=rate, channels=1, dtype="float32", callback=copy) as device:
+            yield from listen(device, arrived, rate)
+    except (sounddevice.PortAudioError, ValueError) as error:
+        devices = "; ".join(str(sounddevice.query_devices()).splitlines()) or "none"
+        raise AudioError(f"mic: {error}; devices: {devices}; or: {WITHOUT}") from None
+    raise AudioError("mic: the device has stopped")
+
+
+def listen(device, arrived, rate):
+    """Packets of a running device; what goes wrong with it is told on standard error and survived."""
+    resampler = Resampler(rate)
+    listening, zeros = False, 0
+    while device.active or not arrived.empty():
+        try:
+            block, overflow = arrived.get(timeout=STALLED_S)
+        except queue.Empty:
+            print(f"mic: nothing has come for {STALLED_S:g} s", file=sys.stderr)
+            continue
+        if not listening:
+            print(f"listening at {rate} Hz, until Ctrl-C", file=sys.stderr)
+            listening = True
+        if overflow:
+            print("mic: some sound was lost, the computer is too slow", file=sys.stderr)
+        before, zeros = zeros, 0 if block.any() else zeros + len(block)
+        if before < STALLED_S * rate <= zeros:
+            print(f"mic: nothing but zeros for {STALLED_S:g} s: muted, or not allowed to listen?",
+                  file=sys.stderr)
+        yield resampler.feed(block)
+
+
+# ---- Captions -----------------------------------------------------------------------------------
+
+def load_run(path, device="cpu"):
+    """model.pt of a run -> (model, tokenizer, what else lies beside them). Raises InputError."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {device!r} cannot be used: {reason}") from None
+    model, beside = load(path, map_location=device)
+    try:
+        tokenizer = Tokenizer.from_dict(beside["tokenizer"])
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: a damaged checkpoint, no usable tokenizer ({reason})") from None
+    if len(tokenizer) != model.config.vocab:
+        raise InputError(f"{path}: a damaged checkpoint, its tokenizer has {len(tokenizer)} tokens, "
+                         f"its model {model.config.vocab}")
+    return model, tokenizer, beside
 
 
 def show_json(words):
@@ -393,16 +761,20 @@ class Terminal:
 
 def caption(model, tokenizer, options):
     show = show_json if options.json else Terminal(tokenizer.tags) if sys.stdout.isatty() else show_lines
-    streamer = Streamer(model, tokenizer, chunk=options.chunk, beam=options.beam)
+    streamer, failure = Streamer(model, tokenizer, chunk=options.chunk, beam=options.beam), None
     try:
         for packet in packets(options.audio, options.realtime):
             show(streamer.accept(packet))
     except KeyboardInterrupt:
         pass  # the usual end of a microphone: the last words of what was heard are still to come
+    except AudioError as error:
+        failure = error  # told after the words of what was heard
     if streamer.received:
         show(streamer.flush())
     if streamer.search.capped:
         print(f"frames cut off at {LIMITS[0]} symbols (last: {LIMITS[1]}): {streamer.search.capped}", file=sys.stderr)
+    if failure:
+        raise failure
 
 
 # ---- Evaluation: stream a set, then compare words and delays with the references -----------------------------------
@@ -567,7 +939,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="stream.py", description="Live captions of a file or of standard input.")
     add = parser.add_argument
     add("checkpoint", nargs="?", help="model.pt of a run; without it, a demonstration")
-    add("audio", nargs="?", help="an audio file; - reads 16-bit mono PCM at 16 kHz from standard input")
+    add("audio", nargs="?", help="an audio file; -: 16-bit mono PCM at 16 kHz from standard input; "
+        "mic: the microphone (a file of that name is ./mic)")
     add("--chunk", type=int, help="encoder frames per chunk (default: the model's first; 0: everything at the end)")
     add("--beam", type=int, default=1, help="hypotheses in beam search (default 1: greedy)")
     add("--json", action="store_true", help="one line of JSON for each word")
@@ -580,11 +953,12 @@ def main(argv=None):
     if not options.checkpoint:
         return demonstration()
     if bool(options.audio) == bool(options.eval):
-        parser.error("give an audio file, - for standard input, or --eval MANIFEST")
+        parser.error("give an audio file, - for standard input, mic, or --eval MANIFEST")
     torch.set_num_threads(1)  # a chunk is too little work to share
     try:
-        model, beside = load(options.checkpoint, map_location=options.device)
-        tokenizer = Tokenizer.from_dict(beside.get("tokenizer"))
+        if sys.stdout is None:
+            raise InputError("standard output is closed")
+        model, tokenizer, _ = load_run(options.checkpoint, options.device)
         (evaluation if options.eval else caption)(model, tokenizer, options)
     except BrokenPipeError:  # whoever reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
