@@ -71,7 +71,7 @@ UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a
 
 def units(text):
     """Text -> its words; a character of Han or kana is a word of its own: [我, 爱, Python, 语, 言]."""
-    return UNIT.findall(text)
+    return text.split() if text.isascii() else UNIT.findall(text)       # ASCII: thrice as fast
 
 
 def join(words):

@@ -50,26 +50,27 @@ import stream
 from align import add_links, align_bitext
 from model import PRESETS, SAMPLE_RATE, InputError, Transducer, load, log_mel, pad_samples, save
 from rnnt_loss import joint_rnnt_loss, prune_band, runs_on_gpu, simple_rnnt_loss
+from serialize import InputError as TextError
 from serialize import (Row, Tokenizer, interleave, mode_of, needs, read_manifest, serialize,
                        write_manifest)
 from stream import evaluate, read_audio, readable, resample
 
+USER_ERRORS = InputError, TextError, align.InputError, OSError, ImportError  # told in one line
 CLIP = 5.0            # largest norm of a step's gradient
 MUON = 10             # learning rate of the matrices over that of all else
 WARM_UP = 100         # steps until the learning rate is at its peak
 DECAY = 0.2           # share of the steps, the last ones, over which it falls
 FORGET_STEPS = 150    # transducer steps until labels are no longer all hidden from the label encoder
-USER_ERRORS = ValueError,
 SIDE_WEIGHT = 0.3     # of each side task, beside the transducer's 1
 LOG_EVERY = 50        # steps; only then are losses fetched from the device
 GIVE_UP = 20          # steps in a row without a finite gradient
 LINKS_HERE = 50_000   # rows without links that are still aligned at the start of a run
 BPE_ROWS = 50_000     # rows that the tokenizer learns from, at most
 TEST_SIZE = 200       # built-in utterances to evaluate on
-TASKS = ("transducer", "letters", "words", "next_label")
+TASKS = ("transducer", "simple", "letters", "words", "next_label")
 
 
-# ---- Options: a line each, from which the flags and --help are made -------------------------------------------------
+# ---- Options: a line each, from which the flags and --help are made ------------------------------
 
 def option(default, text, *, kind=None, low=None, high=None, choices=None):
     """A field of Options; `low` and `high` are the values allowed at most, None where there is no bound."""
@@ -215,7 +216,7 @@ def check(options):
     return replace(options, device=device)
 
 
-# ---- The loop ------------------------------------------------------------------------------------------------------
+# ---- The loop ------------------------------------------------------------------------------------
 
 @dataclass
 class Run:
@@ -346,7 +347,7 @@ class StopSignal:
         self.wanted = True
 
 
-# ---- The tasks of a step -------------------------------------------------------------------------------------------
+# ---- The tasks of a step -------------------------------------------------------------------------
 
 def tasks(step, options):
     """{task: weight} of what is learned at this step."""
@@ -357,49 +358,48 @@ def tasks(step, options):
         sides.remove("words")
     if step < options.warm_steps:
         return dict.fromkeys(sides, 1.0)
-    return {"transducer": 1.0} | dict.fromkeys(sides, SIDE_WEIGHT)
+    if not options.prune:
+        return {"transducer": 1.0} | dict.fromkeys(sides, SIDE_WEIGHT)
+    begun = min(1.0, (step - options.warm_steps) / FORGET_STEPS)   # as its authors do: first learn where to look
+    return {"transducer": 0.1 + 0.9 * begun, "simple": 1 - 0.5 * begun, "letters": SIDE_WEIGHT}
 
 
 def losses(model, batch, names, step, options, chunk=None):
     """{task: nats, summed over the batch} for the tasks named, in this order.
 
     The transducer's is -log P(targets | sound) under the logits of `Transducer.forward`, which are never formed: the
-    loss is fused with the joint network.
+    loss is fused with the joint network. With --prune it looks only at the nodes of a band, which a simple transducer
+    finds (arXiv 2206.13236): what is heard without labels plus what is expected without sound, learned beside it.
     """
     frames, _ = model.encoder(batch.mel, batch.mel_lengths, chunk=chunk)                  # (B,T,D)
     frame_lengths = batch.mel_lengths // model.config.subsampling
     found = {}
     if "letters" in names:
         found["letters"] = ctc_loss(model.ctc(frames), frame_lengths, batch.letters, batch.letters_lengths)
-    if {"words", "transducer"} & set(names):
+    if {"words", "simple", "transducer"} & set(names):
         heard = model.joint.encoder_proj(frames)                                          # (B,T,J)
-    if {"next_label", "transducer"} & set(names):
+    if {"next_label", "simple", "transducer"} & set(names):
         forgotten = batch.chance < label_dropout(step, options)                           # (B,U)
         labels, _ = model.label_encoder(torch.where(forgotten, model.config.vocab, batch.targets))
-    if "words" in names:                       # what the joint hears where there are no labels
+    if {"words", "simple"} & set(names):       # what the joint hears where there are no labels
         alone = model.joint.combine(heard, heard.new_zeros(()))                           # (B,T,V)
+    if "words" in names:
         found["words"] = ctc_loss(alone, frame_lengths, batch.spoken, batch.spoken_lengths)
     if "next_label" in names:
         found["next_label"] = language_loss(model, labels, batch.targets, batch.targets_lengths)
+    keep = batch.keep
+    if "simple" in names:
+        found["simple"], posteriors = simple_rnnt_loss(
+            alone, next_label_scores(model, labels), batch.targets, frame_lengths, batch.targets_lengths, blank=0,
+            reduction="sum")
+        keep = prune_band(posteriors, frame_lengths, batch.targets_lengths, options.prune)
     if "transducer" in names:
         joint = model.joint
-        keep = batch.keep
-        if options.prune:
-            keep = band(alone, labels, model, batch, frame_lengths, options)
         found["transducer"] = joint_rnnt_loss(
             heard, joint.label_proj(labels), joint.output.weight, joint.output.bias, batch.targets, frame_lengths,
             batch.targets_lengths, blank=0, reduction="sum", keep=keep, fastemit_lambda=options.fastemit,
             delay_penalty=options.delay_penalty)
     return {name: found[name] for name in names}
-
-
-@torch.no_grad()
-def band(alone, labels, model, batch, frame_lengths, options):
-    """keep (B,T,U1): the nodes that the transducer loss looks at, by the posteriors of a simple transducer
-    (arXiv 2206.13236): what is heard without labels plus what is expected without sound."""
-    _, posteriors = simple_rnnt_loss(alone, next_label_scores(model, labels), batch.targets, frame_lengths,
-                                     batch.targets_lengths, blank=0)
-    return prune_band(posteriors, frame_lengths, batch.targets_lengths, options.prune)
 
 
 def label_dropout(step, options):
@@ -431,7 +431,7 @@ def language_loss(model, labels, targets, target_lengths):
     return (costs * present).sum()
 
 
-# ---- Optimisers ----------------------------------------------------------------------------------------------------
+# ---- Optimisers ----------------------------------------------------------------------------------
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose every update is made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
@@ -496,7 +496,7 @@ def learning_rate(step, steps):
     return min(1.0, (step + 1) / WARM_UP, max(0.02, (steps - step) / (DECAY * steps)))
 
 
-# ---- What the model hears: rows -> streams -> sound -> features -> batches -----------------------------------------
+# ---- What the model hears: rows -> streams -> sound -> features -> batches -----------------------
 # Every draw is seeded, by epoch and row or by step, so a resumed run, more worker processes and more GPUs see the same.
 
 ALONE = 0.4           # share of streams with one utterance; the others have 2 to --join
@@ -616,11 +616,11 @@ class Source(torch.utils.data.Dataset):
         for s in request.streams:
             try:
                 examples.append(self.example(s, request))
-            except (InputError, OSError) as error:
+            except USER_ERRORS as error:
                 bad.append(f"{s.rows[0].where}: {error}")
         batch = collate(examples) if examples else {}
         count = lambda name: int(batch[f"{name}_lengths"].sum()) if examples else 0
-        symbols = {"transducer": count("targets"), "letters": count("letters"), "words": count("spoken"),
+        symbols = {"transducer": count("targets"), "simple": count("targets"), "letters": count("letters"), "words": count("spoken"),
                    "next_label": count("targets")}
         return batch | {"symbols": symbols, "after": request.after, "bad": bad, "frames": count("mel"),
                         "rows": [row.where for s in request.streams for row in s.rows]}
@@ -774,7 +774,7 @@ def quiet_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-# ---- Sounds as people have them ------------------------------------------------------------------------------------
+# ---- Sounds as people have them ------------------------------------------------------------------
 
 def disturb(samples, background, rng):
     """Samples (N,) -> as they come out of a telephone, a codec, a noisy room, too loud or too soft."""
@@ -829,7 +829,7 @@ def with_holes(mel, rng, floor):
     return mel
 
 
-# ---- A run: where it comes from and where it is kept ---------------------------------------------------------------
+# ---- A run: where it comes from and where it is kept ---------------------------------------------
 
 def run_directory(options, ranks):
     """The folder to write to: the resumed one, the one asked for, or a new one under runs/."""
@@ -923,10 +923,11 @@ def usable(rows, options):
         try:
             interleave(row, mode_of(row, options.interleave))  # has the row what this order needs?
             if row.duration is None:
-                row.duration = stream.audio_seconds(row.audio) - row.start
+                samples = sum(map(len, stream.audio_blocks(row.audio, row.start)))
+                row.duration = samples / SAMPLE_RATE
             if row.duration > options.max_seconds:
                 raise InputError(f"{row.duration:.1f} s long, --max-seconds is {options.max_seconds}")
-        except (InputError, OSError) as error:
+        except USER_ERRORS as error:
             message = str(error) if row.where in str(error) else f"{row.where}: {error}"
             if options.strict:
                 raise InputError(message) from None
@@ -969,7 +970,7 @@ def feature_statistics(rows, config, options):
     for row in rows[::max(1, len(rows) // 300)]:
         try:
             mels.append(mel_of(sound_of(row, options.seed), config))
-        except (InputError, OSError):
+        except USER_ERRORS:
             pass                                               # it will be named when it is to be learned from
     if not mels:
         raise InputError(f"{options.manifest}: none of the rows tried has usable sound")
@@ -1133,7 +1134,7 @@ def warn_of_unseen(tokenizer, dev):
               f"bytes: {' '.join(sorted(unseen))}", file=sys.stderr)
 
 
-# ---- Evaluation on the way -----------------------------------------------------------------------------------------
+# ---- Evaluation on the way -----------------------------------------------------------------------
 
 def assess(run, dev, options, folder, blind=False):
     """Scores on the development set; `blind`, also with noise for sound: who still writes well does not listen."""
@@ -1189,7 +1190,7 @@ def live_captions(folder, options):
     return example
 
 
-# ---- The built-in corpus, part 1: a synchronous grammar ------------------------------------------------------------
+# ---- The built-in corpus, part 1: a synchronous grammar ------------------------------------------
 # One sentence is a handful of concepts; every language spells the
 # same concepts in an order of its own, so that the word links are known by construction.
 
@@ -1290,7 +1291,7 @@ def builtin_row(index, *, seed=0, source="de", targets=("en",), test=False):
                where=f"built-in corpus, {index}")
 
 
-# ---- The built-in corpus, part 2: a formant voice ------------------------------------------------------------------
+# ---- The built-in corpus, part 2: a formant voice ------------------------------------------------
 # Every letter is one or two sounds; a sound is a place in the space of
 # three formants, with some voice and some noise. Sounds glide into one another, as they do in a mouth.
 
@@ -1446,7 +1447,7 @@ def write_corpus(folder, n, options):
     print(f"{n} utterances, {sum(row.duration for row in rows) / 60:.1f} minutes: {folder / 'manifest.jsonl'}")
 
 
-# ---- The command ---------------------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 def main(argv=None):
     try:
@@ -1462,7 +1463,7 @@ def main(argv=None):
         example = "FILE" if options.manifest else live_captions(folder, options)
         print(f"\nthe model is {folder / 'model.pt'}; stream a file with it:\n"
               f"python stream.py {folder / 'model.pt'} {example}")
-    except (*USER_ERRORS, OSError, ImportError) as error:
+    except USER_ERRORS as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
