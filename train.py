@@ -51,8 +51,8 @@ from align import add_links, align_bitext
 from model import PRESETS, SAMPLE_RATE, InputError, Transducer, load, log_mel, pad_samples, save
 from rnnt_loss import joint_rnnt_loss, prune_band, runs_on_gpu, simple_rnnt_loss
 from serialize import InputError as TextError
-from serialize import (Row, Tokenizer, interleave, mode_of, needs, read_manifest, serialize,
-                       write_manifest)
+from serialize import (Row, Tokenizer, interleave, mode_of, needs, parse, read_manifest,
+                       serialize, write_manifest)
 from stream import evaluate, read_audio, readable, resample
 
 USER_ERRORS = InputError, TextError, align.InputError, OSError, ImportError  # told in one line
@@ -538,20 +538,28 @@ def epoch_streams(corpus, epoch, options):
     """The rows of one epoch, joined: those that share a file in their order, others as they come."""
     rows, rng = corpus.rows(epoch), random_state(options.seed, epoch, "streams")
     used, following = np.zeros(len(rows), bool), neighbours(rows)
-    free = (k for k in rng.permutation(len(rows)) if not used[k])
-    for k in free:
+    stack = list(rng.permutation(len(rows)))
+    while (k := top_unused(stack, used)) is not None:
         wanted = 1 if rng.random() < ALONE else rng.integers(1, options.join + 1)
         chosen, seconds = [], 0.0
-        while k is not None and len(chosen) < wanted:
-            if chosen and seconds + corpus.seconds(rows[k]) > options.max_seconds:
-                break                                          # k stays free for a later stream
+        while len(chosen) < wanted and k is not None:
+            seconds += corpus.seconds(rows[k])
+            if chosen and seconds > options.max_seconds:
+                seconds -= corpus.seconds(rows[k])
+                break
             used[k] = True
             chosen.append(rows[k])
-            seconds += corpus.seconds(rows[k])
             k = following.get(k)
             if k is None or used[k]:
-                k = next(free, None)
+                k = top_unused(stack, used)
         yield draw_stream(chosen, seconds, rows, rng, options)
+
+
+def top_unused(stack, used):
+    """The last entry of the stack that is not used, where it stays; used ones above it are taken off."""
+    while stack and used[stack[-1]]:
+        stack.pop()
+    return stack[-1] if stack else None
 
 
 def neighbours(rows):
