@@ -67,7 +67,7 @@ class Streamer:
         self.parser = StreamParser(tokenizer)
 
     def accept(self, samples):
-        """Samples (N,) at 16 kHz, float in -1..1 or int16, any number -> the words that they finish."""
+        """Samples (N,) at 16 kHz, float in -1..1 or int16, any number -> the words they finish."""
         self.push(samples)
         return advance([self])[0]
 
@@ -379,8 +379,8 @@ class RawFile(io.BufferedReader):
 
 @contextmanager
 def opened(path):
-    """A file as soundfile.SoundFile; the frames that it must have, None if unstated; and a function:
-    the bytes of sound that were not read yet, as a part of those that were."""
+    """A file as soundfile.SoundFile; the frames that it must have, None if unstated; and a
+    function: the bytes of sound that were not read yet, as a part of those that were."""
     import soundfile
     try:
         mode = os.stat(path).st_mode
@@ -428,7 +428,7 @@ def fault_of_header(file, size, promised):
 
 
 def between_tags(raw, size):
-    """(begin, end) of the sound in a file's bytes: ID3v2 may stand before it, APE and ID3v1 behind."""
+    """(begin, end) of the sound in a file's bytes: ID3v2 may stand before, APE and ID3v1 behind."""
     begin, end = 0, size
     raw.seek(0)
     head = raw.read(10)
@@ -445,7 +445,7 @@ def between_tags(raw, size):
 
 
 def info_frame(raw, begin):
-    """The bytes of sound that the first frame of an MP3 states, if it is an Info (or Xing) frame."""
+    """The bytes of sound that the first frame of an MP3 states, if it is an Info or Xing frame."""
     raw.seek(begin)
     pattern = rb"\xff[\xe0-\xff].{7,40}?(?:Xing|Info)\0\0\0(.)(.{8})"
     frame = re.match(pattern, raw.read(64), re.DOTALL)
@@ -456,7 +456,7 @@ def info_frame(raw, begin):
 
 
 def stored_blocks(path, start, duration, file, promised, left):
-    """Blocks (N, channels) of a second, as they are stored; AudioError if they are not all there."""
+    """Blocks (N, channels) of a second, as they are stored; AudioError if some are not there."""
     import soundfile
     rate, at = file.samplerate, 0
     first = min(round(start * rate), file.frames)
@@ -526,8 +526,8 @@ def mixing_weights(path, head):
     power, powers = np.square(head.mean(1)).mean(), np.square(head).mean(0)
     if power < 1.2 / channels ** 2 * powers.max():
         best = int(powers.argmax())
-        print(AudioError(f"{path}: channel {best + 1} of {channels} is taken; the others are silent, "
-                         "or cancel it"), file=sys.stderr)
+        print(AudioError(f"{path}: channel {best + 1} of {channels} is taken; the others are "
+                         "silent, or cancel it"), file=sys.stderr)
         return np.eye(channels, dtype=np.float32)[best]
     return np.full(channels, 1 / channels, np.float32)
 
@@ -543,7 +543,7 @@ def checked(path, blocks):
     if not heard:
         raise AudioError(f"{path}: silent, all {n} samples are zero")
     if clipped > 0.1 * n:
-        raise AudioError(f"{path}: clipped, {clipped / n:.0%} of the samples are at full scale or more")
+        raise AudioError(f"{path}: clipped, {clipped / n:.0%} of the samples are at full scale")
 
 
 def readable(rows, strict=False):
@@ -574,9 +574,10 @@ def readable(rows, strict=False):
 class Resampler:
     """Band-limited interpolation by a windowed sinc, of samples that come in pieces of any size.
 
-    Output n lies at input n down / up. It is a sum over the 2 half inputs around it, with weights that
-    depend on the fraction of n down / up alone. `group` outputs in a row come from the same inputs,
-    `length` of them: their weights are a matrix, and groups whose fractions agree share it."""
+    Output n lies at input n down / up. It is a sum over the 2 half inputs around it, with weights
+    that depend on the fraction of n down / up alone. `group` outputs in a row come from the same
+    inputs, `length` of them: their weights are a matrix, and groups whose fractions agree share
+    it."""
 
     def __init__(self, rate, to=SAMPLE_RATE, crossings=32):
         common = math.gcd(rate, to)
@@ -600,8 +601,8 @@ class Resampler:
         if last:
             ready = -(-n_outputs // self.group)
         else:  # the largest for which begin(ready - 1) + length <= received
-            ready = ((received - self.length + self.half) * self.up - 1) // (self.group * self.down) + 1
-            ready = max(self.done, ready)
+            free = received - self.length + self.half
+            ready = max(self.done, (free * self.up - 1) // (self.group * self.down) + 1)
         tail = np.zeros(2 * self.length if last else 0, np.float32)
         self.inputs = np.concatenate([self.inputs, samples, tail])
         out = np.zeros((ready - self.done, self.group), np.float32)
@@ -620,14 +621,14 @@ class Resampler:
 
 @lru_cache(maxsize=4)
 def sinc_weights(up, down, cutoff, half):
-    """(kinds, length, group): a low pass, sinc under a cos^2 window, as matrices for `Resampler`."""
+    """(kinds, length, group): a low pass, sinc under a cos^2 window, as `Resampler` needs it."""
     group = max(size for size in range(1, 101) if up % size == 0)
     group *= max(1, 64 // group)
     kinds = -(-up // group)
     base, fraction = np.divmod(np.arange(kinds * group) * down, up)  # of the outputs of one period
     at = np.arange(1 - half, half + 1) - fraction[:, None] / up
     window = np.cos(np.pi * np.clip(at / (2 * half), -0.5, 0.5)) ** 2
-    offset = (base.reshape(kinds, group) - base[::group, None]).ravel()  # in the inputs of its group
+    offset = (base.reshape(kinds, group) - base[::group, None]).ravel()  # in its group's inputs
     weights = np.zeros((kinds, offset.max() + 2 * half, group), np.float32)
     kind, place = np.divmod(np.arange(kinds * group), group)
     inputs = offset[:, None] + np.arange(2 * half)
@@ -680,7 +681,7 @@ def standard_input():
         if data and len(waiting) < 12 and not known:
             continue  # the first bytes of a file may be on their way
         if not known and (kind := kind_of(waiting, KINDS)):
-            raise AudioError(f"standard input: {kind}, not 16-bit PCM; pipe it into: {piped('-i -')}")
+            raise AudioError(f"standard input: {kind}, not 16-bit PCM; into: {piped('-i -')}")
         whole = len(waiting) // 2 * 2  # half a sample waits for its other half
         samples = np.frombuffer(waiting[:whole], "<i2").astype(np.float32) / 32768
         waiting, known = waiting[whole:], True
