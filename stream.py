@@ -407,6 +407,8 @@ def opened(path):
         what = "no format of sound that is known here (raw samples? give ffmpeg their -f, -ar, -ac)"
         if kind := kind_of(head, KINDS | SYNC_WORDS):
             what = f"{kind}, cut off or not readable here ({error.error_string})"
+            if error.code == 1:  # unrecognised
+                what = f"{kind}, which is not read here"
         raise refusal(path, what) from None
     except OSError as error:
         raise AudioError(f"{path}: {error.strerror or error}") from None
