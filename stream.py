@@ -29,7 +29,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import HOP, PRESETS, SAMPLE_RATE, WINDOW, InputError, State, Transducer, load, log_mel
+from model import (HOP, PRESETS, SAMPLE_RATE, WINDOW, InputError, State, Transducer, load,
+                   log_mel)
 from serialize import StreamParser, Tokenizer, read_manifest
 
 BLANK = 0
@@ -66,7 +67,7 @@ class Streamer:
         self.parser = StreamParser(tokenizer)
 
     def accept(self, samples):
-        """Samples (N,) at 16 kHz, float in -1..1 or int16, any number -> the words that they finish."""
+        """Samples (N,) at 16 kHz, float in -1..1 or int16, any number -> the words they finish."""
         self.push(samples)
         return advance([self])[0]
 
@@ -306,15 +307,17 @@ class Beam:
 
 # ---- Sound: files -------------------------------------------------------------------------------
 
-# A file is read if it can be shown to be whole: its container says how much sound it holds, and that
-# much is there. Anything else is refused, in one line with the ffmpeg command that hands it over.
+# A file is read if it can be shown to be whole: its container says how much sound it holds, and
+# that much is there. Anything else is refused, in one line with the ffmpeg command that hands it
+# over.
 CONTAINERS = ("WAV", "WAVEX", "RF64", "AIFF", "CAF", "AU", "FLAC", "OGG", "MP3")
 CHUNKED = CONTAINERS[:5]  # other things may follow the sound; libsndfile has looked through them
 UNKNOWN = 1 << 62         # libsndfile gives more frames than that where a header states no number
 DENSEST = 8192            # samples in a byte: more than FLAC or Opus makes of silence
 CUT_OFF = re.compile(  # what libsndfile notes about a file that ends before its sound does
-    r"(?:data|SSND|Data Size) *: (\d+) \(should be|(lacks an end-of-stream|Junk after|from 'ds64' chunk)")
-RATES, MOST_CHANNELS = (4000, 400_000), 64
+    r"(?:data|SSND|Data Size) *: (\d+) \(should be"
+    r"|(lacks an end-of-stream|Junk after|from 'ds64' chunk)")
+RATES, MOST_CHANNELS = (4000, 200_000), 64
 
 KINDS = {  # first bytes (a regular expression) -> what that is
     rb"RIFF....WAVE|RIFX|RF64": "WAV", rb"FORM....AIF": "AIFF", rb"caff": "CAF", rb"\.snd": "AU",
@@ -332,8 +335,13 @@ class AudioError(InputError):
 
 def refusal(path, reason):
     """The AudioError that also says how to hand over the sound of about any file."""
-    decoded = f"ffmpeg -loglevel error -i {shlex.quote(str(path))} -f s16le -ac 1 -ar {SAMPLE_RATE} -"
-    return AudioError(f"{path}: {reason}; try: {decoded} | python stream.py MODEL -")
+    return AudioError(f"{path}: {reason}; try: {piped('-i ' + shlex.quote(str(path)))}")
+
+
+def piped(source):
+    """The command that decodes what ffmpeg's options name, and captions it."""
+    return (f"ffmpeg -loglevel error {source} -f s16le -ac 1 -ar {SAMPLE_RATE} - | "
+            "python stream.py MODEL -")
 
 
 def kind_of(head, kinds):
@@ -342,17 +350,18 @@ def kind_of(head, kinds):
 
 
 def read_audio(path, start=0.0, duration=None):
-    """A file, or a piece of it in seconds -> float32 samples (N,), mono, 16 kHz: `audio_blocks` in one.
+    """A file, or a piece of it in seconds -> float32 samples (N,), mono, 16 kHz.
 
-    Raises AudioError if anything is wrong with it."""
+    These are all blocks of `audio_blocks`; AudioError if anything is wrong with the file."""
     return np.concatenate(list(audio_blocks(path, start, duration)))
 
 
 def audio_blocks(path, start=0.0, duration=None):
     """A file, or a piece of it in seconds, as float32 blocks (N,), mono, 16 kHz, of about a second.
 
-    Raises AudioError: before the first block for what its beginning shows, in the middle for samples
-    that are no numbers, after the last one for what only the end can tell (cut off, silent)."""
+    Raises AudioError: before the first block for what its beginning shows, in the middle for
+    samples that are no numbers, after the last one for what only the end can tell (cut off,
+    silent)."""
     with opened(path) as (file, *ends):
         rate = file.samplerate
         blocks = stored_blocks(path, start, duration, file, *ends)
@@ -361,7 +370,7 @@ def audio_blocks(path, start=0.0, duration=None):
 
 
 class RawFile(io.BufferedReader):
-    """The bytes of a file. A damaged header sends libsndfile before their beginning: it stays put."""
+    """The bytes of a file. A damaged header sends libsndfile to impossible places: it stays put."""
     def seek(self, *place):
         try:
             return super().seek(*place)
@@ -371,8 +380,8 @@ class RawFile(io.BufferedReader):
 
 @contextmanager
 def opened(path):
-    """A file -> (soundfile.SoundFile; the frames that it must have, None if unstated; a function: the
-    bytes of sound that were not read yet, as a part of those that were)."""
+    """A file as soundfile.SoundFile; the frames that it must have, None if unstated; and a
+    function: the bytes of sound that were not read yet, as a part of those that were."""
     import soundfile
     try:
         mode = os.stat(path).st_mode
@@ -386,7 +395,7 @@ def opened(path):
             begin, end = between_tags(raw, size)
             stated = info_frame(raw, begin)
             if stated and not 0.99 * stated <= end - begin <= 1.01 * stated:
-                raise refusal(path, f"cut off or joined: its Info frame states {stated} bytes of sound, "
+                raise refusal(path, f"cut off or joined: its Info frame states {stated} bytes, "
                                     f"{end - begin} are there")
             raw.seek(0)
             with soundfile.SoundFile(raw) as file:
@@ -396,10 +405,12 @@ def opened(path):
                     raise refusal(path, fault)
                 yield file, promised, lambda: (end - raw.tell()) / max(1, raw.tell() - begin)
     except soundfile.LibsndfileError as error:
-        kind = kind_of(head, KINDS | SYNC_WORDS)
-        raise refusal(path, f"{kind}, cut off or not readable here ({error.error_string})" if kind else
-                      "no format of sound that is known here (raw samples? give ffmpeg their -f, "
-                      "-ar and -ac before -i)") from None
+        what = "no format of sound that is known here (raw samples? give ffmpeg their -f, -ar, -ac)"
+        if kind := kind_of(head, KINDS | SYNC_WORDS):
+            what = f"{kind}, cut off or not readable here ({error.error_string})"
+            if error.code == 1:  # unrecognised
+                what = f"{kind}, which is not read here"
+        raise refusal(path, what) from None
     except OSError as error:
         raise AudioError(f"{path}: {error.strerror or error}") from None
 
@@ -413,13 +424,14 @@ def fault_of_header(file, size, promised):
     if promised and promised > DENSEST * size:
         return f"a header that promises {promised} samples in {size} bytes"
     for length, other in CUT_OFF.findall(file.extra_info):
-        if other or abs((int(length) + (1 << 16)) % (1 << 31)) >= 1 << 17 or int(length) < 1 << 30:
-            return "cut off"  # but about 2^31 or 2^32 bytes is what is written into a pipe: unknown
+        # About 2^31 or 2^32 bytes is what is written into a pipe, where the length is not known.
+        if other or min(abs(int(length) - 2 ** 31), abs(int(length) - 2 ** 32)) > 2 ** 16:
+            return "cut off"
     return None
 
 
 def between_tags(raw, size):
-    """(begin, end) of the sound in the bytes of an MP3: ID3v2 stands before it, APE and ID3v1 behind."""
+    """(begin, end) of the sound in a file's bytes: ID3v2 may stand before, APE and ID3v1 behind."""
     begin, end = 0, size
     raw.seek(0)
     head = raw.read(10)
@@ -436,17 +448,18 @@ def between_tags(raw, size):
 
 
 def info_frame(raw, begin):
-    """How many bytes of sound the first frame of an MP3 states, if it is an Info (or Xing) frame; or None."""
+    """The bytes of sound that the first frame of an MP3 states, if it is an Info or Xing frame."""
     raw.seek(begin)
-    frame = re.match(rb"\xff[\xe0-\xff].{7,40}?(?:Xing|Info)\0\0\0(.)(.{8})", raw.read(64), re.DOTALL)
-    if not frame or not frame[1][0] & 2:       # flags: 1, there is a number of frames; 2, of bytes
+    pattern = rb"\xff[\xe0-\xff].{7,40}?(?:Xing|Info)\0\0\0(.)(.{8})"
+    frame = re.match(pattern, raw.read(64), re.DOTALL)
+    if not frame or not frame[1][0] & 2:  # flags: 1, there is a number of frames; 2, of bytes
         return None
     at = 4 * (frame[1][0] & 1)
     return int.from_bytes(frame[2][at:at + 4], "big")
 
 
 def stored_blocks(path, start, duration, file, promised, left):
-    """The sound as it is stored, in blocks (N, channels) of a second; AudioError if it is not all there."""
+    """Blocks (N, channels) of a second, as they are stored; AudioError if some are not there."""
     import soundfile
     rate, at = file.samplerate, 0
     first = min(round(start * rate), file.frames)
@@ -454,10 +467,13 @@ def stored_blocks(path, start, duration, file, promised, left):
     try:
         if first and file.seekable():
             at = file.seek(first)
-        # A seekable file is set after each block to where it stands already, which tears the bits
-        # that MP3 frames share, and fails in a FLAC of unknown length.
+        # soundfile would set a seekable file after each block to where it stands already. That
+        # tears the bits that MP3 frames share, and fails in a FLAC of unknown length.
         file.seekable = lambda: False
-        while at < end and len(block := file.read(int(min(end - at, rate)), "float32", always_2d=True)):
+        while at < end:
+            block = file.read(int(min(end - at, rate)), "float32", always_2d=True)
+            if not len(block):
+                break
             if not (finite := np.isfinite(block).all(1)).all():
                 bad = at + int(finite.argmin())
                 raise AudioError(f"{path}: NaN or infinite at {bad / rate:.4f} s (sample {bad})")
@@ -465,21 +481,22 @@ def stored_blocks(path, start, duration, file, promised, left):
             if at > first:
                 yield block[max(0, len(block) - (at - first)):]
     except soundfile.LibsndfileError as error:
-        raise refusal(path, f"cut off or damaged after {at / rate:.2f} s ({error.error_string})") from None
-    slack = rate // 20  # manifests may round
-    if at <= first or duration is not None and at < end - slack:
+        raise refusal(path, f"cut off or damaged after {at / rate:.2f} s "
+                            f"({error.error_string})") from None
+    if at <= first or duration is not None and at < end - rate // 20:  # manifests may round
         wanted = "more" if duration is None else f"{duration} s"
         raise AudioError(f"{path}: {at / rate:.2f} s long, not {wanted} from {start} s on")
-    if duration is None and promised and at < promised - slack:
-        raise refusal(path, f"cut off, {at / rate:.2f} s of {promised / rate:.2f} could be read")
-    unread_s = left() * at / rate
-    if duration is None and unread_s > 0.25 and file.format not in CHUNKED:
-        raise refusal(path, f"goes on after {at / rate:.2f} s for about {unread_s:.2f} s that libsndfile "
-                            "does not reach")
+    if duration is None:
+        unread_s = 0 if file.format in CHUNKED else left() * at / rate
+        if promised and at < promised - rate // 20:
+            raise refusal(path, f"cut off, {at / rate:.2f} s of {promised / rate:.2f} are there")
+        if unread_s > 0.25:
+            raise refusal(path, f"goes on after {at / rate:.2f} s for about {unread_s:.2f} s that "
+                                "libsndfile does not reach")
 
 
 def one_channel(path, rate, blocks):
-    """Blocks (N, C) -> (N,): the mean of the channels, or the loudest where the mean would lose sound.
+    """Blocks (N, C) -> (N,): the mean of the channels, or the loudest if the mean would lose sound.
 
     This is decided once, by the first ten seconds with sound."""
     weights, head, failure = None, [], None
@@ -504,14 +521,16 @@ def one_channel(path, rate, blocks):
 
 
 def mixing_weights(path, head):
-    """head (N, C) -> weights (C,) that sum to 1. If one of C channels alone has sound, the mean has 1 / C^2
-    of its power, with C different voices 1 / C; where channels cancel, less."""
+    """head (N, C) -> weights (C,) that sum to 1.
+
+    If one of C channels alone has sound, the mean has 1 / C^2 of its power; with C different
+    voices, 1 / C; where channels cancel, less than either."""
     head, channels = head.astype(np.float64), head.shape[1]
     power, powers = np.square(head.mean(1)).mean(), np.square(head).mean(0)
     if power < 1.2 / channels ** 2 * powers.max():
         best = int(powers.argmax())
-        print(AudioError(f"{path}: channel {best + 1} of {channels} is taken, with the others it would "
-                         "be weaker or gone"), file=sys.stderr)
+        print(AudioError(f"{path}: channel {best + 1} of {channels} is taken; the others are "
+                         "silent, or cancel it"), file=sys.stderr)
         return np.eye(channels, dtype=np.float32)[best]
     return np.full(channels, 1 / channels, np.float32)
 
@@ -527,7 +546,7 @@ def checked(path, blocks):
     if not heard:
         raise AudioError(f"{path}: silent, all {n} samples are zero")
     if clipped > 0.1 * n:
-        raise AudioError(f"{path}: clipped, {clipped / n:.0%} of the samples lie at full scale or beyond")
+        raise AudioError(f"{path}: clipped, {clipped / n:.0%} of the samples are at full scale")
 
 
 def readable(rows, strict=False):
@@ -558,50 +577,66 @@ def readable(rows, strict=False):
 class Resampler:
     """Band-limited interpolation by a windowed sinc, of samples that come in pieces of any size.
 
-    Output n lies at input n down / up, a whole sample and one of `up` fractions; each fraction has its
-    own short filter over the 2 half inputs around it."""
+    Output n lies at input n down / up. It is a sum over the 2 half inputs around it, with weights
+    that depend on the fraction of n down / up alone. `group` outputs in a row come from the same
+    inputs, `length` of them: their weights are a matrix, and groups whose fractions agree share
+    it."""
 
     def __init__(self, rate, to=SAMPLE_RATE, crossings=32):
         common = math.gcd(rate, to)
         self.up, self.down = to // common, rate // common
         cutoff = 0.95 * min(1.0, self.up / self.down)  # as a part of the input's half sampling rate
         self.half = math.ceil(crossings / cutoff)
-        self.filters = sinc_filters(self.up, cutoff, self.half)
+        self.weights = sinc_weights(self.up, self.down, cutoff, self.half)
+        self.kinds, self.length, self.group = self.weights.shape
         self.inputs = np.zeros(self.half - 1, np.float32)  # before the first one: silence
         self.at = 1 - self.half                            # the index of inputs[0]
-        self.done = 0                                      # outputs given
+        self.done = 0                                      # groups of outputs given
+
+    def begin(self, group):
+        """The index of the first input that a group of outputs needs."""
+        return group * self.group * self.down // self.up + 1 - self.half
 
     def feed(self, samples, last=False):
         """The outputs (N,) that these inputs complete; after the `last` ones come zeros."""
         received = self.at + len(self.inputs) + len(samples)
-        ready = received if last else received - self.half
-        ready = max(self.done, -(-ready * self.up // self.down))
-        tail = np.zeros(self.half if last else 0, np.float32)
+        n_outputs = -(-received * self.up // self.down)  # of all inputs, if they are the last
+        if last:
+            ready = -(-n_outputs // self.group)
+        else:  # the largest for which begin(ready - 1) + length <= received
+            free = received - self.length + self.half
+            ready = max(self.done, (free * self.up - 1) // (self.group * self.down) + 1)
+        tail = np.zeros(2 * self.length if last else 0, np.float32)
         self.inputs = np.concatenate([self.inputs, samples, tail])
-        out = np.zeros(ready - self.done, np.float32)
-        # Outputs `stride` apart share a filter, and their windows do not overlap: one product of a
-        # matrix with a vector.
-        repeat = math.ceil(2 * self.half / self.down)
-        stride = self.up * repeat
-        for k in range(min(stride, len(out))):
-            base, fraction = divmod((self.done + k) * self.down, self.up)
-            count = len(range(k, len(out), stride))
-            begin = base + 1 - self.half - self.at
-            windows = np.lib.stride_tricks.as_strided(
-                self.inputs[begin:], (count, 2 * self.half),
-                (self.down * repeat * self.inputs.itemsize, self.inputs.itemsize), writeable=False)
-            out[k::stride] = windows @ self.filters[fraction]
-        used = ready * self.down // self.up + 1 - self.half - self.at
+        out = np.zeros((ready - self.done, self.group), np.float32)
+        for k in range(min(self.kinds, len(out))):
+            first = self.done + k
+            rows = len(out[k::self.kinds])
+            apart = self.kinds * self.group * self.down // self.up
+            windows = np.lib.stride_tricks.sliding_window_view(self.inputs, self.length)
+            windows = windows[self.begin(first) - self.at::apart][:rows]
+            out[k::self.kinds] = np.ascontiguousarray(windows) @ self.weights[first % self.kinds]
+        out = out.ravel()[:n_outputs - self.done * self.group]
+        used = self.begin(ready) - self.at
         self.inputs, self.at, self.done = self.inputs[used:].copy(), self.at + used, ready
         return out
 
 
 @lru_cache(maxsize=4)
-def sinc_filters(up, cutoff, half):
-    """(up, 2 half): the sinc of a low pass under a cos^2 window, shifted by each fraction k / up."""
-    at = np.arange(1 - half, half + 1) - np.arange(up)[:, None] / up
+def sinc_weights(up, down, cutoff, half):
+    """(kinds, length, group): a low pass, sinc under a cos^2 window, as `Resampler` needs it."""
+    group = max(size for size in range(1, 101) if up % size == 0)
+    group *= max(1, 64 // group)
+    kinds = -(-up // group)
+    base, fraction = np.divmod(np.arange(kinds * group) * down, up)  # of the outputs of one period
+    at = np.arange(1 - half, half + 1) - fraction[:, None] / up
     window = np.cos(np.pi * np.clip(at / (2 * half), -0.5, 0.5)) ** 2
-    return (cutoff * np.sinc(cutoff * at) * window).astype(np.float32)
+    offset = (base.reshape(kinds, group) - base[::group, None]).ravel()  # in its group's inputs
+    weights = np.zeros((kinds, offset.max() + 2 * half, group), np.float32)
+    kind, place = np.divmod(np.arange(kinds * group), group)
+    inputs = offset[:, None] + np.arange(2 * half)
+    weights[kind[:, None], inputs, place[:, None]] = cutoff * np.sinc(cutoff * at) * window
+    return weights
 
 
 def resampled(blocks, rate):
@@ -620,8 +655,7 @@ def resample(samples, rate, to):
 # ---- Sound: standard input, microphone, and files at their own pace ------------------------------
 
 WITHOUT = (f"arecord -q -f S16_LE -c 1 -r {SAMPLE_RATE} | python stream.py MODEL -   or: "
-           f"ffmpeg -loglevel error -f alsa -i default -f s16le -ac 1 -ar {SAMPLE_RATE} - | "
-           "python stream.py MODEL -")
+           + piped("-f alsa -i default"))
 STALLED_S = 2.0  # of no packets, or of exact zeros, that are worth a message
 
 
@@ -641,7 +675,7 @@ def packets(source, realtime):
 
 
 def standard_input():
-    """16-bit mono PCM at 16 kHz as it comes. Anything that begins like a file of sound is refused."""
+    """16-bit mono PCM at 16 kHz as it comes; what begins like a file of sound is refused."""
     if sys.stdin is None:
         raise AudioError("standard input is closed")
     waiting, received, heard, known = b"", 0, False, False
@@ -650,9 +684,7 @@ def standard_input():
         if data and len(waiting) < 12 and not known:
             continue  # the first bytes of a file may be on their way
         if not known and (kind := kind_of(waiting, KINDS)):
-            raise AudioError(
-                f"standard input: {kind}, not 16-bit PCM; pipe it through: ffmpeg -loglevel error "
-                f"-i - -f s16le -ac 1 -ar {SAMPLE_RATE} - | python stream.py MODEL -")
+            raise AudioError(f"standard input: {kind}, not 16-bit PCM; into: {piped('-i -')}")
         whole = len(waiting) // 2 * 2  # half a sample waits for its other half
         samples = np.frombuffer(waiting[:whole], "<i2").astype(np.float32) / 32768
         waiting, known = waiting[whole:], True
@@ -663,12 +695,12 @@ def standard_input():
 
 
 def microphone():
-    """Packets from the default input device, at its own rate resampled; ends when the device stops."""
+    """Packets from the default input device, opened at its own rate; AudioError when it stops."""
     try:
         import sounddevice
     except (ImportError, OSError) as error:  # OSError: the package without the library PortAudio
-        raise AudioError(f"mic: {error}; pip install sounddevice (on Linux PortAudio too: apt install "
-                         f"libportaudio2), or without it: {WITHOUT}") from None
+        raise AudioError(f"mic: {error}; pip install sounddevice (on Linux PortAudio too: apt "
+                         f"install libportaudio2), or without it: {WITHOUT}") from None
     arrived = queue.SimpleQueue()
 
     def copy(block, frames, times, status):  # on the device's own thread, which must never wait
@@ -676,7 +708,8 @@ def microphone():
 
     try:
         rate = round(sounddevice.query_devices(kind="input")["default_samplerate"])
-        with sounddevice.InputStream(samplerate=rate, channels=1, dtype="float32", callback=copy) as device:
+        options = {"samplerate": rate, "channels": 1, "dtype": "float32"}
+        with sounddevice.InputStream(**options, callback=copy) as device:
             yield from listen(device, arrived, rate)
     except (sounddevice.PortAudioError, ValueError) as error:
         devices = "; ".join(str(sounddevice.query_devices()).splitlines()) or "none"
@@ -685,7 +718,7 @@ def microphone():
 
 
 def listen(device, arrived, rate):
-    """Packets of a running device; what goes wrong with it is told on standard error and survived."""
+    """Packets of a running device; what goes wrong is told on standard error and survived."""
     resampler = Resampler(rate)
     listening, zeros = False, 0
     while device.active or not arrived.empty():
@@ -722,8 +755,8 @@ def load_run(path, device="cpu"):
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: a damaged checkpoint, no usable tokenizer ({reason})") from None
     if len(tokenizer) != model.config.vocab:
-        raise InputError(f"{path}: a damaged checkpoint, its tokenizer has {len(tokenizer)} tokens, "
-                         f"its model {model.config.vocab}")
+        raise InputError(f"{path}: a damaged checkpoint, its tokenizer has {len(tokenizer)} "
+                         f"tokens, its model {model.config.vocab}")
     return model, tokenizer, beside
 
 

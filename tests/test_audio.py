@@ -1,4 +1,6 @@
-"""stream.py, its sound: files, standard input, microphone. What is whole is read, all else is refused in one line."""
+"""stream.py, its sound: files, standard input, microphone.
+
+What can be shown to be whole is read, all else is refused in one line."""
 import io
 import itertools
 import os
@@ -17,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import stream
-from model import InputError, load, save
+from model import InputError, save
 from serialize import Row, Tokenizer
 from stream import (AudioError, Resampler, Streamer, audio_blocks, load_run, read_audio, readable,
                     resample)
@@ -55,7 +57,7 @@ def test_resampling(rate):
 
 @pytest.mark.parametrize("rate", [8000, 12345, 44100, 48000, 96000])
 def test_resampling_in_pieces(rate):
-    """Pieces of any sizes give what one piece gives; the control forgets what was before a piece."""
+    """Pieces of any sizes give what one piece gives; the control forgets what was before."""
     samples = noise(rate)
     whole = resample(samples, rate, 16000)
     cuts = [0, 1, 2, 300, 301, 5000, 7777, rate]
@@ -81,10 +83,11 @@ def test_read_audio(tmp_path):
     soundfile.write(tmp_path / "fast.ogg", x, 48000)
     assert len(read_audio(tmp_path / "fast.ogg")) == 10667
     (tmp_path / "flac.raw").write_bytes((tmp_path / "mono.flac").read_bytes())
-    assert np.array_equal(read_audio(tmp_path / "flac.raw"), whole)  # the content decides, no suffix
+    assert np.array_equal(read_audio(tmp_path / "flac.raw"), whole)  # its content decides
 
 
-@pytest.mark.parametrize("rate,kind", [(16000, "wav"), (44100, "flac"), (22050, "mp3"), (48000, "ogg")])
+@pytest.mark.parametrize("rate,kind", [(16000, "wav"), (44100, "flac"), (22050, "mp3"),
+                                       (48000, "ogg")])
 def test_blocks_are_the_whole(tmp_path, rate, kind):
     """Bit for bit; and what soundfile reads in one go is the same sound."""
     path = tmp_path / f"x.{kind}"
@@ -96,7 +99,8 @@ def test_blocks_are_the_whole(tmp_path, rate, kind):
 
 
 def test_memory_stays_flat_and_the_first_block_does_not_wait(tmp_path):
-    """Five minutes, 19 MB as samples, in less than 2 MB; a fault at the end does not keep the start back."""
+    """Five minutes, 19 MB as samples, in less than 2 MB; a fault at the end does not keep the
+    start back."""
     path = tmp_path / "long.wav"
     soundfile.write(path, np.tile(noise(SECOND * 10) * 0.5, 30), 44100)
     tracemalloc.start()
@@ -115,8 +119,8 @@ def test_memory_stays_flat_and_the_first_block_does_not_wait(tmp_path):
 
 def test_one_channel(tmp_path, capsys):
     """The mean where it keeps the sound; the louder channel, told, where the mean would lose it."""
-    x, y, zero = noise(SECOND * 2) * 0.5, noise(SECOND * 2, 1) * 0.5, np.zeros(SECOND * 2, np.float32)
-    late = np.zeros(SECOND * 12, np.float32)
+    x, y = noise(SECOND * 2) * 0.5, noise(SECOND * 2, 1) * 0.5
+    zero, late = x * 0, np.zeros(SECOND * 12, np.float32)
 
     def read(*channels):
         soundfile.write(tmp_path / "x.wav", np.stack(channels, 1), 16000, subtype="FLOAT")
@@ -143,7 +147,8 @@ def test_one_channel(tmp_path, capsys):
 
 def test_bad_samples_in_a_file(tmp_path):
     x = noise(16000)
-    bad = {"nan": (np.where(np.arange(16000) == 5, np.nan, x), "NaN or infinite at 0.0003 s (sample 5)"),
+    nan = np.where(np.arange(16000) == 5, np.nan, x)
+    bad = {"nan": (nan, "NaN or infinite at 0.0003 s (sample 5)"),
            "silent": (x * 0, "silent, all 16000"), "clipped": (np.clip(x * 100, -1, 1), "clipped"),
            "empty": (x[:0], "0.00 s long")}
     for name, (samples, message) in bad.items():
@@ -157,14 +162,15 @@ def test_bad_samples_in_a_file(tmp_path):
     refused(tmp_path / "missing.wav", "No such file", ffmpeg=False)
 
 
-WHOLE = [(kind, subtype) for kind in stream.CONTAINERS for subtype in soundfile.available_subtypes(kind)
-         if (kind, subtype) not in {("AIFF", "DWVW_12"), ("AIFF", "DWVW_N"), ("WAV", "MPEG_LAYER_III"),
-                                    ("MP3", "MPEG_LAYER_I"), ("MP3", "MPEG_LAYER_II")}]  # not writable
+NOT_WRITABLE = {("AIFF", "DWVW_12"), ("AIFF", "DWVW_N"), ("WAV", "MPEG_LAYER_III"),
+                ("MP3", "MPEG_LAYER_I"), ("MP3", "MPEG_LAYER_II")}
+WHOLE = [(kind, subtype) for kind in stream.CONTAINERS
+         for subtype in soundfile.available_subtypes(kind) if (kind, subtype) not in NOT_WRITABLE]
 
 
 @pytest.mark.parametrize("kind,subtype", WHOLE)
 def test_cut_at_two_thirds(tmp_path, kind, subtype):
-    """All that is read is read to its end, from any place in it; and refused when a third is missing."""
+    """All that is read is read to its end, from any place in it; refused with a third missing."""
     path = tmp_path / "x"
     soundfile.write(path, noise(SECOND * 3) * 0.5, 16000, format=kind, subtype=subtype)
     whole = read_audio(path)
@@ -182,8 +188,8 @@ def test_cut_at_two_thirds(tmp_path, kind, subtype):
 
 def test_joined(tmp_path):
     """Two files in one: libsndfile stops after the first, of which it says nothing."""
-    for kind, message in (("mp3", "joined"), ("ogg", "goes on"), ("flac", "goes on"), ("au", "goes on"),
-                          ("wav", "WAV"), ("aiff", "AIFF")):
+    for kind, message in (("mp3", "joined"), ("ogg", "goes on"), ("flac", "goes on"),
+                          ("au", "goes on"), ("wav", "WAV"), ("aiff", "AIFF")):
         path = tmp_path / f"x.{kind}"
         soundfile.write(path, noise(SECOND * 3) * 0.5, 16000)
         path.write_bytes(path.read_bytes() * 2)
@@ -199,8 +205,9 @@ def test_containers_that_do_not_show_their_end(tmp_path):
 
 def test_what_it_is(tmp_path):
     """Formats that are not read here are named by their first bytes."""
-    for head, kind in [(b"\0\0\0\x20ftypM4A ", "MPEG-4"), (b"\xff\xf1\x50\x80", "AAC"), (b"#!AMR\n", "AMR"),
-                       (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "Windows Media"), (b"\x0b\x77", "AC-3"),
+    for head, kind in [(b"\0\0\0\x20ftypM4A ", "MPEG-4"), (b"\xff\xf1\x50\x80", "AAC"),
+                       (b"#!AMR\n", "AMR"), (b"\x0b\x77", "AC-3"),
+                       (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "Windows Media"),
                        (b"\x1a\x45\xdf\xa3", "Matroska or WebM"), (b"", "no format"),
                        (b"this is text", "no format"), (pcm_of(noise(300)), "raw samples?")]:
         for name in ("x", "x.raw", "x.wav"):
@@ -223,9 +230,9 @@ def test_regular_files_only(tmp_path):
 
 def wav_that_promises(n_bytes, samples):
     number = lambda value, size=4: (value & (1 << 8 * size) - 1).to_bytes(size, "little")
-    return (b"RIFF" + number(n_bytes + 36) + b"WAVEfmt " + number(16) + number(1, 2) + number(1, 2) +
-            number(16000) + number(32000) + number(2, 2) + number(16, 2) + b"data" + number(n_bytes) +
-            pcm_of(samples))
+    return (b"RIFF" + number(n_bytes + 36) + b"WAVEfmt " + number(16) + number(1, 2) +
+            number(1, 2) + number(16000) + number(32000) + number(2, 2) + number(16, 2) +
+            b"data" + number(n_bytes) + pcm_of(samples))
 
 
 def pcm_of(samples):
@@ -233,7 +240,7 @@ def pcm_of(samples):
 
 
 def test_lengths_in_a_wav(tmp_path):
-    """What is written into a pipe, where the length is unknown, is read to its end; a promise is kept."""
+    """What is written into a pipe, the length unknown, is read to its end; a promise is kept."""
     x = noise(SECOND)
     for unknown in (2 ** 32 - 1, 2 ** 31 - 1, 2 ** 31 - 4096, 2 ** 31):
         (tmp_path / "x.wav").write_bytes(wav_that_promises(unknown, x))
@@ -307,10 +314,13 @@ def test_mp3(tmp_path):
 
 @pytest.mark.skipif(not CASES.is_dir(), reason=f"needs the files of {CASES}")
 def test_cases():
-    for name, seconds in [("flac_length_unknown.flac", 3), ("gsm610.wav", 2), ("cbr_cover_picture_3s.mp3", 3.096)]:
+    for name, seconds in [("flac_length_unknown.flac", 3), ("gsm610.wav", 2),
+                          ("cbr_cover_picture_3s.mp3", 3.096)]:
         assert len(read_audio(CASES / name)) == round(seconds * SECOND)
-    for name, message in [("vbr_no_xing_6s.mp3", "does not reach"), ("two_mp3_3s_and_3s.mp3", "joined"),
-                          ("cut_at_two_thirds.au", "cut off"), ("cut_at_two_thirds.aiff", "cut off"),
+    for name, message in [("vbr_no_xing_6s.mp3", "does not reach"),
+                          ("two_mp3_3s_and_3s.mp3", "joined"),
+                          ("cut_at_two_thirds.au", "cut off"),
+                          ("cut_at_two_thirds.aiff", "cut off"),
                           ("bad_flac_MemoryError_3431.bin", "promises"),
                           ("bad_caf_TO_1245.bin", "2 samples a second")]:
         refused(CASES / name, message)
@@ -333,13 +343,14 @@ def test_damaged_headers(tmp_path, kind):
         except AudioError as error:
             assert str(path) in str(error)
             counts["refused"] += 1
-    assert counts["refused"] > 5 and (counts["read"] > 5 or kind == "ogg")  # its pages have checksums
+    assert counts["refused"] > 5
+    assert counts["read"] > 5 or kind == "ogg"  # whose pages have checksums
 
 
 # ---- Samples handed over ------------------------------------------------------------------------
 
 def test_samples_of_other_types():
-    """int16 is scaled, so that the same sound is the same sound; other integers have no known scale."""
+    """int16 is scaled, the same sound gives the same words; other integers have no known scale."""
     samples = (noise(SECOND) * 20000).astype(np.int16)
 
     def heard(samples):
@@ -371,7 +382,7 @@ def test_bad_samples_are_refused():
 # ---- The command --------------------------------------------------------------------------------
 
 def test_refused_before_or_after_the_words(folder, capsys, monkeypatch, tmp_path):
-    """What the header shows is told at once; what the end tells, after the words of what was there."""
+    """What the header shows is told at once; what the end tells, after the words."""
     x = np.tile(noise(SECOND * 2) * 0.5, 3)
     soundfile.write(tmp_path / "cut.wav", x, 16000)
     soundfile.write(tmp_path / "cut.flac", x, 16000)
@@ -406,7 +417,7 @@ def test_closed_ends(folder):
 
 
 def test_readable(tmp_path, capsys):
-    """Bad rows are named and left out; strict, the first one is an error; no good row is one too."""
+    """Bad rows are named and left out; strict, the first is an error; no good row is one too."""
     soundfile.write(tmp_path / "good.wav", noise(SECOND) * 0.5, 16000)
     rows = [Row(id=str(k), audio=str(tmp_path / name), asr="la") for k, name in
             enumerate(["good.wav", "gone.wav", "good.wav"])]
@@ -442,8 +453,8 @@ def test_load_run(folder, tmp_path):
 # ---- The microphone -----------------------------------------------------------------------------
 
 def sounddevice(script, rate=48000, input_device=True):
-    """A stand-in for the module. Each time the device is asked whether it is active, the next entry of
-    the script happens: a list of (samples, overflow) comes in, or the listener waits in vain (None)."""
+    """A stand-in for the module. Each time the device is asked whether it is active, the next entry
+    of the script happens: a list of (samples, overflow) comes in, or nothing does (None)."""
     module = types.ModuleType("sounddevice")
     module.PortAudioError = type("PortAudioError", (Exception,), {})
     module.opened = []
@@ -473,7 +484,8 @@ def sounddevice(script, rate=48000, input_device=True):
     def query_devices(kind=None):
         if kind and not input_device:
             raise module.PortAudioError("Error querying device -1")
-        return {"default_samplerate": float(rate)} if kind else "  0 HDMI (0 in, 8 out)\n  1 Dock (0 in, 2 out)"
+        devices = "  0 HDMI (0 in, 8 out)\n  1 Dock (0 in, 2 out)"
+        return {"default_samplerate": float(rate)} if kind else devices
     module.InputStream, module.query_devices = InputStream, query_devices
     return module
 
@@ -486,14 +498,15 @@ def from_microphone(monkeypatch, capsys, folder, module):
 
 
 def test_microphone(folder, capsys, monkeypatch):
-    """At its own rate, in packets of 10 ms, late ones three at a time: the words of the resampled sound."""
-    sound = np.repeat(soundfile.read(folder / "2.wav", dtype="float32")[0], 3)  # any sound at 48 kHz
+    """At its own rate, in packets of 10 ms, late ones together: the words of resampled sound."""
+    sound = np.repeat(soundfile.read(folder / "2.wav", dtype="float32")[0], 3)  # at 48 kHz
     packets = [(sound[k:k + 480], False) for k in range(0, len(sound), 480)]
-    script = [packets[:1], packets[1:2], None, packets[2:5]] + [packets[k:k + 2] for k in range(5, len(packets), 2)]
+    script = [packets[:1], packets[1:2], None, packets[2:5]]
+    script += [packets[k:k + 2] for k in range(5, len(packets), 2)]
     module = sounddevice(script)
     code, out, err = from_microphone(monkeypatch, capsys, folder, module)
     told = [line for line in err.splitlines() if "frames cut off" not in line]  # random weights
-    assert told[0] == "listening at 48000 Hz, until Ctrl-C" and "nothing has come for 0.01 s" in told[1]
+    assert told[:2] == ["listening at 48000 Hz, until Ctrl-C", "mic: nothing has come for 0.01 s"]
     assert code == 2 and told[2:] == ["stream.py: mic: the device has stopped"]
     assert module.opened[0].closed
     resampler, streamer = Resampler(48000), Streamer(*load_run(folder / "model.pt")[:2])
@@ -506,8 +519,9 @@ def test_microphone(folder, capsys, monkeypatch):
 def test_microphone_in_trouble(folder, capsys, monkeypatch):
     """Lost sound and seconds of exact zeros are told, once a time, and survived."""
     sound, zeros = noise(4800) * 0.5, np.zeros(400, np.float32)
-    script = [[(sound, False)], [(zeros, False)], [(zeros, False)], [(zeros, False)], [(sound, True)],
-              [(zeros, False)], [(zeros, False)]]
+    packets = [(sound, False), (zeros, False), (zeros, False), (zeros, False), (sound, True),
+               (zeros, False), (zeros, False)]
+    script = [[packet] for packet in packets]
     code, out, err = from_microphone(monkeypatch, capsys, folder, sounddevice(script, 44100))
     told = [line for line in err.splitlines() if "frames cut off" not in line]  # random weights
     assert code == 2 and told == [
@@ -519,10 +533,12 @@ def test_microphone_in_trouble(folder, capsys, monkeypatch):
 
 
 def test_no_microphone(folder, capsys, monkeypatch):
-    """Without package or device: one line that says what to install, what there is, and the other ways."""
+    """Without package or device: one line that says what to install, what there is, other ways."""
     code, out, err = from_microphone(monkeypatch, capsys, folder, None)  # None: import fails
     assert code == 2 and not out and err.count("\n") == 1 and "pip install sounddevice" in err
-    assert "arecord -q -f S16_LE -c 1 -r 16000 | python stream.py MODEL -" in err and "ffmpeg" in err
-    code, out, err = from_microphone(monkeypatch, capsys, folder, sounddevice([], input_device=False))
+    assert "arecord -q -f S16_LE -c 1 -r 16000 | python stream.py MODEL -" in err
+    assert FFMPEG.replace("-i {}", "-f alsa -i default") in err
+    module = sounddevice([], input_device=False)
+    code, out, err = from_microphone(monkeypatch, capsys, folder, module)
     assert code == 2 and not out and err.count("\n") == 1 and "Error querying device" in err
     assert "0 HDMI (0 in, 8 out);   1 Dock" in err and "arecord" in err
