@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+InputError = ValueError
 SAMPLE_RATE = 16000
 WINDOW = 400  # samples in a mel frame: 25 ms
 HOP = 160     # samples from one mel frame to the next: 10 ms

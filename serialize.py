@@ -25,6 +25,17 @@ from dataclasses import dataclass, field
 from itertools import accumulate, groupby, zip_longest
 from pathlib import Path
 
+InputError = ValueError
+
+
+def units(text):
+    return text.split()
+
+
+def join(units):
+    return " ".join(units)
+
+
 ASR = "<asr>"
 SEPARATOR = b" "  # ends every word: whoever writes a word's last token has finished the word
 MODES = ["asr", "st", "ratio:0.0", "ratio:0.5", "ratio:1.0", "align", "time"]
