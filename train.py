@@ -1,24 +1,28 @@
-"""From nothing, or from a manifest of your own speech, to a model that streams: the loop, and all that it needs.
+"""From nothing, or from a manifest of your own speech, to a model that streams: the loop, and all
+that it needs.
 
     python train.py                                a corpus that it makes itself, on a laptop
-    python train.py train.jsonl --dev dev.jsonl    real speech (the format of the rows: serialize.Row)
+    python train.py train.jsonl --dev dev.jsonl    real speech (format of the rows: serialize.Row)
     python train.py --resume runs/de-en            go on where a run stopped
     torchrun --nproc_per_node=4 train.py ...       the same on four GPUs, or on more machines
 
-Read `train` and `train_step` first: the loop and one step of it. Then come the tasks and their losses, Muon, what the
-model hears, where a run is kept, and as the last chapter the built-in corpus.
+Read `train` and `train_step` first: the loop and one step of it. Then come the tasks and their
+losses, Muon, what the model hears, where a run is kept, and as the last chapter the built-in
+corpus.
 
-A transducer on a small grammar falls into a trap: its label encoder knows the grammar long before its encoder can
-hear, so it learns to write everything in the first frame, guessed, and the sound is ignored from then on. Warm-up
-keeps it out. Its first half has one task: a CTC head spells the letters that the encoder hears (units that words share
-are learned in minutes). The second half adds two, still without the transducer loss; each can be solved by one side
-alone:
-  - CTC also through the joint's own output layer, as if there were no labels, with the transcription as target: so
-    when the transducer starts, the joint already writes every word when it is heard;
+A transducer on a small grammar falls into a trap: its label encoder knows the grammar long before
+its encoder can hear, so it learns to write everything in the first frame, guessed, and the sound is
+ignored from then on. Warm-up keeps it out. The first half of it has one task: a CTC head spells the
+letters that the encoder hears (units that words share are learned in minutes). The second half adds
+two, still without the transducer loss; each can be solved by one side alone:
+  - CTC also through the joint's own output layer, as if there were no labels, with the
+    transcription as target: so when the transducer starts, the joint already writes every word
+    when it is heard;
   - the label encoder learns, as a language model, what comes next: word order and translation.
-The joint starts deaf to labels (label_proj is zero), and at first all labels are hidden from the label encoder, then
-fewer. While this was built, models without the second task stayed in the trap, and one without the third heard as well
-but had nine times the errors in its translation (32.7 % against 3.7 % after 1500 steps, with AdamW).
+The joint starts deaf to labels (label_proj is zero), and at first all labels are hidden from the
+label encoder, then fewer. While this was built, models without the second task stayed in the trap,
+and one without the third heard as well but had nine times the errors in its translation (32.7 %
+against 3.7 % after 1500 steps, with AdamW).
 """
 from __future__ import annotations
 
@@ -60,7 +64,7 @@ CLIP = 5.0            # largest norm of a step's gradient
 MUON = 10             # learning rate of the matrices over that of all else
 WARM_UP = 100         # steps until the learning rate is at its peak
 DECAY = 0.2           # share of the steps, the last ones, over which it falls
-FORGET_STEPS = 150    # transducer steps until labels are no longer all hidden from the label encoder
+FORGET_STEPS = 150    # transducer steps over which ever fewer labels are hidden
 SIDE_WEIGHT = 0.3     # of each side task, beside the transducer's 1
 LOG_EVERY = 50        # steps; only then are losses fetched from the device
 GIVE_UP = 20          # steps in a row without a finite gradient
@@ -73,20 +77,22 @@ TASKS = ("transducer", "simple", "letters", "words", "next_label")
 # ---- Options: a line each, from which the flags and --help are made ------------------------------
 
 def option(default, text, *, kind=None, low=None, high=None, choices=None):
-    """A field of Options; `low` and `high` are the values allowed at most, None where there is no bound."""
-    return field(default=default, metadata=dict(text=text, kind=kind or type(default), low=low, high=high,
-                                                choices=choices))
+    """A field of Options; `low` and `high` bound the values allowed, None where nothing does."""
+    metadata = dict(text=text, kind=kind or type(default), low=low, high=high, choices=choices)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class Options:
     manifest: str = option("", "JSON lines of real speech; without it, the built-in corpus")
     dev: str = option("", "manifest to evaluate on; its rows need texts only")
-    corpus: str = option("de-en", "languages of the built-in corpus: de-en, en-de,es,it or de,es,it-en")
+    corpus: str = option(
+        "de-en", "languages of the built-in corpus: de-en, en-de,es,it or de,es,it-en")
     preset: str = option("tiny", "size of the network", choices=sorted(PRESETS))
     interleave: str = option("align", "align, time, ratio:G, asr or st")
     init: str = option("", "start from the weights of this model.pt, as far as they fit")
-    resume: str = option("", "go on with the run in this folder, with its options; those given here win")
+    resume: str = option(
+        "", "go on with the run in this folder, with its options; those given here win")
     out: str = option("", "folder of the run; runs/NAME, numbered where that exists")
     seed: int = option(0, "of every random draw", low=0)
     steps: int = option(1300, "updates of the weights", low=1)
@@ -94,9 +100,11 @@ class Options:
     batch_seconds: float = option(42.0, "sound in a batch, padding included", low=0.1)
     accumulate: int = option(1, "batches in an update, on each process", low=1)
     lr: float = option(2e-3, "peak learning rate", low=0, high=1)
-    chunks: tuple = option((), "chunk sizes in frames, one drawn per update (default: the preset's)")
+    chunks: tuple = option(
+        (), "chunk sizes in frames, one drawn per update (default: the preset's)")
     dropout: float = option(None, "(default: the preset's)", kind=float, low=0, high=0.99)
-    label_dropout: float = option(0.1, "share of labels hidden from the label encoder", low=0, high=1)
+    label_dropout: float = option(
+        0.1, "share of labels hidden from the label encoder", low=0, high=1)
     merges: int = option(100, "BPE merges of the vocabulary", low=0)
     prune: int = option(0, "labels a frame may be at, in the transducer loss (0: all)", low=0)
     fastemit: float = option(0.0, "FastEmit's lambda (arXiv 2010.11148)", low=0)
@@ -104,7 +112,8 @@ class Options:
     augment: bool = option(True, "let noise, telephones, codecs and SpecAugment at the sound")
     join: int = option(3, "utterances joined into one stream, at most", low=1)
     noise: str = option("", "folder of noises to mix in")
-    max_seconds: float = option(30.0, "rows that are longer are left out, and joining stops there", low=0.1)
+    max_seconds: float = option(
+        30.0, "rows that are longer are left out, and joining stops there", low=0.1)
     workers: int = option(0, "processes that prepare sound (0: a thread)", low=0)
     eval_every: int = option(500, "updates between two evaluations", low=1)
     device: str = option("", "cpu or cuda (default: cuda where there is one)")
@@ -125,7 +134,8 @@ def numbers_of(text):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     argument_default=argparse.SUPPRESS)
     for f in fields(Options):
         kind, text = f.metadata["kind"], f.metadata["text"]
         if f.default not in (None, "", ()) and kind is not bool:
@@ -143,7 +153,8 @@ def make_parser():
 
 
 def parse_options(argv):
-    """-> Options: the defaults, those for real speech, those of the run to go on with, the command line; later wins."""
+    """-> Options: the defaults, those for real speech, those of the run to go on with, the command
+    line; later wins."""
     given = vars(make_parser().parse_args(argv))
     given.pop("write_corpus", None)
     for name in ("manifest", "dev", "noise", "init", "resume"):
@@ -159,14 +170,16 @@ def resumed_options(given):
     folder = run_folder(given["resume"])
     saved = load(folder / "resume.pt")[1].get("options")
     if not isinstance(saved, dict) or not saved.keys() <= {f.name for f in fields(Options)}:
-        raise InputError(f"{folder / 'resume.pt'}: its options are not those of this train.py: {saved!r:.80}")
+        raise InputError(f"{folder / 'resume.pt'}: its options are not those of this train.py: "
+                         f"{saved!r:.80}")
     for name in FIXED:
         if name in given and given[name] != saved.get(name):
-            raise InputError(f"{flag(name)} {given[name]}: the checkpoint in {folder} was made with {saved.get(name)}, "
-                             "which cannot be changed on the way")
+            raise InputError(f"{flag(name)} {given[name]}: the checkpoint in {folder} was made "
+                             f"with {saved.get(name)}, which cannot be changed on the way")
     device = given.pop("device", "")
     saved = saved | {"chunks": tuple(saved.get("chunks", ()))}
-    return check(Options(**(saved | given | {"resume": str(folder), "out": str(folder), "device": device})))
+    here = {"resume": str(folder), "out": str(folder), "device": device}
+    return check(Options(**(saved | given | here)))
 
 
 def run_folder(path):
@@ -185,7 +198,8 @@ def check_mode(mode):
     except ValueError:
         known = False
     if not known:
-        raise InputError(f"--interleave is {mode!r}, not align, time, asr, st or ratio:G with G from 0 to 1")
+        raise InputError(f"--interleave is {mode!r}, not align, time, asr, st or ratio:G with G "
+                         "from 0 to 1")
 
 
 def whole_number(name, text):
@@ -204,7 +218,8 @@ def check(options):
             allowed = f"{low} or more" if high is None else f"from {low} to {high}"
             raise InputError(f"{flag(f.name)} is {value}, not {allowed}")
     if options.warm_steps >= options.steps:
-        raise InputError(f"--warm-steps is {options.warm_steps} of --steps {options.steps}: the transducer would never start")
+        raise InputError(f"--warm-steps is {options.warm_steps} of --steps {options.steps}: the "
+                         "transducer would never start")
     check_mode(options.interleave)
     if options.prune == 1:
         raise InputError("--prune is 1, not 0 or at least 2: a band of one row never rises")
@@ -234,7 +249,8 @@ def train(options):
     """The whole run, new or resumed -> its folder and whether it was stopped before its end."""
     ranks = Ranks.here(options.device)
     options = replace(options, device=ranks.device)
-    runs_on_gpu(torch.device(options.device), torch.float32)   # what the loss needs on a GPU, it says now
+    # What the loss needs on a GPU, it says now.
+    runs_on_gpu(torch.device(options.device), torch.float32)
     stop = StopSignal()
     folder = run_directory(options, ranks)
     corpus, dev = open_corpus(options)
@@ -245,7 +261,7 @@ def train(options):
     with locked(folder, ranks.first), Batches(source, corpus, run, options, ranks) as batches:
         if ranks.first:
             announce(run, source, corpus, options, folder)
-        for group in batches:                                  # the batches of one step on this process
+        for group in batches:                                  # those of one step on this process
             numbers = train_step(run, group, options, ranks)
             stop.wanted = ranks.agree(stop.wanted)
             log.add(run, group, numbers, batches.waited)
@@ -253,7 +269,8 @@ def train(options):
                 break
             if run.step % options.eval_every == 0 and ranks.first:
                 save_run(run, options, folder, log)
-                if run.step > options.warm_steps:              # before, the joint cannot stop writing
+                # Before, the joint cannot stop writing.
+                if run.step > options.warm_steps:
                     assess(run, dev, options, folder)
     log.close(run)
     if ranks.first:
@@ -264,30 +281,35 @@ def train(options):
 
 
 def train_step(run, batches, options, ranks):
-    """One update of run, of which `batches` are this process's part -> numbers on the device, by name.
+    """One update of run, of which `batches` are this process's part -> numbers on the device, by
+    name.
 
-    Every task is the sum of its losses over the sum of its target symbols, in all batches of all processes: so the
-    counts are added up before the first backward pass, the gradients after the last one, and it makes no difference
-    into how many pieces a step was cut.
+    Every task is the sum of its losses over the sum of its target symbols, in all batches of all
+    processes: so the counts are added up before the first backward pass, the gradients after the
+    last one, and it makes no difference into how many pieces a step was cut.
     """
     model, device = run.model.train(), options.device
     shared = [options.seed, run.step]
-    torch.manual_seed(seed_of(*shared, ranks.rank))            # dropout is a function of the step: resume is exact
+    # Dropout is a function of the step, so that a resumed run is exact.
+    torch.manual_seed(seed_of(*shared, ranks.rank))
     chunk = int(random_state(*shared, "chunk").choice(model.config.chunks))
     set_learning_rates(run.optimizers, run.step, options)
     weights = tasks(run.step, options)
-    counts = torch.tensor([[batch["symbols"][task] for task in weights] for batch in batches]).sum(0)
+    symbols = [[batch["symbols"][task] for task in weights] for batch in batches]
+    counts = torch.tensor(symbols).sum(0)
     counts = ranks.add(counts.to(device, torch.float64)).clamp(min=1)
     sums = torch.zeros(len(weights), device=device)
     for batch in (b for b in batches if b["frames"]):
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device != "cpu"):
             each = losses(model, to_device(batch, device), list(weights), run.step, options, chunk)
-        sum(weights[task] * loss / count for (task, loss), count in zip(each.items(), counts)).backward()
+        weighted = (weights[task] * loss / count
+                    for (task, loss), count in zip(each.items(), counts))
+        sum(weighted).backward()
         sums += torch.stack([loss.detach().float() for loss in each.values()])
     ranks.add_gradients(model)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     finite = bool(torch.isfinite(norm))                        # the only wait of a step
-    if finite:                                                 # one that overflows is dropped, not learned from
+    if finite:                                                 # a step that overflows is dropped
         for optimizer in run.optimizers:
             optimizer.step()
     for optimizer in run.optimizers:
@@ -297,7 +319,8 @@ def train_step(run, batches, options, ranks):
 
 
 class Ranks:
-    """The processes that train together, one a GPU, as torchrun starts them; without it, this one alone."""
+    """The processes that train together, one a GPU, as torchrun starts them; without it, this one
+    alone."""
 
     def __init__(self, rank=0, world=1, device="cpu"):
         self.rank, self.world, self.device, self.first = rank, world, device, rank == 0
@@ -309,8 +332,10 @@ class Ranks:
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        if world > 1 and not dist.is_initialized():            # an hour: the others wait while the first evaluates
-            dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=timedelta(hours=1))
+        if world > 1 and not dist.is_initialized():
+            backend = "nccl" if "cuda" in device else "gloo"
+            # The others wait while the first evaluates.
+            dist.init_process_group(backend, timeout=timedelta(hours=1))
         return cls(rank, world, device)
 
     def add(self, tensor):
@@ -320,8 +345,9 @@ class Ranks:
         return tensor
 
     def add_gradients(self, model):
-        """One message for all. DistributedDataParallel would not do: it averages, where tasks are divided by their
-        counts already, and it wants a gradient for every parameter, which a phase with one task does not give."""
+        """One message for all. DistributedDataParallel would not do: it averages, where tasks are
+        divided by their counts already, and it wants a gradient for every parameter, which a phase
+        with one task does not give."""
         if self.world > 1:
             given = [p for p in model.parameters() if p.grad is not None]
             flat = self.add(torch.cat([p.grad.flatten() for p in given]))
@@ -330,11 +356,14 @@ class Ranks:
 
     def agree(self, wish):
         """True where any process says so."""
-        return wish if self.world == 1 else bool(self.add(torch.tensor(float(wish), device=self.device)))
+        if self.world == 1:
+            return wish
+        return bool(self.add(torch.tensor(float(wish), device=self.device)))
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM let the step in progress end, then the run is saved; a second one ends it at once."""
+    """Ctrl-C or SIGTERM let the step in progress end, then the run is saved; a second one ends it
+    at once."""
 
     def __init__(self):
         self.wanted = False
@@ -354,33 +383,38 @@ def tasks(step, options):
     if step < options.warm_steps // 2:
         return {"letters": 1.0}
     sides = ["letters", "words", "next_label"]
-    if options.interleave == "st":                             # it must not learn to write the transcription
+    # It must not learn to write the transcription.
+    if options.interleave == "st":
         sides.remove("words")
     if step < options.warm_steps:
         return dict.fromkeys(sides, 1.0)
     if not options.prune:
         return {"transducer": 1.0} | dict.fromkeys(sides, SIDE_WEIGHT)
-    begun = min(1.0, (step - options.warm_steps) / FORGET_STEPS)   # as its authors do: first learn where to look
+    # As the authors of the pruned loss do: first learn where to look.
+    begun = min(1.0, (step - options.warm_steps) / FORGET_STEPS)
     return {"transducer": 0.1 + 0.9 * begun, "simple": 1 - 0.5 * begun, "letters": SIDE_WEIGHT}
 
 
 def losses(model, batch, names, step, options, chunk=None):
     """{task: nats, summed over the batch} for the tasks named, in this order.
 
-    The transducer's is -log P(targets | sound) under the logits of `Transducer.forward`, which are never formed: the
-    loss is fused with the joint network. With --prune it looks only at the nodes of a band, which a simple transducer
-    finds (arXiv 2206.13236): what is heard without labels plus what is expected without sound, learned beside it.
+    The transducer's is -log P(targets | sound) under the logits of `Transducer.forward`, which are
+    never formed: the loss is fused with the joint network. With --prune it looks only at the nodes
+    of a band, which a simple transducer finds (arXiv 2206.13236): what is heard without labels plus
+    what is expected without sound, learned beside it.
     """
     frames, _ = model.encoder(batch.mel, batch.mel_lengths, chunk=chunk)                  # (B,T,D)
     frame_lengths = batch.mel_lengths // model.config.subsampling
     found = {}
     if "letters" in names:
-        found["letters"] = ctc_loss(model.ctc(frames), frame_lengths, batch.letters, batch.letters_lengths)
+        found["letters"] = ctc_loss(
+            model.ctc(frames), frame_lengths, batch.letters, batch.letters_lengths)
     if {"words", "simple", "transducer"} & set(names):
         heard = model.joint.encoder_proj(frames)                                          # (B,T,J)
     if {"next_label", "simple", "transducer"} & set(names):
         forgotten = batch.chance < label_dropout(step, options)                           # (B,U)
-        labels, _ = model.label_encoder(torch.where(forgotten, model.config.vocab, batch.targets))
+        shown = torch.where(forgotten, model.config.vocab, batch.targets)
+        labels, _ = model.label_encoder(shown)
     if {"words", "simple"} & set(names):       # what the joint hears where there are no labels
         alone = model.joint.combine(heard, heard.new_zeros(()))                           # (B,T,V)
     if "words" in names:
@@ -390,42 +424,48 @@ def losses(model, batch, names, step, options, chunk=None):
     keep = batch.keep
     if "simple" in names:
         found["simple"], posteriors = simple_rnnt_loss(
-            alone, next_label_scores(model, labels), batch.targets, frame_lengths, batch.targets_lengths, blank=0,
-            reduction="sum")
+            alone, next_label_scores(model, labels), batch.targets,
+            frame_lengths, batch.targets_lengths,
+            blank=0, reduction="sum")
         keep = prune_band(posteriors, frame_lengths, batch.targets_lengths, options.prune)
     if "transducer" in names:
         joint = model.joint
         found["transducer"] = joint_rnnt_loss(
-            heard, joint.label_proj(labels), joint.output.weight, joint.output.bias, batch.targets, frame_lengths,
-            batch.targets_lengths, blank=0, reduction="sum", keep=keep, fastemit_lambda=options.fastemit,
-            delay_penalty=options.delay_penalty)
+            heard, joint.label_proj(labels), joint.output.weight, joint.output.bias, batch.targets,
+            frame_lengths, batch.targets_lengths,
+            blank=0, reduction="sum", keep=keep,
+            fastemit_lambda=options.fastemit, delay_penalty=options.delay_penalty)
     return {name: found[name] for name in names}
 
 
 def label_dropout(step, options):
-    """The share of labels that the label encoder does not get to see: all of them when the transducer starts, so that
-    it must listen to write anything at all, then fewer and fewer."""
+    """The share of labels that the label encoder does not get to see: all of them when the
+    transducer starts, so that it must listen to write anything at all, then fewer and fewer."""
     left = 1 - (step - options.warm_steps) / FORGET_STEPS
     return max(options.label_dropout, left) if step >= options.warm_steps else options.label_dropout
 
 
 def ctc_loss(logits, frame_lengths, targets, target_lengths):
-    """Summed over the utterances that have a target (arXiv has no number for it: Graves et al., ICML 2006)."""
-    costs = F.ctc_loss(logits.float().log_softmax(-1).transpose(0, 1), targets, frame_lengths, target_lengths,
+    """Summed over the utterances that have a target (Graves et al., ICML 2006)."""
+    log_probs = logits.float().log_softmax(-1).transpose(0, 1)                            # (T,B,V)
+    costs = F.ctc_loss(log_probs, targets, frame_lengths, target_lengths,
                        blank=0, reduction="none", zero_infinity=True)                     # (B,)
     return (costs * (target_lengths > 0).to(costs.device)).sum()
 
 
 def next_label_scores(model, labels):
-    """The label encoder as a language model: (B,U1,D) -> (B,U1,V), scored against its own embeddings."""
-    known = model.label_encoder.embedding.weight[:model.config.vocab]  # without the forgotten label's
+    """The label encoder as a language model: (B,U1,D) -> (B,U1,V), scored against its own
+    embeddings."""
+    # Without the embedding of a forgotten label, which comes last.
+    known = model.label_encoder.embedding.weight[:model.config.vocab]
     return labels @ known.T / model.config.dim ** 0.5
 
 
 def language_loss(model, labels, targets, target_lengths):
-    """Cross entropy of the next label given those before it, the ones shown: word order and translation are learned
-    from this long before the transducer's gradient would teach them."""
-    present = torch.arange(targets.shape[1], device=targets.device) < target_lengths.to(targets.device)[:, None]
+    """Cross entropy of the next label given those before it, the ones shown: word order and
+    translation are learned from this long before the transducer's gradient would teach them."""
+    positions = torch.arange(targets.shape[1], device=targets.device)
+    present = positions < target_lengths.to(targets.device)[:, None]
     scores = next_label_scores(model, labels[:, :-1])                                     # (B,U,V)
     costs = F.cross_entropy(scores.float().transpose(1, 2), targets, reduction="none")    # (B,U)
     return (costs * present).sum()
@@ -434,12 +474,15 @@ def language_loss(model, labels, targets, target_lengths):
 # ---- Optimisers ----------------------------------------------------------------------------------
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose every update is made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+    """Momentum whose every update is made orthogonal (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon).
 
-    For a gradient G = U S V', five Newton-Schulz iterations X <- a X + (b A + c A^2) X, A = X X', pull all singular
-    values of G / |G| towards 1, so that U V' is learned: no direction of a matrix waits for the others. They run in
-    the parameters' type, where bfloat16 is emulated on most laptops, and on all matrices of one shape at once.
+    For a gradient G = U S V', five Newton-Schulz iterations X <- a X + (b A + c A^2) X, A = X X',
+    pull all singular values of G / |G| towards 1, so that U V' is learned: no direction of a matrix
+    waits for the others. They run in the parameters' type, not in bfloat16, which most
+    laptops emulate, and on all matrices of one shape at once.
     """
+
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
@@ -475,9 +518,10 @@ def orthogonalised(matrices, iterations=5):
 
 
 def make_optimizers(model, options):
-    """Muon for the matrices of the two encoders, AdamW for all else: on real speech, CTC on letters then needs half
-    the steps."""
-    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and name.endswith("weight")
+    """Muon for the matrices of the two encoders, AdamW for all else: on real speech, CTC on letters
+    then needs half the steps."""
+    matrices = {name: p for name, p in model.named_parameters()
+                if p.dim() == 2 and name.endswith("weight")
                 and name.startswith(("encoder", "label_encoder")) and "embedding" not in name}
     others = [p for name, p in model.named_parameters() if name not in matrices]
     return [Muon(matrices.values(), lr=MUON * options.lr),
@@ -491,20 +535,21 @@ def set_learning_rates(optimizers, step, options):
 
 
 def learning_rate(step, steps):
-    """A factor: up in a line, level, and down in a line over the last fifth, so that a run can be made longer, and its
-    end be chosen late."""
+    """A factor: up in a line, level, and down in a line over the last fifth, so that a run can be
+    made longer, and its end be chosen late."""
     return min(1.0, (step + 1) / WARM_UP, max(0.02, (steps - step) / (DECAY * steps)))
 
 
 # ---- What the model hears: rows -> streams -> sound -> features -> batches -----------------------
-# Every draw is seeded, by epoch and row or by step, so a resumed run, more worker processes and more GPUs see the same.
+# Every draw is seeded, by epoch and row or by step, so a resumed run, more worker processes and
+# more GPUs see the same.
 
 ALONE = 0.4           # share of streams with one utterance; the others have 2 to --join
 BEFORE = 0.25         # share of streams with silence, up to PAUSE, before the first word
 PAUSE = 5.0           # seconds of silence between two utterances, at most; most are far shorter
 BABBLE = 0.15         # share of streams with other speakers in the background
 SPEAKERS = 5          # how many
-SPEEDS = 0.9, 1.0, 1.1   # of recorded speech (arXiv has none: Ko et al., Interspeech 2015)
+SPEEDS = 0.9, 1.0, 1.1   # of recorded speech (Ko et al., Interspeech 2015)
 
 
 @dataclass
@@ -535,7 +580,8 @@ def seed_of(*key):
 
 
 def epoch_streams(corpus, epoch, options):
-    """The rows of one epoch, joined: those that share a file in their order, others as they come."""
+    """The rows of one epoch, joined: those that share a file in their order, others as they
+    come."""
     rows, rng = corpus.rows(epoch), random_state(options.seed, epoch, "streams")
     used, following = np.zeros(len(rows), bool), neighbours(rows)
     stack = list(rng.permutation(len(rows)))
@@ -585,7 +631,8 @@ def draw_stream(chosen, seconds, rows, rng, options):
 
 
 def epoch_batches(corpus, epoch, options):
-    """Streams of about equal length together, --batch-seconds of them with their padding; batches in random order."""
+    """Streams of about equal length together, --batch-seconds of them with their padding; batches
+    in random order."""
     rng = random_state(options.seed, epoch, "batches")
     streams = list(epoch_streams(corpus, epoch, options))
     streams.sort(key=lambda s: s.seconds)
@@ -628,14 +675,25 @@ class Source(torch.utils.data.Dataset):
                 bad.append(f"{s.rows[0].where}: {error}")
         batch = collate(examples) if examples else {}
         count = lambda name: int(batch[f"{name}_lengths"].sum()) if examples else 0
-        symbols = {"transducer": count("targets"), "simple": count("targets"), "letters": count("letters"), "words": count("spoken"),
-                   "next_label": count("targets")}
-        return batch | {"symbols": symbols, "after": request.after, "bad": bad, "frames": count("mel"),
-                        "rows": [row.where for s in request.streams for row in s.rows]}
+        symbols = {
+            "transducer": count("targets"),
+            "simple": count("targets"),
+            "letters": count("letters"),
+            "words": count("spoken"),
+            "next_label": count("targets"),
+        }
+        return batch | {
+            "symbols": symbols,
+            "after": request.after,
+            "bad": bad,
+            "frames": count("mel"),
+            "rows": [row.where for s in request.streams for row in s.rows],
+        }
 
     def example(self, s, request):
-        """One stream -> mel (F,80); targets, the interleaved stream; spoken, the transcription alone; letters, the
-        same as classes of the CTC head; chance, what decides whether a label is hidden; keep, see `blocks`."""
+        """One stream -> mel (F,80); targets, the interleaved stream; spoken, the transcription
+        alone; letters, the same as classes of the CTC head; chance, what decides whether a label is
+        hidden; keep, see `blocks`."""
         options, rng = self.options, random_state(self.options.seed, request.epoch, s.rows[0].id)
         samples, starts = self.sound(s)
         if options.augment:
@@ -649,8 +707,12 @@ class Source(torch.utils.data.Dataset):
         letters = [self.letter[c] for c in spoken if c in self.letter]
         if len(letters) + repeats(letters) > len(mel) // self.config.subsampling:
             letters = []                                       # CTC has no path for so many
-        example = dict(mel=mel, targets=targets, spoken=self.tokenizer.encode(spoken), letters=letters,
-                       chance=torch.from_numpy(rng.random(len(targets), np.float32)))
+        example = dict(
+            mel=mel,
+            targets=targets,
+            spoken=self.tokenizer.encode(spoken),
+            letters=letters,
+            chance=torch.from_numpy(rng.random(len(targets), np.float32)))
         if options.join > 1 and not options.prune:
             example["keep"] = self.blocks(pairs, starts, len(mel), len(targets))
         return example
@@ -678,8 +740,9 @@ class Source(torch.utils.data.Dataset):
             return np.resize(noise[rng.integers(len(noise)):], n)
 
     def blocks(self, pairs, starts, n_mel, n_labels):
-        """keep (T,U1): while an utterance is heard, and one chunk longer, its labels are written and no others. So the
-        lattice of joined utterances grows with their number, and not with its square."""
+        """keep (T,U1): while an utterance is heard, and one chunk longer, its labels are written
+        and no others. So the lattice of joined utterances grows with their number, and not with its
+        square."""
         s, margin = self.config.subsampling, max(self.config.chunks)
         keep = torch.zeros(n_mel // s, n_labels + 1, dtype=torch.bool)
         label, frame = 0, 0
@@ -720,15 +783,18 @@ def collate(examples):
         batch[f"{name}_lengths"] = torch.tensor([len(item) for item in items])
     if "keep" in examples[0]:
         T, U1 = (max(e["keep"].shape[axis] for e in examples) for axis in (0, 1))
-        batch["keep"] = torch.stack([F.pad(e["keep"], (0, U1 - e["keep"].shape[1], 0, T - len(e["keep"])))
-                                     for e in examples])
+        masks = [e["keep"] for e in examples]
+        padded = [F.pad(m, (0, U1 - m.shape[1], 0, T - len(m))) for m in masks]
+        batch["keep"] = torch.stack(padded)
     return batch
 
 
 def to_device(batch, device):
     """A batch's tensors by name; the lengths stay on the CPU, where the loss wants them."""
-    return SimpleNamespace(**{name: x.to(device, non_blocking=True) if torch.is_tensor(x)
-                              and not name.endswith("_lengths") else x for name, x in batch.items()})
+    def placed(name, x):
+        moves = torch.is_tensor(x) and not name.endswith("_lengths")
+        return x.to(device, non_blocking=True) if moves else x
+    return SimpleNamespace(**{name: placed(name, x) for name, x in batch.items()})
 
 
 def same(batch):
@@ -736,20 +802,22 @@ def same(batch):
 
 
 class Batches:
-    """The batches of one step after the other, made ahead in a thread or by DataLoader's worker processes."""
+    """The batches of one step after the other, made ahead in a thread or by DataLoader's worker
+    processes."""
 
     def __init__(self, source, corpus, run, options, ranks):
         self.group, self.waited, self.told = options.accumulate, 0.0, set()
         wanted = requests(corpus, run, options, ranks)
         workers = {}
-        if options.workers:                                    # spawned: numba's threads do not survive a fork
+        if options.workers:
+            # Spawned: numba's threads do not survive a fork.
             workers = dict(multiprocessing_context="spawn", persistent_workers=True,
                            worker_init_fn=quiet_worker)
         self.loader = iter(torch.utils.data.DataLoader(
             source, batch_size=None, sampler=wanted, num_workers=options.workers, collate_fn=same,
             pin_memory=options.device != "cpu", **workers))
-        # One thread of its own: more would take the cores from the step that is learned meanwhile, and add up in
-        # another order than a worker process.
+        # One thread of its own: more would take the cores from the step that is learned meanwhile,
+        # and add up in another order than a worker process.
         self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
 
     def __enter__(self):
@@ -785,7 +853,8 @@ def quiet_worker(_):
 # ---- Sounds as people have them ------------------------------------------------------------------
 
 def disturb(samples, background, rng):
-    """Samples (N,) -> as they come out of a telephone, a codec, a noisy room, too loud or too soft."""
+    """Samples (N,) -> as they come out of a telephone, a codec, a noisy room, too loud or too
+    soft."""
     power = np.mean(samples ** 2) + 1e-9
     if background is None and rng.random() < 0.5:
         background = coloured_noise(len(samples), rng)
@@ -815,16 +884,18 @@ def low_pass(samples, hz):
 
 
 def mu_law(samples):
-    """8 bits a sample on a logarithmic scale, as telephones do (ITU-T G.711), at the level of a full scale of 1."""
+    """8 bits a sample on a logarithmic scale, as telephones do (ITU-T G.711), at the level of a
+    full scale of 1."""
     peak = np.abs(samples).max() + 1e-9
     x = samples / peak
     code = np.round(127 * np.sign(x) * np.log1p(255 * np.abs(x)) / math.log(256))
-    return (peak * np.sign(code) * np.expm1(np.abs(code) / 127 * math.log(256)) / 255).astype(np.float32)
+    size = np.expm1(np.abs(code) / 127 * math.log(256))
+    return (peak * np.sign(code) * size / 255).astype(np.float32)
 
 
 def with_holes(mel, rng, floor):
-    """(F,80) -> the same with two bands and two stretches of time gone (SpecAugment, arXiv 1904.08779): each band at
-    its own mean there, or, as codecs leave it, at the floor."""
+    """(F,80) -> the same with two bands and two stretches of time gone (SpecAugment,
+    arXiv 1904.08779): each band at its own mean there, or, as codecs leave it, at the floor."""
     (n_frames, n_mels), mel = mel.shape, mel.clone()
     fill = mel.mean(0) if rng.random() < 0.5 else torch.full((n_mels,), floor)
     for _ in range(2):
@@ -846,7 +917,8 @@ def run_directory(options, ranks):
     name = Path(options.manifest).parent.name if options.manifest else options.corpus
     folder, number = Path(options.out or f"runs/{name}"), 1
     if options.out and (folder / "resume.pt").exists():
-        raise InputError(f"--out {folder} holds a run already: go on with --resume {folder}, or choose another")
+        raise InputError(f"--out {folder} holds a run already: go on with --resume {folder}, or "
+                         "choose another")
     while not options.out and (folder / "log.csv").exists():
         number += 1
         folder = Path(f"runs/{name}-{number}")
@@ -871,7 +943,8 @@ class locked:
         except ImportError:
             pass                                               # Windows: no such lock
         except BlockingIOError:
-            raise InputError(f"{Path(self.file.name).parent}: another run is writing there now") from None
+            folder = Path(self.file.name).parent
+            raise InputError(f"{folder}: another run is writing there now") from None
 
     def __exit__(self, *error):
         if self.file:
@@ -903,10 +976,11 @@ def open_corpus(options):
     rows = list(usable(rows, options))
     dev = list(readable(read_manifest(options.dev, **kept), options.strict)) if options.dev else []
     frame_s = PRESETS[options.preset].frame_s
-    short = sum(len(row.asr or "") + repeats(row.asr or "") > row.duration / frame_s for row in rows)
+    spoken = [(row.asr or "", row.duration / frame_s) for row in rows]
+    short = sum(len(text) + repeats(text) > frames for text, frames in spoken)
     if short:
-        print(f"{short} of {len(rows)} rows have fewer frames of {1000 * frame_s:.0f} ms than letters: the letters "
-              "task leaves them out", file=sys.stderr)
+        print(f"{short} of {len(rows)} rows have fewer frames of {1000 * frame_s:.0f} ms than "
+              "letters: the letters task leaves them out", file=sys.stderr)
     return Corpus(rows), dev
 
 
@@ -916,16 +990,18 @@ def link(rows, options):
         return row.asr and any(text and not row.links.get(lang) for lang, text in row.st.items())
     lacking = sum(map(bool, map(lacks, rows)))
     if lacking > LINKS_HERE:
-        raise InputError(f"{options.manifest}: {lacking} rows lack links; find them once and for all with\n"
-                         f"python align.py {options.manifest} -o LINKED.jsonl")
+        raise InputError(f"{options.manifest}: {lacking} rows lack links; find them once and for "
+                         f"all with\npython align.py {options.manifest} -o LINKED.jsonl")
     if lacking:
         threads = torch.get_num_threads()
         add_links(rows, align_bitext)
-        torch.set_num_threads(threads)  # numba's loops may have changed it: both may use the same OpenMP
+        # numba's loops may have changed it: both may use the same OpenMP.
+        torch.set_num_threads(threads)
 
 
 def usable(rows, options):
-    """The rows that can be learned from, with their durations; the others are named and left out."""
+    """The rows that can be learned from, with their durations; the others are named and left
+    out."""
     left_out = 0
     for row in rows:
         try:
@@ -934,7 +1010,8 @@ def usable(rows, options):
                 samples = sum(map(len, stream.audio_blocks(row.audio, row.start)))
                 row.duration = samples / SAMPLE_RATE
             if row.duration > options.max_seconds:
-                raise InputError(f"{row.duration:.1f} s long, --max-seconds is {options.max_seconds}")
+                raise InputError(f"{row.duration:.1f} s long, --max-seconds is "
+                                 f"{options.max_seconds}")
         except USER_ERRORS as error:
             message = str(error) if row.where in str(error) else f"{row.where}: {error}"
             if options.strict:
@@ -963,7 +1040,8 @@ def new_run(options, corpus):
     config = replace(config, chunks=options.chunks or config.chunks,
                      dropout=config.dropout if options.dropout is None else options.dropout)
     model = Transducer(config)
-    torch.nn.init.zeros_(model.joint.label_proj.weight)        # at first the joint only hears; labels come in by learning
+    # At first the joint only hears; labels come in by learning.
+    torch.nn.init.zeros_(model.joint.label_proj.weight)
     torch.nn.init.zeros_(model.joint.label_proj.bias)
     model.encoder.set_statistics(*feature_statistics(rows, config, options))
     if options.init:
@@ -979,7 +1057,7 @@ def feature_statistics(rows, config, options):
         try:
             mels.append(mel_of(sound_of(row, options.seed), config))
         except USER_ERRORS:
-            pass                                               # it will be named when it is to be learned from
+            pass                                               # named when it is to be learned from
     if not mels:
         raise InputError(f"{options.manifest}: none of the rows tried has usable sound")
     frames = torch.cat(mels)
@@ -987,69 +1065,91 @@ def feature_statistics(rows, config, options):
 
 
 def take_weights(model, tokenizer, letters, path):
-    """--init: the tensors of another model that fit by name and shape; what counts tokens or letters only where the
-    two tables are equal, for a row means nothing without its name."""
+    """--init: the tensors of another model that fit by name and shape; what counts tokens or
+    letters only where the two tables are equal, for a row means nothing without its name."""
     other, beside = load(path)
-    tables = {"label_encoder.embedding": beside.get("tokenizer") == tokenizer.to_dict(), "ctc": beside.get("letters") == letters}
-    tables["joint.output"] = tables["label_encoder.embedding"]
+    same_tokens = beside.get("tokenizer") == tokenizer.to_dict()
+    same_letters = beside.get("letters") == letters
+    tables = {
+        "label_encoder.embedding": same_tokens,
+        "joint.output": same_tokens,
+        "ctc": same_letters,
+    }
     own, taken = model.state_dict(), {}
     for name, tensor in other.state_dict().items():
         fits = all(equal for start, equal in tables.items() if name.startswith(start))
         if fits and name in own and own[name].shape == tensor.shape:
             taken[name] = tensor
     model.load_state_dict(own | taken)
-    print(f"from {path}: {len(taken)} of {len(own)} tensors; not {' '.join(sorted(own.keys() - taken.keys())) or 'one left'}")
+    left = " ".join(sorted(own.keys() - taken.keys())) or "one left"
+    print(f"from {path}: {len(taken)} of {len(own)} tensors; not {left}")
 
 
 def resume_run(options):
     path = Path(options.resume) / "resume.pt"
     model, beside = load(path)
-    if missing := {"tokenizer", "letters", "step", "position", "optimizers", "best"} - beside.keys():
+    needed = {"tokenizer", "letters", "step", "position", "optimizers", "best"}
+    if missing := needed - beside.keys():
         raise InputError(f"{path} lacks {', '.join(sorted(missing))}: it cannot be resumed")
     if options.steps <= beside["step"]:
         raise InputError(f"--steps is {options.steps}, but {path} has done {beside['step']}")
     if options.chunks or options.dropout is not None:
+        dropout = model.config.dropout if options.dropout is None else options.dropout
         config = replace(model.config, chunks=options.chunks or model.config.chunks,
-                         dropout=model.config.dropout if options.dropout is None else options.dropout)
+                         dropout=dropout)
         weights, model = model.state_dict(), Transducer(config)
         model.load_state_dict(weights)
     optimizers = make_optimizers(model.to(options.device), options)
     try:
         for optimizer, state in zip(optimizers, beside["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        return Run(model, Tokenizer.from_dict(beside["tokenizer"]), beside["letters"], optimizers, beside["step"],
+        tokenizer = Tokenizer.from_dict(beside["tokenizer"])
+        return Run(model, tokenizer, beside["letters"], optimizers, beside["step"],
                    tuple(beside["position"]), beside["best"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: a damaged checkpoint: {error}") from None
 
 
 def save_run(run, options, folder, log):
-    """resume.pt is complete in itself and all that --resume reads; model.pt is what stream.py needs."""
+    """resume.pt is complete in itself and all that --resume reads; model.pt is what stream.py
+    needs."""
     log.flush(run)
-    save(folder / "resume.pt", run.model, tokenizer=run.tokenizer.to_dict(), letters=run.letters, options=asdict(options),
-         optimizers=[optimizer.state_dict() for optimizer in run.optimizers], step=run.step,
-         position=list(run.position), best=run.best)
+    save(folder / "resume.pt", run.model,
+         tokenizer=run.tokenizer.to_dict(),
+         letters=run.letters,
+         options=asdict(options),
+         optimizers=[optimizer.state_dict() for optimizer in run.optimizers],
+         step=run.step,
+         position=list(run.position),
+         best=run.best)
     save_model(run, options, folder / "model.pt")
 
 
 def save_model(run, options, path):
-    save(path, run.model, tokenizer=run.tokenizer.to_dict(), letters=run.letters, mode=options.interleave,
+    save(path, run.model,
+         tokenizer=run.tokenizer.to_dict(),
+         letters=run.letters,
+         mode=options.interleave,
          step=run.step)
 
 
 class Log:
-    """log.csv: a line every LOG_EVERY steps, its losses the means since the line before; and the progress on screen."""
-    COLUMNS = ("step", "epoch", "learning_rate", *TASKS, "gradient_norm", "skipped", "audio_s_per_s", "waited_s")
+    """log.csv: a line every LOG_EVERY steps, its losses the means since the line before; and the
+    progress on screen."""
+    COLUMNS = ("step", "epoch", "learning_rate", *TASKS,
+               "gradient_norm", "skipped", "audio_s_per_s", "waited_s")
 
     def __init__(self, folder, step, first):
         self.path, self.first, self.skipped, self.in_a_row = folder / "log.csv", first, 0, 0
         lines = [line for line in self.past() if int(line["step"]) <= step] if step else []
         if first:
-            with open(self.path, "w", newline="") as file:     # what a resumed run does again, it writes again
+            # What a resumed run does again, it writes again.
+            with open(self.path, "w", newline="") as file:
                 writer = csv.DictWriter(file, self.COLUMNS)
                 writer.writeheader()
                 writer.writerows(lines)
-        self.bar = tqdm(initial=step, unit="step", dynamic_ncols=True, disable=None if first else True)
+        self.bar = tqdm(initial=step, unit="step", dynamic_ncols=True,
+                        disable=None if first else True)
         self.start()
 
     def past(self):
@@ -1059,14 +1159,15 @@ class Log:
             return list(csv.DictReader(file))
 
     def start(self):
-        self.sums, self.counts, self.frames, self.began, self.waited0 = {}, {}, 0, time.perf_counter(), None
+        self.sums, self.counts, self.frames = {}, {}, 0
+        self.began, self.waited0 = time.perf_counter(), None
 
     def add(self, run, group, numbers, waited):
         self.waited0 = waited if self.waited0 is None else self.waited0
         self.waited, self.lr = waited, run.optimizers[-1].param_groups[0]["lr"]
         self.frames += sum(batch["frames"] for batch in group)
         self.count(numbers.pop("finite"), run, group)
-        for name, number in numbers.items():                   # still on the device: nobody waits for them here
+        for name, number in numbers.items():                   # on the device still: no wait here
             self.sums[name] = self.sums.get(name, 0) + number
             self.counts[name] = self.counts.get(name, 0) + 1
         self.bar.update()
@@ -1074,26 +1175,38 @@ class Log:
             self.flush(run)
 
     def count(self, finite, run, group):
-        self.skipped, self.in_a_row = self.skipped + (not finite), 0 if finite else self.in_a_row + 1
+        self.skipped += not finite
+        self.in_a_row = 0 if finite else self.in_a_row + 1
         if self.in_a_row == GIVE_UP:
             rows = ", ".join(row for batch in group for row in batch["rows"])
-            raise InputError(f"step {run.step}: the {GIVE_UP}th in a row whose gradient is not finite; a lower --lr? "
-                             f"The last checkpoint stands. Rows of this step: {rows}")
+            raise InputError(f"step {run.step}: the {GIVE_UP}th in a row whose gradient is not "
+                             "finite; a lower --lr? The last checkpoint stands. Rows of this "
+                             f"step: {rows}")
 
     def flush(self, run):
         if not self.sums:
             return
         seconds = time.perf_counter() - self.began
-        line = {name: f"{float(total) / self.counts[name]:.5g}" for name, total in self.sums.items()}
-        told = "  ".join(f"{name.replace('_', ' ')} {float(line[name]):.2f}" for name in TASKS if name in line)
-        line |= {"step": run.step, "epoch": run.position[0], "learning_rate": f"{self.lr:.4g}", "skipped": self.skipped,
-                 "audio_s_per_s": f"{self.frames / 100 / seconds:.4g}", "waited_s": f"{self.waited - self.waited0:.3f}"}
+        line = {name: f"{float(total) / self.counts[name]:.5g}"
+                for name, total in self.sums.items()}
+        told = "  ".join(f"{name.replace('_', ' ')} {float(line[name]):.2f}"
+                         for name in TASKS if name in line)
+        line |= {
+            "step": run.step,
+            "epoch": run.position[0],
+            "learning_rate": f"{self.lr:.4g}",
+            "skipped": self.skipped,
+            "audio_s_per_s": f"{self.frames / 100 / seconds:.4g}",
+            "waited_s": f"{self.waited - self.waited0:.3f}",
+        }
         if self.first:
             with open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, self.COLUMNS).writerow(line)
             self.bar.set_postfix_str(f"{told}  {line['audio_s_per_s']} s/s")
-            if self.bar.disable and run.step % (2 * LOG_EVERY) == 0:       # not a terminal: a line now and then
-                print(f"step {run.step}: {told}  {line['audio_s_per_s']} s of sound per s", flush=True)
+            if self.bar.disable and run.step % (2 * LOG_EVERY) == 0:
+                # Not a terminal: a line now and then.
+                print(f"step {run.step}: {told}  {line['audio_s_per_s']} s of sound per s",
+                      flush=True)
         self.start()
 
     def close(self, run):
@@ -1102,32 +1215,39 @@ class Log:
 
 
 def announce(run, source, corpus, options, folder):
-    """What will happen, and how long it takes here: a step of every phase is tried on the first batch."""
+    """What will happen, and how long it takes here: a step of every phase is tried on the first
+    batch."""
     batches = epoch_batches(corpus, run.position[0], options)
     seconds = sum(s.seconds for batch in batches for s in batch)
     padded = sum(len(batch) * max(s.seconds for s in batch) for batch in batches)
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
     told = f"{options.steps - run.step} steps of about {padded / len(batches):.0f} s of sound"
-    print(f"{options.preset}, {options.interleave}: {millions:.2f} M parameters, {len(run.tokenizer)} tokens, on "
-          f"{options.device}; {told}, {len(batches)} an epoch, {1 - seconds / padded:.1%} of it padding; run folder "
-          f"{folder}", flush=True)
+    print(f"{options.preset}, {options.interleave}: {millions:.2f} M parameters, "
+          f"{len(run.tokenizer)} tokens, on {options.device}; {told}, {len(batches)} an epoch, "
+          f"{1 - seconds / padded:.1%} of it padding; run folder {folder}", flush=True)
     batch = source[Request(batches[0], 0, (0, 0), False)]
     half = options.warm_steps // 2
-    phases = {0: half, half: options.warm_steps - half, options.warm_steps: options.steps - options.warm_steps}
+    phases = {
+        0: half,
+        half: options.warm_steps - half,
+        options.warm_steps: options.steps - options.warm_steps,
+    }
     done, total = run.step, 0.0
     for first, length in phases.items():
         left = max(0, length - done)
         done = max(0, done - length)
         if left and batch["frames"]:
             total += left * trial(run, batch, first, options)
-    print(f"that is about {total / 60:.0f} minutes here, beside the evaluations; Ctrl-C stops and saves", flush=True)
+    print(f"that is about {total / 60:.0f} minutes here, beside the evaluations; Ctrl-C stops and "
+          "saves", flush=True)
 
 
 def trial(run, batch, step, options):
     """Seconds of a forward and backward pass as at `step`; nothing is learned."""
     for _ in range(2):                                         # the first one compiles
         began = time.perf_counter()
-        each = losses(run.model.train(), to_device(batch, options.device), list(tasks(step, options)), step, options)
+        on_device = to_device(batch, options.device)
+        each = losses(run.model.train(), on_device, list(tasks(step, options)), step, options)
         sum(each.values()).backward()
         if options.device != "cpu":
             torch.cuda.synchronize()
@@ -1136,16 +1256,18 @@ def trial(run, batch, step, options):
 
 
 def warn_of_unseen(tokenizer, dev):
-    unseen = {c for row, _ in dev for text in (row.asr or "", *row.st.values()) for c in tokenizer.unseen(text)}
+    texts = [text for row, _ in dev for text in (row.asr or "", *row.st.values())]
+    unseen = {c for text in texts for c in tokenizer.unseen(text)}
     if unseen:
-        print(f"warning: {len(unseen)} characters of the development set never occur in training and are written as "
-              f"bytes: {' '.join(sorted(unseen))}", file=sys.stderr)
+        print(f"warning: {len(unseen)} characters of the development set never occur in training "
+              f"and are written as bytes: {' '.join(sorted(unseen))}", file=sys.stderr)
 
 
 # ---- Evaluation on the way -----------------------------------------------------------------------
 
 def assess(run, dev, options, folder, blind=False):
-    """Scores on the development set; `blind`, also with noise for sound: who still writes well does not listen."""
+    """Scores on the development set; `blind`, also with noise for sound: who still writes well
+    does not listen."""
     if not dev:
         return
     metrics, records = evaluate(run.model, run.tokenizer, dev)
@@ -1157,19 +1279,22 @@ def assess(run, dev, options, folder, blind=False):
         save_model(run, options, folder / "best.pt")
     if blind:
         rng = np.random.default_rng(0)
-        noise = [(row, rng.normal(0, 0.05, len(samples)).astype(np.float32)) for row, samples in dev]
+        noise = [(row, rng.normal(0, 0.05, len(samples)).astype(np.float32))
+                 for row, samples in dev]
         blind_metrics, _ = evaluate(run.model, run.tokenizer, noise)
         metrics = metrics | {f"blind {tag}": m for tag, m in blind_metrics.items()}
         tqdm.write("the same with noise instead of the audio (a model that listens fails here):")
         show_scores(blind_metrics, [])
     path = folder / "metrics.json"
     past = json.loads(path.read_text()) if path.exists() else []
-    past = [entry for entry in past if entry["step"] < run.step]  # what a resumed run does again, it writes again
+    # What a resumed run does again, it writes again.
+    past = [entry for entry in past if entry["step"] < run.step]
     path.write_text(json.dumps(past + [{"step": run.step, "streams": metrics}], indent=1))
 
 
 def show_scores(metrics, records, examples=3):
-    """What a person wants to see of an evaluation: a table, and some utterances with the time of every word."""
+    """What a person wants to see of an evaluation: a table, and some utterances with the time of
+    every word."""
     for tag, m in metrics.items():
         bleu = "" if m["bleu"] is None else f"  BLEU {m['bleu']:5.1f}  chrF {m['chrf']:5.1f}"
         lag = "" if m["laal_ms"] is None else f"  LAAL {m['laal_ms']:5.0f} ms"
@@ -1178,19 +1303,23 @@ def show_scores(metrics, records, examples=3):
     for record in records[:examples]:
         for tag, reference in record["references"].items():
             if tag in metrics:
-                words = [f"{w.text}\N{MIDDLE DOT}{w.delay_ms / 1000:.1f}" for w in record["words"] if w.stream == tag]
+                words = [f"{w.text}\N{MIDDLE DOT}{w.delay_ms / 1000:.1f}"
+                         for w in record["words"] if w.stream == tag]
                 written = " ".join(words)
                 if len(written) > 500:  # an untrained model babbles
                     written = f"{written[:500]} ... {len(words)} words"
-                tqdm.write(f"    {tag:8} reference   {' '.join(reference)}\n    {'':8} at its time {written}")
+                tqdm.write(f"    {tag:8} reference   {' '.join(reference)}\n"
+                           f"    {'':8} at its time {written}")
 
 
 def live_captions(folder, options):
-    """Stream two sentences in a row, never heard, at their own pace, through the command that users have."""
+    """Stream two sentences in a row, never heard, at their own pace, through the command that
+    users have."""
     import soundfile
     items = BuiltIn(options.corpus, options.seed).unseen(2)
     pause = np.zeros(SAMPLE_RATE, np.float32)
-    samples = np.concatenate([part for _, own in items for part in (own * (0.5 / np.abs(own).max()), pause)])
+    parts = [part for _, own in items for part in (own * (0.5 / np.abs(own).max()), pause)]
+    samples = np.concatenate(parts)
     example = folder / "unseen.wav"
     soundfile.write(example, samples, SAMPLE_RATE)
     print(f"\nlive captions of {example}, which says: {' / '.join(row.asr for row, _ in items)}")
@@ -1199,52 +1328,104 @@ def live_captions(folder, options):
 
 
 # ---- The built-in corpus, part 1: a synchronous grammar ------------------------------------------
-# One sentence is a handful of concepts; every language spells the
-# same concepts in an order of its own, so that the word links are known by construction.
+# One sentence is a handful of concepts; every language spells the same concepts in an order of its
+# own, so that the word links are known by construction.
 
 LANGUAGES = ("de", "en", "es", "it")
 
 
 def _table(text):
-    """Entries end with a semicolon; an entry has a field for each language, "/" between forms, "_" for a space."""
+    """Entries end with a semicolon; an entry has a field for each language, "/" between forms, "_"
+    for a space."""
     return [dict(zip(LANGUAGES, entry.split())) for entry in text.split(";")]
 
 
-# Auxiliaries by person: I, you, he or she, we. English has none in the past tense, so its verb carries the link.
-SUBJECTS = _table("""ich I yo io; du you tú tu; er he él lui; sie she ella lei; wir we nosotros noi;
-                     anna anna anna anna; marco marco marco marco; lena lena lena lena; tomas tomas tomas tomas""")
+# Auxiliaries by person: I, you, he or she, we. English has none in the past tense, so its verb
+# carries the link.
+SUBJECTS = _table("""
+    ich   I     yo       io;
+    du    you   tú       tu;
+    er    he    él       lui;
+    sie   she   ella     lei;
+    wir   we    nosotros noi;
+    anna  anna  anna     anna;
+    marco marco marco    marco;
+    lena  lena  lena     lena;
+    tomas tomas tomas    tomas""")
 PERSON = {"ich": 0, "du": 1, "wir": 3}  # all others: 2
 PERFECT = _table("habe/hast/hat/haben /// he/has/ha/hemos ho/hai/ha/abbiamo")
 MODALS = _table("""
-    will/willst/will/wollen want_to/want_to/wants_to/want_to quiero/quieres/quiere/queremos voglio/vuoi/vuole/vogliamo;
-    kann/kannst/kann/können can/can/can/can puedo/puedes/puede/podemos posso/puoi/può/possiamo;
-    muss/musst/muss/müssen must/must/must/must debo/debes/debe/debemos devo/devi/deve/dobbiamo""")
+    will/willst/will/wollen want_to/want_to/wants_to/want_to
+        quiero/quieres/quiere/queremos voglio/vuoi/vuole/vogliamo;
+    kann/kannst/kann/können can/can/can/can
+        puedo/puedes/puede/podemos posso/puoi/può/possiamo;
+    muss/musst/muss/müssen must/must/must/must
+        debo/debes/debe/debemos devo/devi/deve/dobbiamo""")
 VERBS = _table("""
-    gekauft/kaufen bought/buy comprado/comprar comprato/comprare; gesehen/sehen saw/see visto/ver visto/vedere;
-    gefunden/finden found/find encontrado/encontrar trovato/trovare; gemalt/malen painted/paint pintado/pintar
-    dipinto/dipingere; verkauft/verkaufen sold/sell vendido/vender venduto/vendere; gezeichnet/zeichnen drew/draw
-    dibujado/dibujar disegnato/disegnare; gebracht/bringen brought/bring traído/traer portato/portare;
-    verloren/verlieren lost/lose perdido/perder perso/perdere; geputzt/putzen cleaned/clean limpiado/limpiar
-    pulito/pulire; versteckt/verstecken hid/hide escondido/esconder nascosto/nascondere; gestohlen/stehlen
-    stole/steal robado/robar rubato/rubare; genommen/nehmen took/take tomado/tomar preso/prendere""")
+    gekauft/kaufen       bought/buy    comprado/comprar     comprato/comprare;
+    gesehen/sehen        saw/see       visto/ver            visto/vedere;
+    gefunden/finden      found/find    encontrado/encontrar trovato/trovare;
+    gemalt/malen         painted/paint pintado/pintar       dipinto/dipingere;
+    verkauft/verkaufen   sold/sell     vendido/vender       venduto/vendere;
+    gezeichnet/zeichnen  drew/draw     dibujado/dibujar     disegnato/disegnare;
+    gebracht/bringen     brought/bring traído/traer         portato/portare;
+    verloren/verlieren   lost/lose     perdido/perder       perso/perdere;
+    geputzt/putzen       cleaned/clean limpiado/limpiar     pulito/pulire;
+    versteckt/verstecken hid/hide      escondido/esconder   nascosto/nascondere;
+    gestohlen/stehlen    stole/steal   robado/robar         rubato/rubare;
+    genommen/nehmen      took/take     tomado/tomar         preso/prendere""")
 NOUNS = _table("""
-    n/buch book m/libro m/libro; n/auto car m/coche f/macchina; n/haus house f/casa f/casa; m/hund dog m/perro m/cane;
-    f/katze cat m/gato m/gatto; n/brot bread m/pan m/pane; f/blume flower f/flor m/fiore; m/brief letter f/carta
-    f/lettera; n/bild picture m/cuadro m/quadro; m/tisch table f/mesa m/tavolo; f/flasche bottle f/botella
-    f/bottiglia; n/fenster window f/ventana f/finestra; n/hemd shirt f/camisa f/camicia; f/birne pear f/pera f/pera;
-    m/hut hat m/sombrero m/cappello; f/lampe lamp f/lámpara f/lampada""")
+    n/buch    book    m/libro    m/libro;
+    n/auto    car     m/coche    f/macchina;
+    n/haus    house   f/casa     f/casa;
+    m/hund    dog     m/perro    m/cane;
+    f/katze   cat     m/gato     m/gatto;
+    n/brot    bread   m/pan      m/pane;
+    f/blume   flower  f/flor     m/fiore;
+    m/brief   letter  f/carta    f/lettera;
+    n/bild    picture m/cuadro   m/quadro;
+    m/tisch   table   f/mesa     m/tavolo;
+    f/flasche bottle  f/botella  f/bottiglia;
+    n/fenster window  f/ventana  f/finestra;
+    n/hemd    shirt   f/camisa   f/camicia;
+    f/birne   pear    f/pera     f/pera;
+    m/hut     hat     m/sombrero m/cappello;
+    f/lampe   lamp    f/lámpara  f/lampada""")
 ADJECTIVES = _table("""
-    rot red rojo/roja rosso/rossa; alt old viejo/vieja vecchio/vecchia; neu new nuevo/nueva nuovo/nuova;
-    klein small pequeño/pequeña piccolo/piccola; groß big grande/grande grande/grande; grün green verde/verde
-    verde/verde; weiß white blanco/blanca bianco/bianca; schön nice bonito/bonita bello/bella""")
-ARTICLES = [dict(de=dict(m="den", f="die", n="das"), en={"": "the"}, es=dict(m="el", f="la"), it=dict(m="il", f="la")),
-            dict(de=dict(m="einen", f="eine", n="ein"), en={"": "a"}, es=dict(m="un", f="una"),
-                 it=dict(m="un", f="una"))]
-ENDINGS = [dict(m="en", f="e", n="e"), dict(m="en", f="e", n="es")]  # of a German adjective after those articles
-ADVERBS = _table("""heute today hoy oggi; gestern yesterday ayer ieri; jetzt now ahora adesso; hier here aquí qui;
-                    wieder again otra_vez di_nuovo; oft often a_menudo spesso""")
-PLACES = _table("""im_garten in_the_garden en_el_jardín nel_giardino; im_laden in_the_shop en_la_tienda nel_negozio;
-                   am_meer at_the_sea en_el_mar al_mare; im_zug on_the_train en_el_tren nel_treno""")
+    rot   red   rojo/roja       rosso/rossa;
+    alt   old   viejo/vieja     vecchio/vecchia;
+    neu   new   nuevo/nueva     nuovo/nuova;
+    klein small pequeño/pequeña piccolo/piccola;
+    groß  big   grande/grande   grande/grande;
+    grün  green verde/verde     verde/verde;
+    weiß  white blanco/blanca   bianco/bianca;
+    schön nice  bonito/bonita   bello/bella""")
+ARTICLES = [
+    dict(de=dict(m="den", f="die", n="das"),
+         en={"": "the"},
+         es=dict(m="el", f="la"),
+         it=dict(m="il", f="la")),
+    dict(de=dict(m="einen", f="eine", n="ein"),
+         en={"": "a"},
+         es=dict(m="un", f="una"),
+         it=dict(m="un", f="una")),
+]
+ENDINGS = [                     # of a German adjective after those articles
+    dict(m="en", f="e", n="e"),
+    dict(m="en", f="e", n="es"),
+]
+ADVERBS = _table("""
+    heute   today     hoy      oggi;
+    gestern yesterday ayer     ieri;
+    jetzt   now       ahora    adesso;
+    hier    here      aquí     qui;
+    wieder  again     otra_vez di_nuovo;
+    oft     often     a_menudo spesso""")
+PLACES = _table("""
+    im_garten in_the_garden en_el_jardín nel_giardino;
+    im_laden  in_the_shop   en_la_tienda nel_negozio;
+    am_meer   at_the_sea    en_el_mar    al_mare;
+    im_zug    on_the_train  en_el_tren   nel_treno""")
 ORDER = dict(de="SATDJNPV", en="SAVDJNPT", es="TSAVDNJP", it="SAVTDNJP")  # the letters of `say`
 MAX_WORDS = 9
 
@@ -1253,14 +1434,22 @@ def draw_sentence(rng):
     """One random sentence in all languages: {language: [(concept, word)]}."""
     def pick(items):
         return items[rng.integers(len(items))]
-    chosen = dict(S=pick(SUBJECTS), A=pick(PERFECT * 2 + MODALS), V=pick(VERBS), D=int(rng.integers(2)), N=pick(NOUNS),
-                  J=pick(ADJECTIVES + [None] * 4), T=pick(ADVERBS + [None] * 3), P=pick(PLACES + [None] * 8))
+    chosen = dict(
+        S=pick(SUBJECTS),
+        A=pick(PERFECT * 2 + MODALS),
+        V=pick(VERBS),
+        D=int(rng.integers(2)),
+        N=pick(NOUNS),
+        J=pick(ADJECTIVES + [None] * 4),
+        T=pick(ADVERBS + [None] * 3),
+        P=pick(PLACES + [None] * 8))
     return {lang: say(chosen, lang) for lang in LANGUAGES}
 
 
 def say(chosen, lang):
-    """The words of one language in its order. Concepts: Subject, Auxiliary, Verb, Determiner, adJective, Noun, Time,
-    Place; p marks the prepositions and articles before the last word of a place."""
+    """The words of one language in its order. Concepts: Subject, Auxiliary, Verb, Determiner,
+    adJective, Noun, Time, Place; p marks the prepositions and articles before the last word of a
+    place."""
     gender, _, noun = chosen["N"][lang].rpartition("/")
     person = PERSON.get(chosen["S"]["de"], 2)
     forms = {letter: chosen[letter] and chosen[letter][lang] for letter in "SAVJTP"}
@@ -1271,54 +1460,91 @@ def say(chosen, lang):
         forms["J"] += ENDINGS[chosen["D"]][gender]
     elif forms["J"]:
         forms["J"] = forms["J"].split("/")[gender == "f" and lang != "en"]
-    words = [(letter, word) for letter in ORDER[lang] for word in (forms[letter] or "").split("_") if word]
-    return [("p" if letter == "P" and (k + 1 < len(words) and words[k + 1][0] == "P") else letter, word)
-            for k, (letter, word) in enumerate(words)]
+    words = [(letter, word)
+             for letter in ORDER[lang]
+             for word in (forms[letter] or "").split("_") if word]
+    following = [letter for letter, _ in words[1:]] + [""]
+    return [("p" if letter == after == "P" else letter, word)
+            for (letter, word), after in zip(words, following)]
 
 
 def link_words(source, target):
-    """Words of the same concept are linked; an auxiliary belongs to its verb where the other side has none."""
+    """Words of the same concept are linked; an auxiliary belongs to its verb where the other side
+    has none."""
     s_has, t_has = ("A" in dict(source)), ("A" in dict(target))
     def concept(letter):
         return "V" if letter == "A" and not (s_has and t_has) else letter
-    return [(i, j) for i, (a, _) in enumerate(source) for j, (b, _) in enumerate(target) if concept(a) == concept(b)]
+    return [(i, j)
+            for i, (a, _) in enumerate(source)
+            for j, (b, _) in enumerate(target) if concept(a) == concept(b)]
 
 
 def builtin_row(index, *, seed=0, source="de", targets=("en",), test=False):
-    """Utterance number `index` of the built-in corpus as a manifest Row without audio (`speak_row` makes that)."""
+    """Utterance number `index` of the built-in corpus as a manifest Row without audio (`speak_row`
+    makes that)."""
     rng = np.random.default_rng((seed, index, int(test)))
     while True:
         sentence = draw_sentence(rng)
         key = " ".join(word for _, word in sentence["de"])
-        if max(map(len, sentence.values())) <= MAX_WORDS and (zlib.crc32(key.encode()) % 10 == 0) == test:
+        short = max(map(len, sentence.values())) <= MAX_WORDS
+        if short and (zlib.crc32(key.encode()) % 10 == 0) == test:
             break
     text = {lang: " ".join(word for _, word in words) for lang, words in sentence.items()}
-    return Row(id=f"{'test' if test else 'train'}{index:06d}", audio="", lang=source, asr=text[source],
-               st={t: text[t] for t in targets}, links={t: link_words(sentence[source], sentence[t]) for t in targets},
-               speaker=f"{'test' if test else 'train'}{int(rng.integers(40 if test else 4000)):04d}",
-               where=f"built-in corpus, {index}")
+    part = "test" if test else "train"
+    speaker = int(rng.integers(40 if test else 4000))
+    return Row(
+        id=f"{part}{index:06d}",
+        audio="",
+        lang=source,
+        asr=text[source],
+        st={t: text[t] for t in targets},
+        links={t: link_words(sentence[source], sentence[t]) for t in targets},
+        speaker=f"{part}{speaker:04d}",
+        where=f"built-in corpus, {index}")
 
 
 # ---- The built-in corpus, part 2: a formant voice ------------------------------------------------
-# Every letter is one or two sounds; a sound is a place in the space of
-# three formants, with some voice and some noise. Sounds glide into one another, as they do in a mouth.
+# Every letter is one or two sounds; a sound is a place in the space of three formants, with some
+# voice and some noise. Sounds glide into one another, as they do in a mouth.
 
-# A sound: ms, F1, F2, F3 in Hz, how much voice, how much noise, centre and bandwidth of the noise in Hz. Capitals are
-# the silence before a stop opens, "_" is the silence between words.
+# Capitals are the silence before a stop opens, "_" is the silence between words. Columns: ms;
+# F1, F2, F3 in Hz; how much voice; how much noise; centre and bandwidth of the noise in Hz.
 SOUNDS = {name: tuple(map(float, values)) for name, *values in map(str.split, """
-    a 85 750 1250 2600  1.0  0   1500 1500; e 75 480 1950 2600  1.0  0   1500 1500; i 70 290 2300 3000  1.0  0   1500 1500
-    o 80 480  850 2500  1.0  0   1500 1500; u 75 310  680 2300  1.0  0   1500 1500; ö 75 430 1500 2300  1.0  0   1500 1500
-    ü 75 280 1800 2200  1.0  0   1500 1500; m 65 250  950 2200  .40  0   1500 1500; n 60 250 1600 2700  .40  0   1500 1500
-    l 55 380 1250 2900  .60  0   1500 1500; r 55 460 1150 1550  .60 .04  1500 1500; w 50 300  650 2200  .45 .03   900  900
-    j 50 260 2250 3100  .45 .03  3000 1500; f 70 350 1100 2300   0  .25  6500 3500; s 75 350 1700 2600   0  .50  5500 1200
-    h 50 500 1500 2500  .05 .22  1500 1500; B 35 250  800 2300  .12  0    900  900; D 35 250 1750 2700  .12  0   3800 1500
-    G 35 250 2050 2350  .12  0   2000  700; P 40 300  800 2300   0   0    900  900; T 40 300 1750 2700   0   0   3800 1500
-    K 40 300 2050 2350   0   0   2000  700; b 18 350  900 2300  .40 .20   900  900; d 18 350 1750 2700  .40 .25  3800 1500
-    g 20 350 2050 2350  .40 .25  2000  700; p 25 400  900 2300   0  .40   900  900; t 25 400 1750 2700   0  .50  3800 1500
-    k 28 400 2050 2350   0  .45  2000  700; _ 40 500 1500 2500   0   0   1500 1500""".replace(";", "\n").strip().split("\n"))}
-LETTERS = {"b": "Bb", "c": "Kk", "d": "Dd", "g": "Gg", "k": "Kk", "p": "Pp", "q": "Kk", "t": "Tt", "v": "f", "x": "Kks",
-           "y": "i", "z": "Ts", "ß": "s", "ä": "e", "á": "a", "à": "a", "é": "e", "è": "e", "í": "i", "ì": "i",
-           "ó": "o", "ò": "o", "ú": "u", "ù": "u", "ñ": "nj"}
+    a 85  750  1250  2600  1.0    0  1500  1500
+    e 75  480  1950  2600  1.0    0  1500  1500
+    i 70  290  2300  3000  1.0    0  1500  1500
+    o 80  480   850  2500  1.0    0  1500  1500
+    u 75  310   680  2300  1.0    0  1500  1500
+    ö 75  430  1500  2300  1.0    0  1500  1500
+    ü 75  280  1800  2200  1.0    0  1500  1500
+    m 65  250   950  2200  .40    0  1500  1500
+    n 60  250  1600  2700  .40    0  1500  1500
+    l 55  380  1250  2900  .60    0  1500  1500
+    r 55  460  1150  1550  .60  .04  1500  1500
+    w 50  300   650  2200  .45  .03   900   900
+    j 50  260  2250  3100  .45  .03  3000  1500
+    f 70  350  1100  2300    0  .25  6500  3500
+    s 75  350  1700  2600    0  .50  5500  1200
+    h 50  500  1500  2500  .05  .22  1500  1500
+    B 35  250   800  2300  .12    0   900   900
+    D 35  250  1750  2700  .12    0  3800  1500
+    G 35  250  2050  2350  .12    0  2000   700
+    P 40  300   800  2300    0    0   900   900
+    T 40  300  1750  2700    0    0  3800  1500
+    K 40  300  2050  2350    0    0  2000   700
+    b 18  350   900  2300  .40  .20   900   900
+    d 18  350  1750  2700  .40  .25  3800  1500
+    g 20  350  2050  2350  .40  .25  2000   700
+    p 25  400   900  2300    0  .40   900   900
+    t 25  400  1750  2700    0  .50  3800  1500
+    k 28  400  2050  2350    0  .45  2000   700
+    _ 40  500  1500  2500    0    0  1500  1500""".strip().split("\n"))}
+LETTERS = {
+    "b": "Bb", "c": "Kk", "d": "Dd", "g": "Gg", "k": "Kk", "p": "Pp", "q": "Kk", "t": "Tt",
+    "v": "f", "x": "Kks", "y": "i", "z": "Ts", "ß": "s",
+    "ä": "e", "á": "a", "à": "a", "é": "e", "è": "e",
+    "í": "i", "ì": "i", "ó": "o", "ò": "o", "ú": "u", "ù": "u", "ñ": "nj",
+}
 BLOCK = 40  # samples (2.5 ms) between two settings of the filters
 
 
@@ -1359,7 +1585,8 @@ def speak(words, speaker, rng):
     track[:, [0, 1, 2, 5, 6]] *= speaker.tract
     noise = rng.standard_normal((2, blocks * BLOCK)).astype(np.float32)
     time = np.arange(blocks) * (BLOCK / SAMPLE_RATE)
-    pitch = speaker.pitch_hz * (1.08 - 0.06 * time + 0.04 * np.sin(2 * math.pi * (rng.random() + 2.5 * time)))
+    wobble = 0.04 * np.sin(2 * math.pi * (rng.random() + 2.5 * time))
+    pitch = speaker.pitch_hz * (1.08 - 0.06 * time + wobble)
     wave = _formants(track, pitch, noise[0])
     wave *= 0.06 / np.sqrt(np.mean(wave ** 2))
     wave += noise[1] * (0.06 * 10 ** (-rng.uniform(10, 30) / 20))
@@ -1368,7 +1595,8 @@ def speak(words, speaker, rng):
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
 def _formants(track, pitch, noise):
-    """Source and filter: pulses through three resonators in a row, noise through a fourth beside them."""
+    """Source and filter: pulses through three resonators in a row, noise through a fourth beside
+    them."""
     wave = np.empty(noise.size, np.float32)
     a, b, c = np.zeros(4), np.zeros(4), np.zeros(4)
     y1, y2 = np.zeros(4), np.zeros(4)
@@ -1381,7 +1609,8 @@ def _formants(track, pitch, noise):
             c[r] = -radius * radius
             b[r] = 2 * radius * math.cos(2 * math.pi * centre / SAMPLE_RATE)
             a[r] = 1 - b[r] - c[r]
-        a[3] = math.sqrt(1 - math.exp(-2 * math.pi * track[k, 6] / SAMPLE_RATE))  # about equal loudness for any width
+        # About equal loudness for any width.
+        a[3] = math.sqrt(1 - math.exp(-2 * math.pi * track[k, 6] / SAMPLE_RATE))
         for n in range(k * BLOCK, (k + 1) * BLOCK):
             phase += pitch[k] / SAMPLE_RATE
             pulse = 0.0
@@ -1404,10 +1633,11 @@ def speak_row(row, seed=0):
     rng = np.random.default_rng((seed, zlib.crc32(row.id.encode())))
     samples, row.times = speak(row.asr.split(), make_speaker(row.speaker), rng)
     row.duration = len(samples) / SAMPLE_RATE
-    for lang, text in row.st.items():  # when it could be said: once the words it is linked to have ended
-        row.st_times[lang] = [row.times[i] for i in needs(len(row.times), text.split(), row.links[lang])]
+    for lang, text in row.st.items():
+        # When each word could be said: once the words it is linked to have ended.
+        last_needed = needs(len(row.times), text.split(), row.links[lang])
+        row.st_times[lang] = [row.times[i] for i in last_needed]
     return samples, row
-
 
 
 class BuiltIn:
@@ -1417,27 +1647,32 @@ class BuiltIn:
     def __init__(self, languages, seed):
         sides = languages.split("-")
         if len(sides) != 2:
-            raise InputError(f"--corpus is {languages!r}, not SOURCES-TARGETS as de-en or de,es,it-en")
+            raise InputError(f"--corpus is {languages!r}, not SOURCES-TARGETS as de-en or "
+                             "de,es,it-en")
         self.sources, self.targets = (side.split(",") for side in sides)
         unknown = set(self.sources + self.targets) - set(LANGUAGES)
         if unknown or set(self.sources) & set(self.targets):
-            raise InputError(f"--corpus is {languages!r}; the built-in corpus speaks {', '.join(LANGUAGES)}, and does "
-                             "not translate a language into itself")
+            raise InputError(f"--corpus is {languages!r}; the built-in corpus speaks "
+                             f"{', '.join(LANGUAGES)}, and does not translate a language into "
+                             "itself")
         self.seed = seed
 
     def rows(self, epoch, size=None, test=False):
         size = size or self.SIZE
-        return [builtin_row(k, seed=self.seed, source=self.sources[k % len(self.sources)], targets=self.targets,
-                            test=test) for k in range(epoch * size, (epoch + 1) * size)]
+        return [builtin_row(k, seed=self.seed, source=self.sources[k % len(self.sources)],
+                            targets=self.targets, test=test)
+                for k in range(epoch * size, (epoch + 1) * size)]
 
     def seconds(self, row):
         """About how long the voice takes to say it."""
-        sounds = [sound for c in row.asr.lower() if c != " " for sound in LETTERS.get(c, c if c in SOUNDS else "_")]
+        letters = row.asr.lower().replace(" ", "")
+        sounds = [sound for c in letters for sound in LETTERS.get(c, c if c in SOUNDS else "_")]
         spoken = sum(SOUNDS[sound][0] for sound in sounds) * make_speaker(row.speaker).rate
         return (spoken + SOUNDS["_"][0] * (10 + 0.85 * len(row.asr.split()))) / 1000
 
     def unseen(self, n):
-        """n test utterances with their audio: sentences and speakers that never occur in training."""
+        """n test utterances with their audio: sentences and speakers that never occur in
+        training."""
         return [(row, speak_row(row, self.seed)[0]) for row in self.rows(0, n, test=True)]
 
 
@@ -1452,7 +1687,8 @@ def write_corpus(folder, n, options):
         row.audio = str(folder / f"{row.id}.flac")
         soundfile.write(row.audio, np.clip(samples, -1, 1), SAMPLE_RATE)
     write_manifest(folder / "manifest.jsonl", rows)
-    print(f"{n} utterances, {sum(row.duration for row in rows) / 60:.1f} minutes: {folder / 'manifest.jsonl'}")
+    minutes = sum(row.duration for row in rows) / 60
+    print(f"{n} utterances, {minutes:.1f} minutes: {folder / 'manifest.jsonl'}")
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -1462,7 +1698,8 @@ def main(argv=None):
         options = parse_options(argv)
         folder_and_size = make_parser().parse_args(argv).__dict__.get("write_corpus")
         if folder_and_size:
-            write_corpus(folder_and_size[0], whole_number("--write-corpus", folder_and_size[1]), options)
+            folder, size = folder_and_size
+            write_corpus(folder, whole_number("--write-corpus", size), options)
             return 0
         folder, stopped = train(options)
         if stopped:
