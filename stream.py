@@ -1578,7 +1578,7 @@ def main(argv=None):
     parser = arguments()
     options = parser.parse_args(argv)
     if sys.stdout is None:
-        say("stream.py: standard output is closed; there is nowhere to show words")
+        say("stream.py: standard output is closed")
         return 2
     if hasattr(sys.stdout, "reconfigure"):  # a letter that the screen lacks is a question mark
         sys.stdout.reconfigure(errors="replace")

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import stream
-from model import InputError, save
-from serialize import Row, Tokenizer
+from model import save
+from serialize import InputError, Row, Tokenizer
 from stream import (AudioError, Resampler, Streamer, audio_blocks, load_run, read_audio, readable,
                     resample)
 from test_stream import LIMITS, TOKENIZER, captions, folder, lively, noise, pcm  # noqa: F401

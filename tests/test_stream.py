@@ -33,8 +33,25 @@ TOKENIZER = Tokenizer.train(["la le li lo lu"] * 3, 270, tags=("<asr>", "<st:en>
 
 @lru_cache(maxsize=None)
 def lively(seed=0, dtype=torch.float32, **options):
-    """Random weights, made decided, with the blank just so likely that about ten labels a second come out."""
-    torch.manual_seed(seed + 12)
+    """Random weights, made decided, with the blank just so likely that about ten labels a second come out: the first
+    such model whose words are many enough to compare."""
+    return random_model(talkative(seed, **options), dtype, **options)
+
+
+@lru_cache(maxsize=None)
+def talkative(seed, **options):
+    """The first of many random models that writes words early, late, and under a beam."""
+    for offset in range(100 * seed, 100 * seed + 100):
+        model, samples = random_model(offset, torch.float32, **options), noise(N)
+        begun = Streamer(model, TOKENIZER, chunk=4, limits=LIMITS).accept(samples[:9600])
+        if len(begun) > 3 and len(run(model, samples, limits=LIMITS)[0]) > 12 and (
+                len(run(model, samples, beam=3, limits=LIMITS)[0]) > 5):
+            return offset
+    raise AssertionError("no random model writes words")
+
+
+def random_model(seed, dtype, **options):
+    torch.manual_seed(seed)
     options = {"vocab": len(TOKENIZER), "layers": 2, "dropout": 0.0, "left_frames": 16, "label_layers": 1,
                "label_context": 16, "joint_dim": 160, "chunks": (8, 4, 16, 32), **options}
     model = Transducer(replace(PRESETS["tiny"], **options)).eval().to(dtype)
@@ -409,7 +426,7 @@ def test_scores_and_intervals():
 def folder(tmp_path_factory):
     """A checkpoint, three recordings and their manifest, one row of which has no audio."""
     folder = tmp_path_factory.mktemp("stream")
-    model = lively(seed=2)
+    model = next(model for model in map(lively, range(2, 40)) if writes_all(model))
     save(folder / "model.pt", model, tokenizer=TOKENIZER.to_dict(), mode="align")
     rows = []
     for k in range(3):
@@ -418,6 +435,14 @@ def folder(tmp_path_factory):
     rows.append({"id": "gone", "audio": "gone.wav", "asr": "la"})
     (folder / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def writes_all(model):
+    """Both streams somewhere, and in the last recording words on the way and at its end."""
+    words = [run(model, noise(20000 + 9000 * k, k) * np.float32(0.5), limits=LIMITS)[0] for k in range(3)]
+    delays = {word.delay_ms for word in words[2]}
+    return {"<asr>", "<st:en>"} == {word.stream for own in words for word in own} and (
+        38000 / 16 in delays and any(1500 < delay < 38000 / 16 for delay in delays))
 
 
 def pcm(folder):
@@ -448,7 +473,7 @@ def test_captions(folder, capsys, monkeypatch):
 
 def test_captions_grow_in_place(monkeypatch, capsys):
     """A terminal of 30 columns, played back: a full line stays, and the next words begin a block below."""
-    monkeypatch.setattr(stream.os, "get_terminal_size", lambda: os.terminal_size((30, 24)))
+    monkeypatch.setattr(stream.os, "get_terminal_size", lambda *_: os.terminal_size((30, 24)))
     terminal = stream.Terminal(["<asr>", "<st:en>"])
     for k, text in enumerate(["ich", "habe", "e\u0301te\u0301", "gekauft\x1b[2J", "was?"]):
         terminal([Word("<asr>", text, 0, 0, 0, 0)] + [Word("<st:en>", "I", 0, 0, 0, 0)] * (k == 0))
