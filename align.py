@@ -972,12 +972,12 @@ def demonstrate():
 
 def align_pairs(options, align):
     pairs = read_pairs(options.input)
+    sure, possible = read_gold(options.gold, pairs) if options.gold else (None, None)
     links = align(pairs)
     write_lines(options.out, (" ".join(f"{i}-{j}" for i, j in line) for line in links))
     count = sum(map(len, links))
     warn(f"{options.out or 'standard output'}: {len(links)} lines, {count} links written")
     if options.gold:
-        sure, possible = read_gold(options.gold, pairs)
         warn(f"AER {100 * aer(links[:len(sure)], sure, possible):.1f}")
 
 

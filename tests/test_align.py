@@ -274,6 +274,52 @@ def test_gold_links():
     assert align.aer(align.align_bitext(pairs + more)[:len(pairs)], sure, possible) < 0.22
 
 
+# ---- Long pairs ----
+def test_windows_own_every_place_once(monkeypatch):
+    """Every link near the diagonal lies in the one window that decides about it; others in none."""
+    monkeypatch.setattr(align, "CELLS", 100)
+    for I, J in [(10, 10), (11, 10), (60, 60), (37, 80), (2, 900), (1, 500)]:
+        found = align.windows(I, J)
+        assert len(found) == 1 if I * J <= 100 else len(found) > 1
+        n = len(found) + 1
+        for i, j in itertools.product(range(I), range(J)):
+            owners = [w for w in found if w[0](i, j)]
+            assert len(owners) == 1
+            _, (i0, i1), (j0, j1) = owners[0]
+            assert 0 <= i0 < i1 <= I and 0 <= j0 < j1 <= J
+            if len(found) > 1 and abs((i + 0.5) / I - (j + 0.5) / J) < 0.5 / n:
+                assert i0 <= i < i1 and j0 <= j < j1
+        for _, (i0, i1), (j0, j1) in found:  # 2 / n of both sides, rounded up; so 100 cells or rows
+            assert (i1 - i0) < 2 * I / n + 2 and (j1 - j0) < 2 * J / n + 2
+    assert max((i1 - i0) * (j1 - j0) for _, (i0, i1), (j0, j1) in align.windows(60, 60)) == 100
+
+
+def long_pair(n_words):
+    """One pair of so many words, sentence after sentence of a planted language; its links."""
+    pairs, gold = planted(n_words // 4)
+    a, b, links = [], [], []
+    for (source, target), line in zip(pairs, gold):
+        links += [(len(a) + i, len(b) + j) for i, j in line]
+        a, b = a + source, b + target
+        if len(a) >= n_words:
+            break
+    return (a, b), sorted(links)
+
+
+def test_a_pair_of_a_thousand_words(monkeypatch, capsys):
+    """In windows, beside sentences to learn from, it is linked no worse than whole; it is told."""
+    pair, gold = long_pair(1000)
+    assert len(pair[0]) >= 1000
+    *others, links = align.align_bitext([*planted()[0], pair])
+    assert "1 pairs of more than 250000 cells" in capsys.readouterr().err
+    assert len(others) == 300 and align.aer([links], [gold]) < 0.02
+    assert align.aer([[(i, j + 1) for i, j in links]], [gold]) > 0.9  # control
+    monkeypatch.setattr(align, "CELLS", 10**7)
+    whole = align.align_bitext([*planted()[0], pair])[-1]
+    assert capsys.readouterr().err == ""
+    assert align.aer([links], [gold]) <= align.aer([whole], [gold])
+
+
 # ---- The contextual aligner -----------------------------------------------------------------------------------------
 
 def test_extract_links():
@@ -312,6 +358,160 @@ def test_contextual_links_of_a_tiny_bert(tmp_path):
     (tmp_path / "a.pairs").write_text("the house ||| house blue the\n")
     out, _ = run(tmp_path / "a.pairs", "--model", tmp_path)
     assert out == " ".join(f"{i}-{j}" for i, j in links[0]) + "\n"
+
+
+# ---- Files ----
+CASES = DATA / "cases"
+ESCAPE = "\x1b]0;owned\x07"
+
+
+def refused(*arguments, cwd=None, script=ROOT / "align.py", **options):
+    """-> the one line that it said, exit code 2"""
+    done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True,
+                          text=True, cwd=cwd, **options)
+    assert done.returncode == 2 and done.stderr.startswith("align.py: "), done.stderr
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_a_line_ends_with_a_newline_and_nothing_else(tmp_path):
+    """Sixteen lines stay sixteen, whatever else str.splitlines would take for an end."""
+    lines = ["a b ||| c d", "a\rb ||| c\rd", "a\u2028b ||| c\x85d", "a\x0bb ||| c\x0cd", "",
+             "a b ||| c d\r", "\ufeffa b ||| c d"]
+    file = tmp_path / "odd.pairs"
+    file.write_bytes("\n".join(lines).encode())
+    pairs = align.read_pairs(file)
+    assert pairs == [([*"ab"], [*"cd"])] * 4 + [([], [])] + [([*"ab"], [*"cd"])] * 2
+    assert len(align.read_lines(file)) == 7 != len(file.read_text().splitlines())
+    file.write_bytes(b"")
+    out, _ = run(file)
+    assert out == "" and align.read_lines(file) == []
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="needs ../shared/data/cases")
+def test_sixteen_odd_lines():
+    out, said = run(CASES / "odd_lines.pairs")
+    lines = out.split("\n")[:-1]
+    assert len(lines) == (CASES / "odd_lines.pairs").read_bytes().count(b"\n") == 16
+    assert lines[1] == "" and lines[3] != "" and "odd_lines.pairs:7: not aligned: a second" in said
+
+
+def test_one_spelling_for_what_looks_the_same(tmp_path, capsys):
+    file = tmp_path / "nfd.pairs"
+    file.write_text("caf\u00e9 ||| kaffee\ncafe\u0301 ||| kaffee\nu\u0308 ||| x\n")
+    pairs = align.read_pairs(file)
+    assert pairs[0] == pairs[1] == (["caf\u00e9"], ["kaffee"]) and pairs[2][0] == ["\u00fc"]
+    assert capsys.readouterr().err == f"{file}: 2 lines were not in NFC and now are\n"
+
+
+def test_only_regular_files_are_read(tmp_path):
+    import os
+    os.mkfifo(tmp_path / "pipe.pairs")
+    os.mkfifo(tmp_path / "pipe.TextGrid")
+    (tmp_path / "good.pairs").write_text("a ||| b\n")
+    for path in (tmp_path / "pipe.pairs", "/dev/zero", tmp_path):
+        assert f"{path}: not a regular file" in refused(path, timeout=60)
+        assert "not a regular file" in refused(tmp_path / "good.pairs", "--train", path, timeout=60)
+        assert "not a regular file" in refused(tmp_path / "good.pairs", "--gold", path, timeout=60)
+    with pytest.raises(align.InputError, match="no TextGrid"):
+        align.textgrid_times(tmp_path)
+    (tmp_path / "no.pairs").write_text('{"audio": "x.wav"}\n')
+    assert "no.pairs:1: no line has the separator" in refused(tmp_path / "no.pairs")
+
+
+def test_nothing_from_a_file_reaches_the_terminal_as_a_command(tmp_path):
+    file = tmp_path / "escape.pairs"
+    file.write_text(f"{ESCAPE} ||| \na ||| b\n")
+    gold = tmp_path / f"{ESCAPE[:4]}.gold"
+    gold.write_text(f"{ESCAPE}\n0-0\n")
+    _, said = run(file, "--gold", gold)
+    assert "owned" in said and "AER 0.0" in said
+    assert not any(ord(c) < 32 and c != "\n" or 127 <= ord(c) < 160 for c in said)
+
+
+def test_it_says_what_it_wrote(tmp_path):
+    file = tmp_path / "a.pairs"
+    file.write_text("a b ||| c d\na ||| c\n")
+    out, said = run(file)
+    assert out == "0-0 1-1\n0-0\n" and "standard output: 2 lines, 3 links written" in said
+    nothing, said = run(file, "-o", tmp_path / "a.links")
+    assert nothing == "" and f"{tmp_path / 'a.links'}: 2 lines, 3 links written" in said
+    assert (tmp_path / "a.links").read_text() == out
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path):
+    resource = pytest.importorskip("resource")
+    (tmp_path / "a.pairs").write_text("a b ||| c d\n" * 3000)
+    (tmp_path / "a.links").write_text("old\n")
+    script = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000));"
+              "import align; align.write_lines(sys.argv[1], ['0-0 1-1'] * 3000)")
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "a.links"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode and "OSError" in done.stderr
+    assert (tmp_path / "a.links").read_text() == "old\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.links", "a.pairs"]
+    assert resource.RLIMIT_FSIZE is not None
+    if Path("/dev/full").exists():
+        assert "/dev/full: No space left" in refused(tmp_path / "a.pairs", "-o", "/dev/full") \
+            or "No space left" in refused(tmp_path / "a.pairs", "-o", "/dev/full")
+
+
+def test_the_file_alone_in_an_empty_folder(tmp_path):
+    """The demonstration and text need no other file; what needs one says which."""
+    script = tmp_path / "align.py"
+    script.write_bytes((ROOT / "align.py").read_bytes())
+    (tmp_path / "a.pairs").write_text("a b ||| c d\n")
+    (tmp_path / "a.jsonl").write_text('{"audio": "x.wav", "asr": "a", "st": {"xx": "b"}}\n')
+    for arguments, output in [([], "   alt  . . . #\n"), (["a.pairs"], "0-0 1-1\n")]:
+        done = subprocess.run([sys.executable, "-s", script, *arguments], cwd=tmp_path,
+                              capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.endswith(output), done.stderr
+    said = refused("a.jsonl", "-o", "b.jsonl", cwd=tmp_path, script=script)
+    assert "a manifest needs serialize.py beside align.py" in said
+    assert not (tmp_path / "b.jsonl").exists()
+
+
+def test_misused_options(tmp_path):
+    assert "a manifest needs -o" in refused(tmp_path / "a.jsonl")
+    assert "--times is for a manifest" in refused(tmp_path / "a.pairs", "--times", "x.ctm")
+    assert "nowhere.jsonl" in refused("nowhere.jsonl", "-o", tmp_path / "b.jsonl")
+
+
+def test_sound_outside_the_folder(tmp_path):
+    import json
+    (tmp_path / "in").mkdir()
+    row = {"audio": "../x.wav", "asr": "a", "st": {"xx": "b"}}
+    (tmp_path / "in" / "a.jsonl").write_text(json.dumps(row) + "\n")
+    arguments = tmp_path / "in" / "a.jsonl", "-o", tmp_path / "b.jsonl"
+    done = subprocess.run([sys.executable, ROOT / "align.py", *arguments], capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and "--allow-outside permits" in done.stderr
+    _, said = run(*arguments, "--allow-outside")
+    assert f"{tmp_path / 'b.jsonl'}: 1 rows, 1 links written" in said
+    assert json.loads((tmp_path / "b.jsonl").read_text())["audio"] == "x.wav"
+
+
+def test_links_are_learned_from_all_rows_and_fill_only_what_lacks(capsys):
+    from serialize import Row
+    pairs, gold = planted(100)
+    rows = [Row(id=str(n), audio="", asr=" ".join(a), st={"xx": " ".join(b)})
+            for n, (a, b) in enumerate(pairs)]
+    for row in rows[1:]:
+        row.links = {"xx": [(0, 0)]}
+    seen = []
+
+    def learner(given):
+        seen.append(len(given))
+        return align.align_bitext(given)
+
+    align.add_links(rows, learner)
+    assert seen == [100] and rows[0].links["xx"] == gold[0]
+    assert all(row.links == {"xx": [(0, 0)]} for row in rows[1:])
+    align.add_links(rows, learner)  # nothing lacks
+    assert seen == [100]
+    alone = [Row(id="0", audio="", asr=rows[0].asr, st=rows[0].st)]
+    align.add_links(alone, learner)  # control: one sentence does not teach its shuffled order
+    assert alone[0].links["xx"] != gold[0] or gold[0] == sorted((k, k) for k in range(len(gold[0])))
 
 
 # ---- Word times -----------------------------------------------------------------------------------------------------
@@ -381,6 +581,63 @@ def test_times_from_praat(tmp_path, text, encoding):
     (tmp_path / "empty.TextGrid").write_text("")
     found = align.textgrid_times(tmp_path)
     assert found == {"u1": [("das", 0.4), ("", 0.5), ("Haus", 0.75)]}
+
+
+def test_a_ctm_sorted_as_text(tmp_path, capsys):
+    """10.5 stands before 9.0 there; a word said twice must not hide it. Times never fall."""
+    lines = ["u 1 0.5 0.2 da", "u 1 10.5 0.2 da", "u 1 9.0 0.3 die", "u 1 9.1 0.1 in", "u 1 2e1 .5 x"]
+    path = tmp_path / "a.ctm"
+    path.write_text("\n".join(lines) + "\n")
+    assert align.ctm_times(path) == {"u": [("da", 0.7), ("die", 9.3), ("in", 9.3), ("da", 10.7),
+                                           ("x", 20.5)]}
+    bad = ["u 1 1.2.3 0.1 a", "u 1 nan 0.1 a", "u 1 -1 0.1 a", "u 1 1 inf a", "u 1 1 0.1"]
+    path.write_text("\n".join(bad + lines[:1]) + "\n")
+    assert align.ctm_times(path) == {"u": [("da", 0.7)]}
+    said = capsys.readouterr().err
+    assert all(f"a.ctm:{n}: left out, not a line of a CTM" in said for n in range(1, 6))
+    path.write_text("\n".join(bad))
+    with pytest.raises(align.InputError, match="no line of a CTM"):
+        align.ctm_times(path)
+
+
+def test_textgrids_as_the_montreal_forced_aligner_writes_them(tmp_path, capsys):
+    """SPEAKER/ID.TextGrid, and tiers named `anna - words` where several speak in a file."""
+    for folder, end in (("anna", "0.75"), ("bob", "0.85")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "u1.TextGrid").write_text(LONG.replace("0.75", end))
+    (tmp_path / "anna" / "u2.TextGrid").write_text(SHORT.replace('"words"', '"anna - words"'))
+    (tmp_path / "cut.TextGrid").write_text(LONG[:-30])
+    (tmp_path / "phones.TextGrid").write_text(LONG.replace('"words"', '"phones"'))
+    found = align.textgrid_times(tmp_path)
+    assert set(found) == {"anna/u1", "bob/u1", "anna/u2", "u2"}  # u1 alone could be either
+    assert found["u2"] == [("das", 0.4), ("", 0.5), ("Haus", 0.75)]
+    said = capsys.readouterr().err
+    assert "cut.TextGrid: not a whole TextGrid" in said and "phones.TextGrid: no tier" in said
+    from serialize import Row
+    rows = [Row(id="u1", audio="", asr="das haus", speaker="bob"), Row(id="u2", audio="", asr="das haus"),
+            Row(id="anna/u1", audio="", asr="das haus"), Row(id="u1", audio="", asr="das haus")]
+    times = {n: streams["<asr>"] for n, (_, streams) in
+             enumerate(align.annotated_times(rows, tmp_path))}
+    assert times == {0: [0.4, 0.85], 1: [0.4, 0.75], 2: [0.4, 0.75]}
+
+
+def test_two_speakers_in_one_textgrid(tmp_path):
+    tier = '"IntervalTier"\n"{} - words"\n0\n1\n1\n{}\n{}\n"{}"\n'
+    text = ('File type = "ooTextFile"\nObject class = "TextGrid"\n\n0\n1\n<exists>\n3\n'
+            + tier.format("bob", 0.5, 0.75, 'say ""so""') + '"TextTier"\n"notes"\n0\n1\n1\n0.3\n"x"\n'
+            + tier.format("anna", 0, 0.4, "das"))
+    (tmp_path / "u.TextGrid").write_text(text)
+    assert align.textgrid_times(tmp_path)["u"] == [("das", 0.4), ('say "so"', 0.75)]
+
+
+def test_the_characters_of_a_longer_word_share_its_time():
+    words = [*"\u4eca\u5929", "ok", "\u597d"]
+    annotated = [("\u4eca\u5929", 0.5), ("OK", 0.8), ("\u597d", 1.0)]
+    assert align.match_words(words, annotated) == [0.5, 0.5, 0.8, 1.0]
+    assert align.match_words(words, annotated[:2]) is None
+    assert align.match_words(words[:-1], annotated) is None
+    assert align.match_words([], []) is None
+    assert align.match_words(["cafe\u0301"], [("CAF\u00c9", 1.0)]) == [1.0]
 
 
 def test_silence_in_praat_is_no_word(tmp_path):
