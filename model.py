@@ -1,16 +1,28 @@
-"""The network: from waveform to logits, for a whole recording at once or chunk by chunk as it arrives.
+"""The network: from waveform to logits, for a whole recording at once or chunk by chunk.
 
-    waveform -> log-mel -> strided convolutions -> chunk-masked Transformer --\\
-                                                                               joint -> logits over the vocabulary
-    labels written so far ------------------------> label encoder ------------/
+    waveform -> log-mel -> strided convolutions -> chunked Transformer --\\
+                                                                          joint -> logits
+    labels written so far ----------------------> label encoder ---------/
 
-The encoder hears in chunks of C frames. A frame sees all of its own chunk and the `left` chunks before it, in every
-layer, so the look-ahead is at most C - 1 frames however deep the network is, and what a chunk needs of the past is
-bounded: the keys and values of the last left * C frames. Training and offline use give the whole recording in one
-call, where a mask says who sees whom; streaming gives one chunk per call together with the state of the call before.
-Both run the same lines of code (`Stack.forward`), and a test holds their outputs against each other.
+All of it in one line is `Transducer.forward`: a Transformer-Transducer (arXiv 2002.02562), that is,
+the RNN transducer of Graves (arXiv 1211.3711) with attention in both encoders. Our names, and the
+field's:
 
-What this file does not do: losses (rnnt_loss.py), search and audio files (stream.py), text (serialize.py).
+    label encoder    prediction network, predictor, decoder: what comes next, by the labels so far
+    joint            joint network, joiner
+    distance bias    relative position bias (T5, arXiv 1910.10683)
+    chunk mask       chunked attention (arXiv 2010.11395; U2, arXiv 2012.05481)
+
+The encoder hears in chunks of C frames. A frame sees all of its own chunk and the `left` chunks
+before it, in every layer, so the look-ahead is at most C - 1 frames however deep the network is.
+What a chunk needs of the past is bounded too: the keys and values of the last left * C frames, and
+the last inputs of the convolutions. Training and offline use give the whole recording in one call,
+where a mask says who sees whom; streaming gives one chunk per call together with the state of the
+call before. Both run the same lines of code (`Stack.forward`), and a test holds their outputs
+against each other.
+
+What this file does not do: losses (rnnt_loss.py), search and audio files (stream.py), text
+(serialize.py).
 
     python model.py         the presets: parameters, chunk lengths, and a drawing of the mask
 """
@@ -30,13 +42,19 @@ SAMPLE_RATE = 16000
 WINDOW = 400  # samples in a mel frame: 25 ms
 HOP = 160     # samples from one mel frame to the next: 10 ms
 FFT = 512
-MASKED = -3e4  # added to a score that must not count: exp() makes it exactly 0, and it is finite in float16 too
+FLOOR = 1e-5  # power of a mel band; one step of 16-bit sound, as noise, lies a little below
+MASKED = -3e4  # added to a score that must not count: exp() makes it 0, and it is finite in float16
+LONGEST_CHUNK = 4096  # frames; more is not streaming, and its memory of the past would be huge
 
 CHECKPOINT_FORMAT = "joint-streaming-transducer"
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
 
-# ---------------------------------------------------------------------------------------------------------- options
+class InputError(ValueError):
+    """What a user gave cannot be used; the message is one line and names it."""
+
+
+# ---- Options -----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Config:
@@ -46,35 +64,44 @@ class Config:
     layers: int
     ff: int                  # hidden width of the encoder's feed-forward part
     subsampling: int         # mel frames per encoder frame: 2, 4 or 8
-    chunks: tuple[int, ...]  # chunk sizes C in frames that the model is trained for, the default first; 0: whole
+    chunks: tuple[int, ...]  # chunk sizes C in frames, the default first; 0: the whole utterance
     left_frames: int         # how far back a frame sees; rounded up to whole chunks
     dropout: float
     label_encoder: str       # "transformer" or "lstm"
     label_layers: int
-    label_context: int       # labels a layer of the Transformer label encoder sees, itself included
+    label_context: int       # labels that a layer of the label encoder sees, itself included
     joint_dim: int
     ctc_vocab: int = 0       # classes of the auxiliary CTC head on the encoder; 0: no head
     n_mels: int = 80
     max_distance: int = 64   # relative positions further apart than this share one bias
+    kernel: int = 0          # frames under the encoder's depthwise convolutions; 0: none
+    floor: float = FLOOR     # smallest power of a mel band
 
     def __post_init__(self):
-        for name in ("vocab", "dim", "heads", "layers", "ff", "label_layers", "label_context", "joint_dim", "n_mels",
-                     "max_distance"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+        for field in fields(self):
+            value, may_be_zero = getattr(self, field.name), field.name in MAY_BE_ZERO
+            if field.type is int and (type(value) is not int or value < 1 - may_be_zero):
+                raise InputError(f"{field.name} {value!r} must be a whole number, 0 or more"
+                                 if may_be_zero else
+                                 f"{field.name} must be a positive whole number, not {value!r}")
+            if field.type is float and type(value) not in (int, float):
+                raise InputError(f"{field.name} must be a number, not {value!r}")
         for right, message in (
-                (self.dim % self.heads == 0, f"dim {self.dim} is not divisible by heads {self.heads}"),
-                (self.subsampling in (2, 4, 8), f"subsampling must be 2, 4 or 8, not {self.subsampling!r}"),
-                (self.chunks and all(isinstance(c, int) and c >= 0 for c in self.chunks),
-                 f"chunks must be one or more numbers of frames, 0 for the whole utterance, not {self.chunks!r}"),
-                (self.left_frames >= 0, f"left_frames {self.left_frames} must not be negative"),
-                (self.ctc_vocab >= 0, f"ctc_vocab {self.ctc_vocab} must not be negative"),
+                (self.dim % self.heads == 0,
+                 f"dim {self.dim} is not divisible by heads {self.heads}"),
+                (self.subsampling in (2, 4, 8),
+                 f"subsampling must be 2, 4 or 8, not {self.subsampling!r}"),
+                (type(self.chunks) is tuple and self.chunks and all(map(_is_chunk, self.chunks)),
+                 f"chunks must be one or more numbers of frames up to {LONGEST_CHUNK}, "
+                 f"0 for the whole utterance, not {self.chunks!r}"),
+                (self.kernel == 0 or self.kernel % 2 == 1,
+                 f"kernel must be odd, or 0 for no convolution, not {self.kernel}"),
                 (0 <= self.dropout < 1, f"dropout must lie in [0, 1), not {self.dropout!r}"),
+                (0 < self.floor < 1, f"floor must lie in (0, 1), not {self.floor!r}"),
                 (self.label_encoder in ("transformer", "lstm"),
                  f'label_encoder must be "transformer" or "lstm", not {self.label_encoder!r}')):
             if not right:
-                raise ValueError(message)
+                raise InputError(message)
 
     @property
     def frame_s(self) -> float:
@@ -84,32 +111,42 @@ class Config:
         return max(1, -(-n_samples // (HOP * self.subsampling)))
 
     def left_chunks(self, chunk: int) -> int:
-        if chunk < 0:
-            raise ValueError(f"a chunk has one or more frames (0: the whole utterance), not {chunk}")
+        if not _is_chunk(chunk):
+            raise InputError(f"a chunk has 1 to {LONGEST_CHUNK} frames (0: the whole utterance), "
+                             f"not {chunk}")
         return -(-self.left_frames // chunk) if chunk else 0
 
 
+MAY_BE_ZERO = ("left_frames", "ctc_vocab", "kernel")
+
+
+def _is_chunk(value):
+    return type(value) is int and 0 <= value <= LONGEST_CHUNK
+
+
 PRESETS = {
-    "tiny": Config(vocab=512, dim=144, heads=4, layers=4, ff=576, subsampling=4, chunks=(8, 4, 16, 32),
-                   left_frames=64, dropout=0.1, label_encoder="transformer", label_layers=2, label_context=48,
-                   joint_dim=144),
-    "small": Config(vocab=1024, dim=256, heads=4, layers=12, ff=1024, subsampling=4, chunks=(8, 4, 16, 32),
-                    left_frames=128, dropout=0.1, label_encoder="transformer", label_layers=2, label_context=32,
-                    joint_dim=320),
-    "paper": Config(vocab=4096, dim=512, heads=8, layers=24, ff=4096, subsampling=4, chunks=(25,),
-                    left_frames=450, dropout=0.1, label_encoder="transformer", label_layers=2, label_context=64,
-                    joint_dim=640),
+    "tiny": Config(vocab=512, dim=144, heads=4, layers=4, ff=576, subsampling=4,
+                   chunks=(16, 8, 32), left_frames=64, dropout=0.1,
+                   label_encoder="transformer", label_layers=2, label_context=24, joint_dim=144),
+    "small": Config(vocab=1024, dim=256, heads=4, layers=12, ff=1024, subsampling=4,
+                    chunks=(8, 4, 16, 32), left_frames=128, dropout=0.1,
+                    label_encoder="transformer", label_layers=2, label_context=32, joint_dim=320),
+    "paper": Config(vocab=4096, dim=512, heads=8, layers=24, ff=4096, subsampling=4,
+                    chunks=(25,), left_frames=450, dropout=0.1,
+                    label_encoder="transformer", label_layers=2, label_context=64, joint_dim=640),
 }
 
 
-# --------------------------------------------------------------------------------------------------------- features
+# ---- Features ----------------------------------------------------------------------------------
 
 @lru_cache(maxsize=None)
 def _window_and_bands(n_mels, dtype, device):
     """Hann window (WINDOW,) and triangular mel filters (FFT // 2 + 1, n_mels), 20 Hz to 8 kHz."""
-    mel = lambda hz: 1127 * math.log1p(hz / 700)
+    def mel(hz):
+        return 1127 * math.log1p(hz / 700)
     edges = torch.linspace(mel(20.0), mel(SAMPLE_RATE / 2), n_mels + 2, dtype=torch.float64)
-    bins = 1127 * torch.log1p(torch.arange(FFT // 2 + 1, dtype=torch.float64) * SAMPLE_RATE / FFT / 700)
+    hz = torch.arange(FFT // 2 + 1, dtype=torch.float64) * SAMPLE_RATE / FFT
+    bins = 1127 * torch.log1p(hz / 700)
     rise = (bins[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
     fall = (edges[2:] - bins[:, None]) / (edges[2:] - edges[1:-1])
     bands = torch.minimum(rise, fall).clamp(min=0)
@@ -117,65 +154,72 @@ def _window_and_bands(n_mels, dtype, device):
     return window.to(device, dtype), bands.to(device, dtype)
 
 
-def log_mel(samples: Tensor, n_mels: int = 80) -> Tensor:
-    """(N,) or (B, N) -> (F, n_mels) or (B, F, n_mels). Frame k is made of samples [160 k, 160 k + 400) and nothing
-    else: no centring, no padding, no statistics of the utterance; any of those would let a frame see the future."""
+def log_mel(samples: Tensor, n_mels: int = 80, floor: float = FLOOR) -> Tensor:
+    """(N,) or (B, N) in -1..1 -> (F, n_mels) or (B, F, n_mels): log of the power in each band.
+
+    Frame k is made of samples [160 k, 160 k + 400) and nothing else: no centring, no padding, no
+    statistics of the utterance; any of those would let a frame see the future. Powers below
+    `floor` count as `floor`, so that digital silence is like a quiet room and not like nothing
+    that was ever recorded.
+    """
     window, bands = _window_and_bands(n_mels, samples.dtype, samples.device)
     if samples.shape[-1] < WINDOW:
         return samples.new_zeros(*samples.shape[:-1], 0, n_mels)
     spectrum = torch.fft.rfft(samples.unfold(-1, WINDOW, HOP) * window, n=FFT)
     power = spectrum.real.square() + spectrum.imag.square()
-    return (power @ bands).clamp(min=1e-8).log()
+    return (power @ bands).clamp(min=floor).log()
 
 
 def pad_samples(samples: Tensor, subsampling: int) -> Tensor:
-    """Zeros at the end, so that log_mel gives exactly T * subsampling frames, T = max(1, ceil(N / (160 * s)))."""
+    """Zeros at the end, so that log_mel gives exactly T * subsampling frames,
+    T = max(1, ceil(N / (160 * subsampling)))."""
     n = samples.shape[-1]
     frames = max(1, -(-n // (HOP * subsampling))) * subsampling
     return F.pad(samples, (0, HOP * frames + WINDOW - HOP - n))
 
 
-# ------------------------------------------------------------------------------------------------------------ state
+# ---- State -------------------------------------------------------------------------------------
 
+@dataclass(frozen=True)
 class State:
-    """What a batch of streams remembers between two calls: tensors, or one tensor per layer, whose first dimension is
-    the stream, so that streams can be taken out of a batch and put together into one. Their shapes never change."""
+    """What a batch of streams remembers between two calls. The first dimension of every tensor is
+    the stream, so that streams can be taken out of a batch and put together into one. The shapes
+    never change."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def select(self, rows) -> "State":
         """The state of some streams of the batch; rows is an index tensor, a list or a slice."""
-        return State._each([self], lambda same: same[0][rows])
+        return replace(self, **{name: tensor[rows] for name, tensor in self.tensors().items()})
 
     @staticmethod
     def join(states: list["State"]) -> "State":
         """One batch out of several."""
-        return State._each(states, torch.cat) if len(states) > 1 else states[0]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All of them by name, layer after layer."""
-        layers = {name: value if isinstance(value, tuple) else (value,) for name, value in vars(self).items()}
-        return {f"{name}.{i}": x for name, values in layers.items() for i, x in enumerate(values)
-                if isinstance(x, Tensor)}
-
-    @staticmethod
-    def _each(states, function):
-        def apply(values):
-            if isinstance(values[0], tuple):
-                return tuple(function(layer) for layer in zip(*values))
-            return function(values) if isinstance(values[0], Tensor) else values[0]
-        return type(states[0])(*(apply([getattr(s, f.name) for s in states]) for f in fields(states[0])))
+        first, *others = states
+        if not others:
+            return first
+        return replace(first, **{name: torch.cat([getattr(state, name) for state in states])
+                                 for name in first.tensors()})
 
 
 @dataclass(frozen=True)
-class AttentionState(State):
-    keys: tuple[Tensor, ...]    # (B, H, past, D / H) in each layer
-    values: tuple[Tensor, ...]  # (B, H, past, D / H)
-    filled: Tensor              # (B,) how many of the past frames are real, the last ones
+class StackState(State):
+    keys: Tensor           # (B, layers, H, past, D / H)
+    values: Tensor         # (B, layers, H, past, D / H)
+    filled: Tensor         # (B,) how many of the past frames are real, the last ones
+    bias: Tensor           # (B, H, C, past + C) of a whole chunk: see Stack.bias
+    inputs: Tensor | None  # (B, layers, kernel - 1, D) the last inputs of the convolutions
+
+    def layer(self, i):
+        inputs = None if self.inputs is None else self.inputs[:, i]
+        return self.keys[:, i], self.values[:, i], inputs
 
 
 @dataclass(frozen=True)
-class EncoderState(AttentionState):
-    tails: Tensor               # (B, widths of all convolution inputs) the last input frame of each convolution
-    chunk: int                  # frames per call
+class EncoderState(StackState):
+    tails: Tensor  # (B, widths of all strided convolutions) the last input frame of each
+    chunk: int     # C, frames per call
 
 
 @dataclass(frozen=True)
@@ -184,86 +228,154 @@ class LSTMState(State):
     cell: Tensor    # (B, layers, D)
 
 
-# -------------------------------------------------------------------------------------------------------- Transformer
+# ---- Transformer -------------------------------------------------------------------------------
+
+class Convolution(nn.Module):
+    """Depthwise convolution over time (Conformer, arXiv 2005.08100) that stays in the chunk.
+
+    Half of the channels are causal: their `kernel` taps end at the frame itself. The taps of the
+    others are centred on it, and those that would lie beyond the end of its chunk see zeros
+    (dynamic chunk convolution, arXiv 2304.09325). So a frame in the middle of a chunk hears up to
+    (kernel - 1) / 2 frames that are there anyway, and no frame waits for the next chunk.
+    """
+
+    def __init__(self, dim, kernel, dropout):
+        super().__init__()
+        self.past, self.ahead = kernel - 1, kernel // 2
+        self.norm, self.gate = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim)
+        self.depthwise = nn.Conv2d(dim, dim, (1, kernel), groups=dim)
+        self.middle_norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, chunk, past=None, real=None):
+        """x (B, Q, D); past (B, kernel - 1, D): the inputs before, None at the start; real
+        (B, Q, 1): False where a frame is padding. -> (B, Q, D), the last kernel - 1 inputs."""
+        B, Q, D = x.shape
+        inputs = F.glu(self.gate(self.norm(x)))
+        if real is not None:
+            inputs = inputs.masked_fill(~real, 0)
+        if past is None:
+            past = x.new_zeros(B, self.past, D)
+        inputs = torch.cat([past, inputs], 1)
+        # All chunks at once, a chunk with what lies before it being a row of a picture (B, D, n, .)
+        # whose channels lie next to each other in memory: as x has them, and fast.
+        windows = F.pad(inputs, (0, 0, 0, -Q % chunk)).unfold(1, self.past + chunk, chunk)
+        causal, centred = windows.transpose(1, 2).chunk(2, 1)
+        windows = torch.cat([causal, F.pad(centred[..., self.ahead:], (0, self.ahead))], 1)
+        y = self.depthwise(windows.contiguous(memory_format=torch.channels_last))  # (B, D, n, C)
+        y = y.permute(0, 2, 3, 1).reshape(B, -1, D)[:, :Q]
+        return x + self.dropout(self.out(F.silu(self.middle_norm(y)))), inputs[:, Q:]
+
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward."""
+    """One layer: attention, convolution if there is one, feed-forward; each behind a norm
+    (pre-norm, arXiv 2002.04745) and added to what it reads."""
 
-    def __init__(self, dim, heads, ff, dropout):
+    def __init__(self, dim, heads, ff, dropout, kernel):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.convolution = Convolution(dim, kernel, dropout) if kernel else None
         self.ff1, self.ff2 = nn.Linear(dim, ff), nn.Linear(ff, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, bias, past=None):  # x (B, Q, D), bias (1 or B, H, Q, K), past (keys, values)
+    def forward(self, x, bias, chunk, real=None, past=(None, None, None)):
+        """x (B, Q, D); bias (1 or B, H, Q, K), added to the attention scores; past: keys, values
+        and inputs of the convolution before x. -> x, and the same three with those of x."""
+        keys, values, inputs = past
+        x, keys, values = self.attend(x, bias, keys, values)
+        if self.convolution:
+            x, inputs = self.convolution(x, chunk, inputs, real)
+        x = x + self.dropout(self.ff2(F.relu(self.ff1(self.norm2(x)))))
+        return x, (keys, values, inputs)
+
+    def attend(self, x, bias, past_keys, past_values):
         B, Q, D = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, Q, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, Q, D / H)
-        if past is not None:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        x = x + self.dropout(self.out(seen.transpose(1, 2).reshape(B, Q, D)))
-        return x + self.dropout(self.ff2(F.relu(self.ff1(self.norm2(x))))), k, v
+        qkv = self.qkv(self.norm1(x)).view(B, Q, 3, self.heads, -1)
+        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # (B, H, Q, D / H) each
+        if past_keys is not None:
+            keys = torch.cat([past_keys, keys], 2)          # (B, H, K, D / H)
+            values = torch.cat([past_values, values], 2)
+        seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias.to(x.dtype))
+        return x + self.dropout(self.out(seen.transpose(1, 2).reshape(B, Q, D))), keys, values
 
 
 class Stack(nn.Module):
-    """Transformer layers over frames or labels in chunks: the one attention path of everything in this file."""
+    """Transformer layers over frames or labels in chunks: the one attention path of this file."""
 
-    def __init__(self, config, layers, ff, max_distance):
+    def __init__(self, config, layers, ff, max_distance, kernel=0):
         super().__init__()
-        self.max_distance, self.kept = max_distance, (None, None)
-        self.blocks = nn.ModuleList(Block(config.dim, config.heads, ff, config.dropout) for _ in range(layers))
+        self.max_distance = max_distance
+        self.blocks = nn.ModuleList(Block(config.dim, config.heads, ff, config.dropout, kernel)
+                                    for _ in range(layers))
         self.norm = nn.LayerNorm(config.dim)
-        # A bias per head and distance, query minus key, shared by the layers. Heads start with different reach.
+        # A bias per head and distance, query minus key, shared by the layers (relative position
+        # bias). At first it falls with the distance, in some heads faster than in others (ALiBi,
+        # arXiv 2108.12409).
         distance = torch.arange(-max_distance, max_distance + 1).abs()
-        self.distance_bias = nn.Parameter(-distance / 2.0 ** torch.arange(1, config.heads + 1)[:, None])  # (H, 2 M + 1)
+        slope = 2.0 ** -torch.arange(1, config.heads + 1)
+        self.distance_bias = nn.Parameter(-distance * slope[:, None])  # (H, 2 M + 1)
         for block in self.blocks:
-            for last in (block.out, block.ff2):  # many layers add up: keep their sum of the size of one
-                nn.init.normal_(last.weight, std=(2 * layers * last.in_features) ** -0.5)
-                nn.init.zeros_(last.bias)
+            added = [block.out, block.ff2] + ([block.convolution.out] if kernel else [])
+            for linear in added:  # many layers add up: keep their sum of the size of one
+                std = (len(added) * layers * linear.in_features) ** -0.5
+                nn.init.normal_(linear.weight, std=std)
+                nn.init.zeros_(linear.bias)
 
     def bias(self, queries, past, chunk, left):
-        """(H, queries, past + queries): position bias, and MASKED where a query does not see a key. Positions count
-        from the first query, which begins a chunk: the past has negative ones, and the floor of position / chunk
-        numbers the chunks on both sides. A stream's last one is kept until its weights change (but by weight.data)."""
-        weight, M, (known, kept) = self.distance_bias, self.max_distance, self.kept
-        key = queries, past, chunk, left, weight.dtype, weight.data_ptr(), weight.is_inference() or weight._version
-        if known == key and not torch.is_grad_enabled():
-            return kept
-        offsets = torch.arange(1 - queries - past, queries, device=weight.device)  # key minus query, past to future
-        position = weight[:, (-offsets).clamp(-M, M) + M].unfold(1, past + queries, 1).flip(1)
-        chunks_back = offsets[-queries:, None] // chunk - offsets[queries - 1:] // chunk
-        bias = position.masked_fill((chunks_back < 0) | (chunks_back > left), MASKED)
-        self.kept = (key, bias) if past and not torch.is_grad_enabled() else (None, None)
-        return bias
+        """What is added to the attention scores of `queries` frames, which begin a chunk, and
+        `past` frames before them: (H, queries, past + queries), the distance's bias, and MASKED
+        where a frame does not see another one."""
+        device, M = self.distance_bias.device, self.max_distance
+        key = torch.arange(-past, queries, device=device)
+        query = torch.arange(queries, device=device)[:, None]
+        distance = (query - key).clamp(-M, M)
+        bias = torch.take_along_dim(self.distance_bias[:, None], distance[None] + M, 2)
+        chunks_back = query // chunk - key // chunk  # the floor numbers the past chunks -1, -2 ..
+        return bias.masked_fill((chunks_back < 0) | (chunks_back > left), MASKED)
 
     def forward(self, x, chunk, left, state=None, lengths=None):
-        """x (B, Q, D) beginning at a chunk's first frame; state: the frames before; lengths (B,): how many of the Q
-        are real. Returns (B, Q, D) and the keys and values of past and present, (B, H, K, D / H) per layer."""
-        Q, past = x.shape[1], state.keys[0].shape[2] if state else 0
-        bias = self.bias(Q, past, chunk or Q, left)[None]
+        """x (B, Q, D) that begins at a chunk's first frame; state: the frames before; lengths
+        (B,): how many of the Q are real. -> (B, Q, D), and what each layer knows of past and
+        present: keys, values, inputs of the convolution."""
+        Q, past = x.shape[1], 0 if state is None else state.keys.shape[3]
+        chunk, real = chunk or Q, None
         position = torch.arange(-past, Q, device=x.device)
+        if state is not None and Q <= state.bias.shape[2]:
+            bias = state.bias[:, :, :Q, :past + Q]
+        else:
+            bias = self.bias(Q, past, chunk, left)[None]
         if state is not None:
-            bias = bias.masked_fill((position < -state.filled[:, None])[:, None, None], MASKED)
+            unfilled = position < -state.filled[:, None]
+            bias = bias.masked_fill(unfilled[:, None, None], MASKED)
         if lengths is not None:
-            bias = bias.masked_fill((position >= lengths[:, None])[:, None, None], MASKED)
-        keys, values = [], []
+            real = position < lengths[:, None]
+            bias = bias.masked_fill(~real[:, None, None], MASKED)
+            real = real[:, past:, None]
+        memory = []
         for i, block in enumerate(self.blocks):
-            x, k, v = block(x, bias, (state.keys[i], state.values[i]) if state else None)
-            keys.append(k)
-            values.append(v)
-        return self.norm(x), keys, values
+            x, after = block(x, bias, chunk, real, (None,) * 3 if state is None else state.layer(i))
+            memory.append(after)
+        return self.norm(x), memory
 
 
-def remember(keys, values, filled, past):
-    """The last `past` frames of the keys and values of every layer, zeros in front where there are fewer."""
-    def last(x):
-        return x[:, :, x.shape[2] - past:] if x.shape[2] >= past else F.pad(x, (0, 0, past - x.shape[2], 0))
-    return {"keys": tuple(map(last, keys)), "values": tuple(map(last, values)), "filled": filled.clamp(max=past)}
+def remember(memory, filled, past):
+    """The fields of a StackState after `memory`, which Stack.forward returned: the last `past`
+    frames, with zeros in front where there are fewer."""
+    keys, values, inputs = zip(*memory)
+    extra = keys[0].shape[2] - past
+
+    def last(layers):
+        if extra < 0:
+            return F.pad(torch.stack(layers, 1), (0, 0, -extra, 0))
+        return torch.stack([layer[:, :, extra:] for layer in layers], 1)
+
+    return {"keys": last(keys), "values": last(values), "filled": filled.clamp(max=past),
+            "inputs": None if inputs[0] is None else torch.stack(inputs, 1)}
 
 
-# ---------------------------------------------------------------------------------------------------------- encoder
+# ---- Encoder -----------------------------------------------------------------------------------
 
 class Encoder(nn.Module):
     def __init__(self, config):
@@ -271,69 +383,86 @@ class Encoder(nn.Module):
         self.config = config
         self.register_buffer("mean", torch.zeros(config.n_mels))
         self.register_buffer("std", torch.ones(config.n_mels))
-        # Each convolution halves the frames: output t is made of inputs 2t - 1, 2t, 2t + 1, so that encoder frame t
-        # needs no mel frame after s * t + s - 1, and a stream has to keep one input frame of each.
+        # Each strided convolution halves the frames: output t is made of inputs 2t - 1, 2t, 2t + 1,
+        # so that encoder frame t needs no mel frame after s * t + s - 1, and a stream has to keep
+        # one input frame of each.
         widths = [config.n_mels] + [config.dim] * int(math.log2(config.subsampling))
         self.convolutions = nn.ModuleList(nn.Linear(3 * a, b) for a, b in zip(widths, widths[1:]))
         self.tail_widths = widths[:-1]
         self.project = nn.Linear(config.dim, config.dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.stack = Stack(config, config.layers, config.ff, config.max_distance)
+        self.stack = Stack(config, config.layers, config.ff, config.max_distance, config.kernel)
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Mean and standard deviation (n_mels,) of the features, over all of the training data."""
         self.mean.copy_(mean)
         self.std.copy_(std)
 
     def initial_state(self, batch: int, chunk: int | None = None) -> EncoderState:
+        """Of `batch` streams that have heard nothing and come in chunks of `chunk` frames."""
         c = self.config
         chunk = c.chunks[0] if chunk is None else chunk
+        left = c.left_chunks(chunk)
         new = self.stack.distance_bias.new_zeros
-        past = tuple(new(batch, c.heads, c.left_chunks(chunk) * chunk, c.dim // c.heads) for _ in range(c.layers))
-        return EncoderState(past, past, new(batch, dtype=torch.long), new(batch, sum(self.tail_widths)), chunk)
+        bias = self.stack.bias(chunk, left * chunk, max(1, chunk), left).detach()
+        cache = new(batch, c.layers, c.heads, left * chunk, c.dim // c.heads)
+        inputs = new(batch, c.layers, c.kernel - 1, c.dim) if c.kernel else None
+        return EncoderState(cache, cache, new(batch, dtype=torch.long),
+                            bias.expand(batch, -1, -1, -1), inputs,
+                            new(batch, sum(self.tail_widths)), chunk)
 
-    def subsample(self, mel, tails):  # (B, F, n_mels), (B, sum of widths) -> (B, T, D), new tails
+    def subsample(self, mel, tails):
+        """(B, F, n_mels), (B, sum of widths) -> (B, T, D), new tails"""
         x, kept = (mel - self.mean) / self.std, []
         for conv, tail in zip(self.convolutions, tails.split(self.tail_widths, 1)):
             x = torch.cat([tail[:, None], x], 1)
             kept.append(x[:, -1])
-            pairs = x[:, 1:].reshape(x.shape[0], -1, 2 * x.shape[2])       # inputs 2t, 2t + 1
-            x = F.relu(conv(torch.cat([x[:, :-1:2], pairs], 2)))           # and 2t - 1 before them
+            pairs = x[:, 1:].reshape(x.shape[0], -1, 2 * x.shape[2])  # inputs 2t, 2t + 1
+            x = F.relu(conv(torch.cat([x[:, :-1:2], pairs], 2)))      # and 2t - 1 before them
         return self.dropout(self.project(x)), torch.cat(kept, 1)
 
     def forward(self, mel, lengths=None, state=None, chunk=None):
         """mel (B, F, n_mels) -> frames (B, T, D), state.
 
-        Offline: state None, whole utterances, `lengths` their mel frames; the state returned is None.
-        Streaming: `state` from initial_state or the call before, one chunk of mel frames; only the last may be short.
+        Offline: state None, whole utterances, `lengths` (B,) their mel frames; `chunk` in frames
+        (0: the whole utterance, None: the first of the config's); the state returned is None.
+        Streaming: `state` from initial_state or the call before, one chunk of mel frames; only the
+        last may be short. Raises ValueError for mel frames that are no such chunk.
         """
         s = self.config.subsampling
         if mel.shape[1] % s or not mel.shape[1]:
-            raise ValueError(f"{mel.shape[1]} mel frames are not a positive multiple of {s}; pad_samples makes them so")
+            raise ValueError(f"{mel.shape[1]} mel frames are not a positive multiple of {s}; "
+                             "pad_samples makes them so")
         if state is not None or chunk is None:
-            chunk = state.chunk if state else self.config.chunks[0]
+            chunk = self.config.chunks[0] if state is None else state.chunk
         left = self.config.left_chunks(chunk)
         if state is not None and chunk and mel.shape[1] > chunk * s:
-            raise ValueError(f"a call with a state takes one chunk, {chunk * s} mel frames, not {mel.shape[1]}")
+            raise ValueError(f"a call with a state takes one chunk, {chunk * s} mel frames, "
+                             f"not {mel.shape[1]}")
         lengths = None if lengths is None else (lengths + s - 1) // s
-        tails = state.tails if state else mel.new_zeros(mel.shape[0], sum(self.tail_widths))
+        tails = mel.new_zeros(len(mel), sum(self.tail_widths)) if state is None else state.tails
         x, tails = self.subsample(mel, tails)
-        x, keys, values = self.stack(x, chunk, left, state, lengths)
+        x, memory = self.stack(x, chunk, left, state, lengths)
         if state is None:
             return x, None
-        return x, EncoderState(**remember(keys, values, state.filled + x.shape[1], left * chunk), tails=tails,
-                               chunk=chunk)
+        filled = state.filled + x.shape[1]
+        return x, replace(state, tails=tails, **remember(memory, filled, left * chunk))
 
 
-# ---------------------------------------------------------------------------------------------------- label encoder
+# ---- Label encoder -----------------------------------------------------------------------------
 
 class LabelEncoder(nn.Module):
-    """Reads the labels written so far. Position u of its output has read labels 1 .. u and the start symbol (blank).
-    To the Transformer a label is a chunk of one frame: it sees itself and label_context - 1 labels before it."""
+    """Reads the labels written so far (the field's prediction network). Position u of its output
+    has read labels 1 .. u and the start symbol (blank). To the Transformer a label is a chunk of
+    one frame: it sees itself and label_context - 1 labels before it.
+
+    The label V, one more than can be written, means "forgotten": training hides labels behind it.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab, config.dim)
+        self.embedding = nn.Embedding(config.vocab + 1, config.dim)
         nn.init.normal_(self.embedding.weight, std=0.5)
         self.dropout = nn.Dropout(config.dropout)
         if config.label_encoder == "lstm":
@@ -343,23 +472,38 @@ class LabelEncoder(nn.Module):
             self.stack = Stack(config, config.label_layers, 4 * config.dim, config.label_context)
 
     def forward(self, labels, state=None):
-        """labels (B, U) -> (B, U + 1, D) from the start, or (B, U, D) after the labels that `state` has read."""
+        """labels (B, U) -> (B, U + 1, D) from the start, or (B, U, D) after the labels that `state`
+        has read; and the state after them."""
         if state is None:
             labels = F.pad(labels, (1, 0))  # blank is 0
         x = self.dropout(self.embedding(labels))
         if self.config.label_encoder == "lstm":
-            past = None if state is None else tuple(h.transpose(0, 1).contiguous() for h in (state.hidden, state.cell))
-            x, (hidden, cell) = self.lstm(x, past)
-            return self.norm(x), LSTMState(hidden.transpose(0, 1), cell.transpose(0, 1))
+            return self.run_lstm(x, state)
+        return self.run_transformer(x, state)
+
+    def run_transformer(self, x, state):
         left = self.config.label_context - 1
-        x, keys, values = self.stack(x, 1, left, state)
-        filled = x.shape[1] + (state.filled if state else torch.zeros_like(labels[:, 0]))
-        return x, AttentionState(**remember(keys, values, filled, left))
+        y, memory = self.stack(x, 1, left, state)
+        if state is None:
+            filled = torch.full_like(x[:, 0, 0], x.shape[1], dtype=torch.long)
+            bias = self.stack.bias(1, left, 1, left).detach().expand(len(x), -1, -1, -1)
+        else:
+            filled, bias = state.filled + x.shape[1], state.bias
+        return y, StackState(bias=bias, **remember(memory, filled, left))
+
+    def run_lstm(self, x, state):
+        past = None
+        if state is not None:  # torch wants the layer first
+            past = tuple(h.transpose(0, 1).contiguous() for h in (state.hidden, state.cell))
+        y, (hidden, cell) = self.lstm(x, past)
+        return self.norm(y), LSTMState(hidden.transpose(0, 1), cell.transpose(0, 1))
 
 
-# ------------------------------------------------------------------------------------------------------------ model
+# ---- Model -------------------------------------------------------------------------------------
 
 class Joint(nn.Module):
+    """logits = output(tanh(encoder_proj(frame) + label_proj(label)))"""
+
     def __init__(self, config):
         super().__init__()
         self.encoder_proj = nn.Linear(config.dim, config.joint_dim)
@@ -367,9 +511,14 @@ class Joint(nn.Module):
         self.output = nn.Linear(config.joint_dim, config.vocab)
         nn.init.zeros_(self.output.bias)
 
-    def forward(self, frames, labels):  # (B, T, D), (B, U1, D) -> (B, T, U1, V)
-        both = self.encoder_proj(frames)[:, :, None] + self.label_proj(labels)[:, None]
-        return self.output(torch.tanh(both))
+    def forward(self, frames, labels):
+        """(B, T, D), (B, U1, D) -> (B, T, U1, V)"""
+        return self.combine(self.encoder_proj(frames)[:, :, None], self.label_proj(labels)[:, None])
+
+    def combine(self, frames, labels):
+        """Projected frames and labels (..., J), of shapes that broadcast -> (..., V). A search
+        projects a frame or a label once and combines it many times."""
+        return self.output(torch.tanh(frames + labels))
 
 
 class Transducer(nn.Module):
@@ -381,67 +530,151 @@ class Transducer(nn.Module):
         self.joint = Joint(config)
         self.ctc = nn.Linear(config.dim, config.ctc_vocab) if config.ctc_vocab else None
 
+    def forward(self, mel, labels, lengths=None, chunk=None):
+        """mel (B, F, n_mels), labels (B, U), lengths (B,) in mel frames -> logits (B, T, U + 1, V).
 
-# ------------------------------------------------------------------------------------------------------ checkpoints
+        The definition of the whole model: logits[b, t, u] score what comes next for utterance b
+        when frame t is heard and the first u labels are written, blank (0) to go on to frame
+        t + 1. Training computes the same in pieces, never all logits at once.
+        """
+        frames, _ = self.encoder(mel, lengths, chunk=chunk)
+        label_out, _ = self.label_encoder(labels)
+        return self.joint(frames, label_out)
+
+
+# ---- Checkpoints -------------------------------------------------------------------------------
 
 def save(path, model: Transducer, **plain) -> None:
-    """Tensors and plain data only, under a temporary name first: a reader never meets half a file."""
+    """Tensors and plain data only, under a temporary name first: a reader never meets half a file.
+    Raises OSError, with the path, where the disk is full or the like; the old file then stays."""
     path = os.fspath(path)
-    content = {"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, "config": asdict(model.config),
-               "model": model.state_dict(), "beside": plain}
+    content = {"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION,
+               "config": asdict(model.config), "model": model.state_dict(), "beside": plain}
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        torch.save(content, temporary)
+        with open(temporary, "wb") as file:
+            _write(content, file)
         os.replace(temporary, path)
+    except OSError as error:
+        why = f"not saved, and what was there is untouched: {error.strerror or error}"
+        raise OSError(error.errno, why, path) from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
 
 
+def _write(content, file):
+    """torch.save, which hides an OSError of the file behind a RuntimeError of its own."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        while error is not None and not isinstance(error, OSError):
+            error = error.__cause__ or error.__context__
+        if error is None:
+            raise
+        raise error
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def load(path, map_location="cpu") -> tuple[Transducer, dict]:
-    """The model in eval mode and what was saved beside it. Code in the file is refused, never run."""
+    """The model in eval mode and what was saved beside it. Code in the file is refused, never run.
+    Raises InputError, one line with the path, for whatever is not a whole and sound checkpoint."""
     path = os.fspath(path)
+    _check_device(map_location, path)
     content = _read(path, map_location)
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of this project: it lacks the mark {CHECKPOINT_FORMAT!r}")
+        raise InputError(f"{path}: not a checkpoint of this project: "
+                         f"it lacks the mark {CHECKPOINT_FORMAT!r}")
     if content.get("version") != CHECKPOINT_VERSION:
-        raise ValueError(f"{path}: checkpoint version {content.get('version')!r}, this code reads {CHECKPOINT_VERSION}")
+        raise InputError(f"{path}: checkpoint version {str(content.get('version')):.20}, "
+                         f"this code reads version {CHECKPOINT_VERSION}: "
+                         "train it again, or use the code that wrote it")
     try:
-        config = Config(**{**content["config"], "chunks": tuple(content["config"]["chunks"])})
-        model = Transducer(config).to(map_location)
-        model.load_state_dict(content["model"])
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: a damaged checkpoint: {error}") from None
+        config, weights = content["config"], content["model"]
+        for name in ("config", "model", "beside"):
+            if not isinstance(content[name], dict):
+                raise InputError(f"{name} is no dict but {content[name]!r:.50}")
+        config = Config(**{**config, "chunks": tuple(config["chunks"])})
+        model = _model_for(config, weights).to_empty(device=map_location)
+        model.load_state_dict(weights)
+    except KeyError as error:
+        raise InputError(f"{path}: a damaged checkpoint: it lacks {error}") from None
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: a damaged checkpoint: {reason:.300}") from None
     return model.eval(), content["beside"]
 
 
-def _read(path, map_location):
+def _model_for(config, weights):
+    """A model without memory (on the meta device) that these weights fit: so neither a wrong size
+    in the file nor a wrong tensor costs more than a look at it."""
+    for name in ("layers", "label_layers"):  # every layer has some tensors of its own
+        if getattr(config, name) > len(weights):
+            raise InputError(f"{name} {getattr(config, name)}, with {len(weights)} weights in all")
+    with torch.device("meta"):
+        model = Transducer(config)
+    expected = model.state_dict()
+    if different := expected.keys() ^ weights.keys():
+        name = min(map(str, different))
+        fault = "is missing" if name in expected else "is no weight of this model"
+        raise InputError(f"{name:.50} {fault}")
+    for name, tensor in weights.items():
+        shape = tuple(expected[name].shape)
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
+            raise InputError(f"{name} must have the shape {shape}: {tensor!r:.50}")
+        if not (tensor.is_floating_point() and tensor.is_contiguous() and not tensor.is_meta):
+            raise InputError(f"{name} must be plain floating-point numbers: {tensor!r:.50}")
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{name} holds numbers that are NaN or infinite")
+    return model
+
+
+def _check_device(device, path):
     try:
-        if not zipfile.is_zipfile(path):  # what torch.save writes is a zip archive
-            raise ValueError("something else, or cut off" if os.path.exists(path) else "no such file")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # by builds of torch
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: cannot be loaded on device {device}: {reason}") from None
+
+
+def _read(path, map_location):
+    if not os.path.isfile(path):
+        what = "not a regular file" if os.path.exists(path) else "no such file"
+        raise InputError(f"{path}: {what}")
+    try:
+        with open(path, "rb") as file:
+            if not zipfile.is_zipfile(file):  # what torch.save writes is a zip archive
+                raise InputError("something else, or cut off")
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: refused, it holds more than tensors and plain data: {reason}") from None
-    except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint: {error}") from None
+        raise InputError(f"{path}: refused, it holds more than tensors and plain data: "
+                         f"{reason:.300}") from None
+    except Exception as error:  # a reader of damaged archives may fail in any way
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: not a checkpoint: {reason:.300}") from None
 
 
-# ---------------------------------------------------------------------------------------------------- demonstration
+# ---- Demonstration -----------------------------------------------------------------------------
 
 def main():
-    print(f"{'preset':8}{'encoder':>10}{'labels':>10}{'joint':>10}{'all':>10}   frame   chunks (look-ahead at most)")
+    print(f"{'preset':8}{'encoder':>10}{'labels':>10}{'joint':>10}{'all':>10}   frame   "
+          "chunks (look-ahead at most)")
     for name, config in PRESETS.items():
         with torch.device("meta"):
             model = Transducer(config)
-        millions = lambda module: f"{sum(p.numel() for p in module.parameters()) / 1e6:8.2f} M"
+        parts = model.encoder, model.label_encoder, model.joint, model
+        sizes = (sum(p.numel() for p in part.parameters()) / 1e6 for part in parts)
         frame = round(1000 * config.frame_s)
-        chunks = ", ".join(f"{c * frame} ({(c - 1) * frame}) ms" if c else "whole" for c in config.chunks)
-        print(f"{name:8}{millions(model.encoder)}{millions(model.label_encoder)}{millions(model.joint)}"
-              f"{millions(model)}   {frame} ms   {chunks}")
+        chunks = ", ".join(f"{c * frame} ({(c - 1) * frame}) ms" if c else "whole"
+                           for c in config.chunks)
+        sizes = "".join(f"{size:8.2f} M" for size in sizes)
+        print(f"{name:8}{sizes}   {frame} ms   {chunks}")
     config = replace(PRESETS["tiny"], left_frames=6)
-    print(f"\nThe chunk mask: 4 frames a chunk, {config.left_frames} frames of left context, rounded up to "
-          f"{config.left_chunks(4)} chunks. A row is a frame that looks, # what it sees.\n")
+    print(f"\nThe chunk mask: 4 frames a chunk, {config.left_frames} frames of left context, "
+          f"rounded up to {config.left_chunks(4)} chunks.\n"
+          "A row is a frame that looks, # what it sees.\n")
     for row in Stack(config, 1, 1, 1).bias(16, 0, 4, config.left_chunks(4))[0]:
         print("".join(" #" if bias > MASKED / 2 else " ." for bias in row))
 

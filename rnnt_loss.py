@@ -27,6 +27,7 @@ rnnt_align finds the best single path. `python rnnt_loss.py` runs all of them on
 """
 import math
 import os
+import warnings
 from collections import namedtuple
 from functools import partial
 from importlib.util import find_spec
@@ -39,6 +40,7 @@ import torch
 from numba import cuda, njit, prange
 from numba.extending import overload
 from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
 
 BLANK, LABEL = 0, 1           # the two arcs of a node
 NO_LABEL, PADDING = -1, -2    # in y, for a node: no label left to write (u = U); outside its utterance
@@ -457,7 +459,8 @@ class _Joint:
     groups: (slice of utterances, their tiles) pairs. If a tile has room for the longest utterance, a group is as many
     as are sure to fit one tile; if not, all utterances are one group of many tiles.
     """
-    def __init__(self, inputs, targets, logit_lengths, target_lengths, blank, tile_bytes=TILE_BYTES, **options):
+    def __init__(self, inputs, targets, logit_lengths, target_lengths, blank, tile_bytes=TILE_BYTES, keep=None,
+                 **options):
         e, l, w, v = (tuple(a.shape) for a in inputs)
         if [len(e), len(l), len(w), len(v)] != [3, 3, 2, 1] or l[::2] != e[::2] or w != (*v, e[2]):
             raise ValueError(f"encoder_out (B,T,J), label_out (B,U1,J), weight (V,J), bias (V,) are {e}, {l}, {w}, {v}")
@@ -468,13 +471,19 @@ class _Joint:
         T_b, U_b = logit_lengths.cpu(), target_lengths.cpu()                                     # the only wait, if any
         self.batch = _batch((B, T, U1, V), device, dtype, targets, T_b, U_b, blank, **options)
         inside = (torch.arange(T)[:, None] < T_b[:, None, None]) & (torch.arange(U1) <= U_b[:, None, None])
+        if keep is not None:
+            if keep.shape != inside.shape or keep.dtype != torch.bool:
+                raise ValueError(f"keep must be bool of shape {tuple(inside.shape)}, "
+                                 f"not {keep.dtype} of shape {tuple(keep.shape)}")
+            inside &= keep.cpu()
         b, t, u = (a.to(device) for a in inside.nonzero(as_tuple=True))                          # (n,) each
         self.encoder_rows, self.label_rows = b * T + t, b * U1 + u      # of encoder_out, of label_out, for each node
         self.nodes = self.encoder_rows * U1 + u                         # its place in (B,T,U1)
         self.y = self.batch.y.flatten()[self.nodes]                     # its label
-        self.arcs = torch.zeros(B * T * U1, 2, dtype=self.batch.real, device=device)    # at the same places
+        nothing = 0.0 if keep is None else -math.inf                    # a node that is not kept has no arcs
+        self.arcs = torch.full((B * T * U1, 2), nothing, dtype=self.batch.real, device=device)  # at the same places
         self.norms = torch.empty(len(u), 2, dtype=torch.promote_types(dtype, torch.float32), device=device)
-        sizes, rows = T_b.long() * (U_b.long() + 1), max(1, tile_bytes // ((2 * V + 4 * J) * dtype.itemsize))
+        sizes, rows = inside.sum((1, 2)), max(1, tile_bytes // ((2 * V + 4 * J) * dtype.itemsize))
         many = rows // max([1, *sizes.tolist()]) or B                   # utterances in a group
         ends, self.groups = [0, *sizes.cumsum(0).tolist()], []          # where each utterance's nodes end
         for b in range(0, B, many):
@@ -527,25 +536,149 @@ class _JointLoss(Function):
 
 
 def joint_rnnt_loss(encoder_out, label_out, weight, bias, targets, logit_lengths, target_lengths, *, blank,
-                    reduction="mean", fastemit_lambda=0.0, delay_penalty=0.0, tile_bytes=TILE_BYTES):
+                    reduction="mean", fastemit_lambda=0.0, delay_penalty=0.0, tile_bytes=TILE_BYTES, keep=None):
     """rnnt_loss(tanh(encoder_out[:, :, None] + label_out[:, None]) @ weight.T + bias, ...) without its logits.
 
     encoder_out (B,T,J) and label_out (B,U1,J) are already projected; weight (V,J), bias (V,). Under autocast, logits
     have its dtype, else encoder_out's. Lengths on the CPU spare a wait for the GPU. A tile takes about tile_bytes.
     If every utterance fits a tile, the gradient takes three matrix products of size n J V, else four, as logits are
     dropped and computed again. reduction="none" runs one utterance at a time and keeps a weight gradient for each.
+
+    keep (B,T,U1), bool: a node outside it has no arcs (log-probability -inf), takes no time and gets no gradient. The
+    loss is then of the paths inside alone: never below the full one, inf where no path is left. All of the time is in
+    the n nodes kept, so in a band (prune_band), or in the blocks of sentences that were joined, it is linear in T.
+    A keep that lies on a GPU is fetched once, the only wait of such a step.
     """
     inputs = encoder_out, label_out, weight, bias
     joint = _Joint(inputs, targets, logit_lengths, target_lengths, blank, tile_bytes, reduction=reduction,
-                   fastemit=fastemit_lambda, delay=delay_penalty)
+                   fastemit=fastemit_lambda, delay=delay_penalty, keep=keep)
     if joint.batch.factor:
         want = torch.is_grad_enabled() and any(a.requires_grad for a in inputs)
         return _JointLoss.apply(joint, want, *inputs) * joint.batch.factor      # one factor for all utterances
     alone = partial(joint_rnnt_loss, blank=blank, reduction="sum", fastemit_lambda=fastemit_lambda,
                     delay_penalty=delay_penalty, tile_bytes=tile_bytes)
     costs = [alone(encoder_out[b:b + 1], label_out[b:b + 1], weight, bias, targets[b:b + 1], logit_lengths[b:b + 1],
-                   target_lengths[b:b + 1]) for b in range(len(targets))]
+                   target_lengths[b:b + 1], keep=None if keep is None else keep[b:b + 1])
+             for b in range(len(targets))]
     return torch.stack(costs) if costs else bias.new_zeros(0)
+
+
+# ------------------------------------------------------------------------------------------------------------- pruned
+# Most nodes lie on no path worth the name. To know which ones do, a transducer that needs no joint network: its logits
+# are am[t] + lm[u], of two small projections, and they are never formed (arXiv 2206.13236, section 3):
+#
+#   log sum_k exp(am[t,k] + lm[u,k]) = log sum_k exp(am[t,k]) exp(lm[u,k])         one matrix product of exponentials
+#
+# Its node posteriors choose a band of rows for each frame, and the joint network is asked about nodes of the band only.
+def _simple_arcs(am, lm, labels):
+    """am (B,T,V), lm (B,U1,V) -> arcs (B,T,U1,2) of the logits am[:, :, None] + lm[:, None]; labels (B,U1) from 0."""
+    blank, labels = labels
+    am, lm = (a - a.detach().amax(-1, keepdim=True) for a in (am, lm))     # a node's softmax does not see such offsets
+    normalizer = _log_sum_exp_of_sums(am, lm)                              # (B,T,U1)
+    blanks = am[..., blank, None] + lm[..., blank][:, None]
+    of_frames = am.gather(2, labels[:, None].expand(-1, am.shape[1], -1))  # (B,T,U1)
+    of_rows = lm.gather(2, labels[:, :, None]).mT                          # (B,1,U1)
+    return torch.stack([blanks - normalizer, of_frames + of_rows - normalizer], -1)
+
+
+def _log_sum_exp_of_sums(am, lm):
+    """log sum_k exp(am[b,t,k] + lm[b,u,k]) as (B,T,U1), where no am or lm is above 0."""
+    product = am.exp() @ lm.exp().mT
+    info = torch.finfo(am.dtype)                                           # what underflowed is at most V tiny:
+    lost = product < am.shape[-1] * info.tiny / info.eps                   # here it would be seen
+    result = product.masked_fill(lost, 1).log()
+    b, t, u = lost.nonzero(as_tuple=True)                                  # none, but where peaks are 60 nats apart
+    rows = max(1, SLAB_BYTES // (am.shape[-1] * am.element_size()))
+    slabs = zip(b.split(rows), t.split(rows), u.split(rows))
+    directly = [checkpoint(_log_sum_exp_at, am, lm, *slab, use_reentrant=False, preserve_rng_state=False)
+                for slab in slabs if len(b)]                               # a slab's sums are dropped and formed again
+    return result.index_put((b, t, u), torch.cat(directly)) if directly else result
+
+
+def _log_sum_exp_at(am, lm, b, t, u):
+    return (am[b, t] + lm[b, u]).logsumexp(-1)
+
+
+class _Lattice(Function):
+    """Arcs (B,T,U1,2) -> costs (B,) and the posteriors (B,T,U1) of the nodes; only the costs are differentiable."""
+    @staticmethod
+    def forward(ctx, arcs, batch):
+        posteriors = arcs.to(batch.real, copy=True)
+        costs = lattice(posteriors, batch)
+        nodes = posteriors.sum(-1)                         # on the path: it leaves by one arc or the other
+        ctx.save_for_backward(posteriors)
+        ctx.mark_non_differentiable(nodes)
+        return costs.to(arcs.dtype), nodes
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        _first_derivative_only()
+        posteriors, = ctx.saved_tensors
+        return (-posteriors * upstream[:, None, None, None]).to(upstream.dtype), None
+
+
+def simple_rnnt_loss(am, lm, targets, logit_lengths, target_lengths, *, blank, reduction="mean"):
+    """rnnt_loss(am[:, :, None] + lm[:, None], ...) without these logits -> its cost, and posteriors (B,T,U1).
+
+    am (B,T,V) says what frame t sounds like, lm (B,U1,V) what may follow u labels; the rest as rnnt_loss's. The cost is
+    differentiable in am and lm. A node's posterior is the probability that the path goes through it, for prune_band.
+    All is in float32 at least, under autocast too. Nodes whose product of exponentials underflows (am and lm peak at
+    labels more than some 60 nats apart) are summed directly; on a GPU, finding them is a wait.
+    """
+    a, l = tuple(am.shape), tuple(lm.shape)
+    if [len(a), len(l)] != [3, 3] or a[::2] != l[::2]:
+        raise ValueError(f"am (B,T,V), lm (B,U1,V) are {a}, {l}")
+    dtype = torch.promote_types(torch.promote_types(am.dtype, lm.dtype), torch.float32)
+    batch = _batch((a[0], a[1], l[1], a[2]), am.device, dtype, targets, logit_lengths, target_lengths, blank,
+                   reduction=reduction)
+    padding = batch.y == PADDING                                           # (B,T,U1)
+    labels = batch.y.amax(1).clamp(min=0)                                  # (B,U1)
+    with torch.autocast(am.device.type, enabled=False):
+        am = am.to(dtype).masked_fill(padding.all(2)[..., None], 0)        # padding may hold anything
+        lm = lm.to(dtype).masked_fill(padding.all(1)[..., None], 0)
+        arcs = _simple_arcs(am, lm, (batch.blank, labels)).masked_fill(padding[..., None], 0)
+        costs, posteriors = _Lattice.apply(arcs, batch)
+    return costs.sum() * batch.factor if batch.factor else costs, posteriors
+
+
+@torch.no_grad()
+def prune_band(posteriors, logit_lengths, target_lengths, width):
+    """-> keep (B,T,U1), bool: for each frame the `width` rows that hold the most posterior, as a band with paths in it.
+
+    posteriors (B,T,U1) as simple_rnnt_loss gives them. To have paths, a band starts at row 0, ends at row U, never
+    falls, and rises by at most width - 1 a frame, so that two frames share a row. Where windows disagree with that, the
+    lower row wins: labels then move to later frames, which have heard more; only the end may pull them forward.
+
+    A path in the band writes at most width - 1 labels in a frame, and a stream of words of two languages comes in
+    bursts: width must be above the longest. Where even (width - 1) T < U, that utterance gets the least width that has
+    a path, and a warning says so.
+    """
+    B, T, U1 = posteriors.shape
+    frames, counts = (a.to(posteriors.device, torch.int64)[:, None] for a in (logit_lengths, target_lengths))
+    least = -(-target_lengths.long() // logit_lengths.long().clamp(min=1)) + 1         # (B,)
+    if (least > width).any():
+        warnings.warn(f"prune_band: width {width} cannot write U labels in T frames where (width - 1) T < U; "
+                      "wider there", stacklevel=2)
+    width = least.clamp(min=width).to(posteriors.device)[:, None]          # (B,1)
+    t, u = torch.arange(T, device=posteriors.device), torch.arange(U1, device=posteriors.device)
+    last = (counts + 1 - width).clamp(min=0)                               # the highest first row of a window
+
+    # the mass of a window of rows [s, s + width) is a difference of two running sums; of equals, the most central
+    sums = torch.nn.functional.pad(posteriors.double().cumsum(2), (1, 0))  # (B,T,U1 + 1)
+    ends = (u + width).clamp(max=U1)[:, None].expand(-1, T, -1)            # (B,T,U1)
+    mass = sums.gather(2, ends) - sums[..., :-1]
+    mean = (posteriors * u).sum(2) / posteriors.sum(2).clamp(min=1e-30)    # (B,T)
+    mass -= 1e-4 / U1 * (u + (width[..., None] - 1) / 2 - mean[..., None]).abs()
+    first = mass.masked_fill((u > last)[:, None], -math.inf).argmax(2)     # (B,T): the first row of each frame's window
+
+    first = torch.where(t < frames, first, last)
+    first = first.flip(1).cummin(1).values.flip(1)                         # never falls: no later window is lower
+    rise = (width - 1) * t
+    first = (first - rise).cummin(1).values + rise                         # rises by at most width - 1
+    first = torch.minimum(first, rise)                                     # starts at row 0
+    first = torch.maximum(first, last - (width - 1) * (frames - 1 - t))[..., None]     # ends at row U: (B,T,1)
+    keep = (u >= first) & (u < first + width[..., None])
+    return keep & (t < frames)[..., None] & (u <= counts)[:, None]
 
 
 # ------------------------------------------------------------------------------------------------------------- Viterbi

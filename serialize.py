@@ -1,26 +1,42 @@
 """Many streams <-> one stream: what the transducer is taught to write, and how to read it back.
 
-One decoder writes the transcription and its translations as ONE sequence of tokens; a tag says whose words follow:
+One decoder writes the transcription and its translations as ONE sequence of tokens (serialized
+output training; arXiv 2307.03354, 2310.14806); a tag says whose words follow:
 
-    <asr> ieri <st:en> yesterday <asr> ho comprato <st:en> I bought <asr> una <st:en> a <asr> macchina rossa ...
+    <asr> ieri <st:en> yesterday <asr> ho comprato <st:en> I bought <asr> una <st:en> a ...
 
-The way there is a choice of ORDER (interleave): a translated word placed too early must be guessed, for the speech that
-says it has not been heard; placed too late, it keeps the listener waiting. The way back must not wait (StreamParser).
+The way there is a choice of ORDER (interleave): a translated word placed too early must be guessed,
+for the speech that says it has not been heard; placed too late, it keeps the listener waiting. The
+way back must not wait (StreamParser).
 
     time       a word comes when it could be said; align.py --times finds the times
-    align      a translated word comes with the last source word that it is linked to; align.py finds the links
-    ratio:G    a fixed rhythm: G = 0 writes all transcription first, 0.5 alternates, 1 all translation first
+    align      a translated word comes with the last source word that it is linked to; align.py
+               finds the links
+    ratio:G    a fixed rhythm: G = 0 writes all transcription first, 0.5 alternates, 1 all
+               translation first
     asr, st    the transcription alone, the translations alone: the separate baselines
 
-A word is what white space separates. `python serialize.py` shows every order, `python serialize.py MANIFEST` measures.
+    python serialize.py                  one sentence in every order
+    python serialize.py MANIFEST         what every order costs there: tokens, guesses, delays
+    python serialize.py --from covost covost_v2.fr_en.train.tsv -o train.jsonl    (clips/ beside it)
+    python serialize.py --from mustc en-de/data/dev/txt/dev.yaml -o en-de/data/dev/dev.jsonl
+    python serialize.py --from nemo asr.jsonl ast.jsonl -o train.jsonl
+    python serialize.py --from tsv a.tsv --columns audio=path,asr=sentence,st.en=english -o a.jsonl
+
+The file needs the standard library alone; soundfile, where installed, tells how long a recording
+is. From the top: words, the orders, the tokens, manifests, their readers, importers, the command.
 """
+import argparse
+import csv
 import json
 import math
 import os
 import re
-import runpy
+import stat
 import sys
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby, zip_longest
 from pathlib import Path
@@ -30,13 +46,47 @@ SEPARATOR = b" "  # ends every word: whoever writes a word's last token has fini
 MODES = ["asr", "st", "ratio:0.0", "ratio:0.5", "ratio:1.0", "align", "time"]
 
 
-# ---- Interleaving: every order is one merge by time, only with different clocks -------------------------------------
-def interleave_time(streams):
-    """Merge {tag: [(word, end_s)]} into [(tag, word)] by (end_s, order of the streams in the dict, index of the word).
+class InputError(ValueError):
+    """Input of the user that cannot be used; the message says where it stands and what it is."""
 
-    Inside a stream times never fall: one below its predecessor's counts as that. A word without a time (None) takes its
-    predecessor's; at the head, the first that is known; infinity if none is. At equal times the earlier stream goes
-    first, so that a transcribed word precedes what it allows to be said.
+
+# ---- Words: the units that are interleaved, linked, timed and counted ----------------------------
+# Chinese and Japanese put no spaces between words, so there a unit is one character, which a
+# listener can be shown at once; in every other script it is what white space separates. Han and
+# kana by their Unicode blocks, in order: radicals; signs used like characters; kana, full width and
+# half width; the characters; kana and characters beyond U+FFFF.
+HAN_KANA = ("\u2e80-\u2fdf" "\u3005-\u3007\u3021-\u3029\u3038-\u303b"
+            "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9d"
+            "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff" "\U0001aff0-\U0001b16f\U00020000-\U0003ffff")
+# What stays with such a character: accents, tone and voicing marks, variant selectors.
+MARKS = ("\u0300-\u036f\u20d0-\u20ff\u302a-\u302f\u3099\u309a"
+         "\ufe00-\ufe0f\uff9e\uff9f\U000e0100-\U000e01ef")
+UNIT = re.compile(f"[{HAN_KANA}][{MARKS}]*|[^\\s{HAN_KANA}]+")
+NEEDLESS_SPACE = re.compile(f"([{HAN_KANA}][{MARKS}]*) (?![{MARKS}])| (?=[{HAN_KANA}])")
+# Scripts without spaces whose words only a dictionary finds: line breaking class SA of Unicode's
+# annex 14, without its rarest. A sentence would count as one word; the reader tells the user.
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf"
+                      "\ua9e0-\ua9ff\uaa60-\uaadf]")
+
+
+def units(text):
+    """Text -> its words; a character of Han or kana is a word of its own: [我, 爱, Python, 语, 言]."""
+    return text.split() if text.isascii() else UNIT.findall(text)       # ASCII: thrice as fast
+
+
+def join(words):
+    """Words -> text, with a space wherever units() would not cut by itself: units(join(u)) == u."""
+    return NEEDLESS_SPACE.sub(r"\1", " ".join(words))
+
+
+# ---- Interleaving: every order is one merge by time, only with different clocks ------------------
+def interleave_time(streams):
+    """Merge {tag: [(word, end_s)]} into [(tag, word)].
+
+    Sorted by (end_s, order of the streams in the dict, index of the word). Inside a stream times
+    never fall: one below its predecessor's counts as that. A word without a time (None) takes its
+    predecessor's; at the head, the first that is known; infinity if none is. At equal times the
+    earlier stream goes first, so that a transcribed word precedes what it allows to be said.
     """
     events = []
     for order, (tag, words) in enumerate(streams.items()):
@@ -48,166 +98,260 @@ def interleave_time(streams):
 
 
 def _merge(asr, st, asr_times, st_times):
-    translations = {f"<st:{lang}>": list(zip(words, st_times[lang], strict=True)) for lang, words in st.items()}
-    return interleave_time({ASR: list(zip(asr, asr_times, strict=True))} | translations)
+    streams = {ASR: list(zip(asr, asr_times, strict=True))}
+    for lang, words in st.items():
+        streams[f"<st:{lang}>"] = list(zip(words, st_times[lang], strict=True))
+    return interleave_time(streams)
 
 
 def needs(n_asr, words, links):
-    """need(j), the index of the last source word linked to target words 0..j (0 without a link), for every j."""
-    last = [0] * len(words)
+    """need(j), the index of the last source word linked to target words 0..j (0 without a link).
+
+    For every target word j; links are (source, target) pairs. InputError for one out of range.
+    """
+    latest = [0] * len(words)
     for i, j in links:
         if not (0 <= i < n_asr and 0 <= j < len(words)):
-            raise ValueError(f"link {i}-{j} lies outside {n_asr} source and {len(words)} target words")
-        last[j] = max(last[j], i)
-    return list(accumulate(last, max))
+            raise InputError(f"link {i}-{j} lies outside {n_asr} source "
+                             f"and {len(words)} target words")
+        latest[j] = max(latest[j], i)
+    return list(accumulate(latest, max))
 
 
 def interleave_align(asr, st, links):
-    """INTER ALIGN: after source word i come the pending target words with need(j) <= i; the clock counts words."""
-    return _merge(asr, st, range(len(asr)), {lang: needs(len(asr), words, links[lang]) for lang, words in st.items()})
+    """INTER ALIGN: after source word i come the pending target words with need(j) <= i.
+
+    As a merge: a source word's time is its index, a target word's time its need.
+    """
+    need = {lang: needs(len(asr), words, links[lang]) for lang, words in st.items()}
+    return _merge(asr, st, range(len(asr)), need)
 
 
 def interleave_ratio(asr, st, gamma):
-    """INTER gamma: the next word is a transcribed one while (1 - gamma) (1 + n_st) >= gamma (1 + n_asr).
+    """INTER gamma: a transcribed word is next while (1 - gamma) (1 + n_st) >= gamma (1 + n_asr).
 
-    n_asr and n_st count the words written so far: with the two sides as times of the next words, the rule is a merge.
-    Several translations take turns; a finished one drops out.
+    n_asr and n_st count the words written so far: with the two sides as times of the next words,
+    the rule is a merge. Several translations take turns; a finished one drops out.
     """
     if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must lie between 0 and 1, not {gamma!r}")
-    ticks = {lang: [((1 - gamma) * (1 + n), n) for n in range(len(words))] for lang, words in st.items()}
-    return _merge(asr, st, [(gamma * (1 + n), -1) for n in range(len(asr))], ticks)  # n: take turns also at gamma 1
+        raise InputError(f"gamma must lie between 0 and 1, not {gamma!r}")
+    asr_clock = [(gamma * (1 + n), -1) for n in range(len(asr))]
+    st_clock = {}
+    for lang, words in st.items():  # n beside it: they take turns at gamma 1 too, where all is 0
+        st_clock[lang] = [((1 - gamma) * (1 + n), n) for n in range(len(words))]
+    return _merge(asr, st, asr_clock, st_clock)
 
 
 def interleave(row, mode):
-    """The (tag, word) pairs of a Row in the order `mode` names; ValueError if it lacks what they need, as links."""
-    (asr, st), both = row.words(), row.asr is not None and row.st
-    if mode == "asr" and row.asr is not None:
+    """The (tag, word) pairs of a Row in the order that `mode` names.
+
+    InputError, with the row's file and line, where it lacks what the mode needs; a text without a
+    word counts as lacking.
+    """
+    asr, st = row.words()
+    has_asr, has_st = bool(asr), any(st.values())
+    both = has_asr and has_st
+    if mode == "asr" and has_asr:
         return interleave_ratio(asr, {}, 0)
-    if mode == "st" and st:
+    if mode == "st" and has_st:
         return interleave_ratio([], st, 0)
     if mode.startswith("ratio:") and both:
-        return interleave_ratio(asr, st, float(mode[6:]))
-    if mode == "align" and both and all(row.links.get(lang) or not asr or not st[lang] for lang in st):
+        return interleave_ratio(asr, st, _gamma(mode))
+    if mode == "align" and both and all(row.links.get(lang) or not st[lang] for lang in st):
         return interleave_align(asr, st, {lang: row.links.get(lang, []) for lang in st})
     if mode == "time" and both and row.times is not None and row.st_times.keys() >= st.keys():
         return _merge(asr, st, row.times, row.st_times)
     if mode not in MODES and not mode.startswith("ratio:"):
-        raise ValueError(f"unknown mode {mode!r}; there are asr, st, align, time and ratio:G with G from 0 to 1")
-    lacking = {"asr": "transcription", "st": "translation", "align": "links", "time": "times"}.get(mode, "second text")
-    raise ValueError(f"{row.where or row.id}: no {lacking} for mode {mode!r}")
+        raise InputError(f"unknown mode {mode!r}; there are asr, st, align, time and ratio:G "
+                         "with G from 0 to 1")
+    lacking = {"asr": "transcription", "st": "translation", "align": "links", "time": "times"}
+    raise InputError(f"{row.where or row.id}: no {lacking.get(mode, 'second text')} "
+                     f"for mode {mode!r}")
+
+
+def _gamma(mode):
+    try:
+        return float(mode.removeprefix("ratio:"))
+    except ValueError:
+        raise InputError(f"gamma must lie between 0 and 1, not {mode[6:]!r}") from None
+
+
+def mode_of(row, mode):
+    """The mode for this row where `mode` is asked for: a row with one text is written as that text.
+
+    Transcription alone: "asr"; translation alone: "st". Where asr or st itself is asked for, it
+    stays, and interleave raises if the row lacks it.
+    """
+    asr, st = row.words()
+    if mode in ("asr", "st") or asr and any(st.values()):
+        return mode
+    return "asr" if asr else "st"
+
+
+def joined(rows, mode):
+    """The pairs of several utterances spoken one after the other in one stream: row after row.
+
+    No word of an utterance comes before the one before it is written whole. In mode time this is
+    the merge of all words by their times in the joined sound: every later row's are later.
+    """
+    return [pair for row in rows for pair in interleave(row, mode_of(row, mode))]
 
 
 def deinterleave(pairs):
     """Undo any of them: {tag: [word]}."""
-    return {tag: [word for other, word in pairs if other == tag] for tag in dict.fromkeys(tag for tag, _ in pairs)}
+    streams = {}
+    for tag, word in pairs:
+        streams.setdefault(tag, []).append(word)
+    return streams
 
 
-# ---- Tokens: words <-> integers, without loss -----------------------------------------------------------------------
+# ---- Tokens: words <-> integers, without loss ----------------------------------------------------
 class Tokenizer:
-    """Byte-level BPE. Ids: 0 blank, then the tags, then the 256 bytes, then one per merge of two earlier ids.
+    """Byte-level BPE (byte pair encoding, arXiv 1508.07909).
 
-    A word is its UTF-8 bytes and the separator, and a merge never reaches beyond them. So any text can be written, only
-    the separator ends a word, and neither blank nor a tag can come out of text: text is made of bytes and merges.
+    Ids: 0 blank, then the tags, then the 256 bytes, then one per merge of two earlier ids. A word
+    is its UTF-8 bytes and the separator, and a merge never reaches beyond them. So any text can be
+    written, only the separator ends a word, and neither blank nor a tag can come out of text: text
+    is made of bytes and merges.
     """
+
     def __init__(self, tags, merges=(), alphabet=""):
-        self.tags, self.merges, self.alphabet, self._cache = list(tags), [(a, b) for a, b in merges], alphabet, {}
+        self.tags, self.alphabet = list(tags), alphabet
+        self.merges = [(first, second) for first, second in merges]
         if not self.tags or len(set(self.tags)) < len(self.tags):
-            raise ValueError(f"a tokenizer needs one or more different tags, not {self.tags}")
+            raise InputError(f"a tokenizer needs one or more different tags, not {self.tags}")
         self.tag_id = {tag: 1 + k for k, tag in enumerate(self.tags)}
         self.first_byte = 1 + len(self.tags)
-        self.pieces = [b""] * self.first_byte + [bytes([b]) for b in range(256)]  # the bytes that each id writes
-        self.rank = {chr(a) + chr(b): len(self.pieces) + k for k, (a, b) in enumerate(self.merges)}
-        for a, b in self.merges:
-            if not self.first_byte <= min(a, b) <= max(a, b) < len(self.pieces) or SEPARATOR in self.pieces[a]:
-                raise ValueError(f"merge {a}, {b} does not join two earlier pieces of one word")
-            self.pieces.append(self.pieces[a] + self.pieces[b])
+        # The bytes that each id writes; blank and the tags write none.
+        self.pieces = [b""] * self.first_byte + [bytes([byte]) for byte in range(256)]
+        # Inside, ids are kept as characters and a word as a string: a merge is then str.replace.
+        self.rank = {}  # pair of characters -> the id of its merge; the earlier merge is smaller
+        for first, second in self.merges:
+            earlier = self.first_byte <= min(first, second) <= max(first, second) < len(self.pieces)
+            if not earlier or SEPARATOR in self.pieces[first]:
+                raise InputError(f"merge {first}, {second} does not join two earlier pieces "
+                                 "of one word")
+            self.rank[chr(first) + chr(second)] = len(self.pieces)
+            self.pieces.append(self.pieces[first] + self.pieces[second])
+        self._cache = {}
 
     def __len__(self):
         return len(self.pieces)
 
     @classmethod
     def train(cls, texts, size, tags=(ASR,)):
-        """Merge the most frequent pair of neighbours until there are `size` ids, or until no pair occurs twice.
+        """Merge the most frequent pair of neighbours, again and again, until there are `size` ids.
 
-        Of equally frequent pairs the one with smaller ids is merged, so the result depends on how often each word
-        occurs and on nothing else. Ids are kept as characters, a word as a string: a merge is then str.replace.
+        Four words, each once, _ the separator:
+
+            an_   and_   ant_   man_      the pair a n occurs 4 times, n _ 2 times, others once
+            X_    Xd_    Xt_    mX_       after the merge X = a n;  X _ occurs 2 times
+            Y     Xd_    Xt_    mY        after the merge Y = X _;  no pair occurs twice: the end
+
+        Of equally frequent pairs the one with smaller ids is merged, so the result depends on how
+        often each word occurs and on nothing else. InputError if `size` does not hold the bytes.
         """
-        counts = Counter(word for text in texts for word in text.split())
-        plain, merges, pairs = cls(tags), [], Counter()
+        plain = cls(tags)
         if size < len(plain):
-            raise ValueError(f"a vocabulary of {size} is too small: blank, tags and bytes alone are {len(plain)}")
+            raise InputError(f"a vocabulary of {size} is too small: blank, tags and bytes alone "
+                             f"are {len(plain)}")
+        counts = Counter(word for text in texts for word in units(text))
         spelled = {word: "".join(map(chr, plain.encode_word(word))) for word in counts}
-
-        def count_pairs(word, sign):
-            for k in range(len(spelled[word]) - 1):
-                pairs[spelled[word][k:k + 2]] += sign * counts[word]
+        pairs = Counter()           # how often each pair of neighbours occurs
+        found_in = defaultdict(set)  # the words that it occurs in, or once did
         for word in counts:
-            count_pairs(word, 1)
-        while len(plain) + len(merges) < size and (most := max(pairs.values(), default=0)) > 1:
-            best = min(pair for pair, count in pairs.items() if count == most)
-            for word in [word for word, chars in spelled.items() if best in chars]:
-                count_pairs(word, -1)
-                spelled[word] = spelled[word].replace(best, chr(len(plain) + len(merges)))
-                count_pairs(word, 1)
-            merges.append((ord(best[0]), ord(best[1])))
+            cls._count_pairs(word, spelled[word], counts[word], pairs, found_in)
+        merges = []
+        while len(plain) + len(merges) < size and pairs:
+            most = max(pairs.values())
+            if most < 2:
+                break
+            pair = min(pair for pair, count in pairs.items() if count == most)
+            merged = chr(len(plain) + len(merges))
+            for word in found_in.pop(pair):
+                cls._count_pairs(word, spelled[word], -counts[word], pairs, found_in)
+                spelled[word] = spelled[word].replace(pair, merged)
+                cls._count_pairs(word, spelled[word], counts[word], pairs, found_in)
+            del pairs[pair]
+            merges.append((ord(pair[0]), ord(pair[1])))
         return cls(tags, merges, "".join(sorted(set("".join(counts)))))
 
+    @staticmethod
+    def _count_pairs(word, chars, count, pairs, found_in):
+        for first, second in zip(chars, chars[1:]):
+            pairs[first + second] += count
+            found_in[first + second].add(word)
+
     def encode_word(self, word):
-        """The ids of one word: its bytes, then again and again the merge that was learned first. Kept in a cache."""
+        """The ids of one word: its bytes, then always the merge that was learned first. Cached."""
         if word not in self._cache:
             if word.split() != [word]:
                 raise ValueError(f"{word!r} is not a word: empty, or with white space in it")
             chars = "".join(chr(self.first_byte + byte) for byte in word.encode() + SEPARATOR)
-            while known := self.rank.keys() & {chars[k:k + 2] for k in range(len(chars) - 1)}:
+            while known := self.rank.keys() & {a + b for a, b in zip(chars, chars[1:])}:
                 pair = min(known, key=self.rank.get)
                 chars = chars.replace(pair, chr(self.rank[pair]))
             self._cache[word] = tuple(map(ord, chars))
         return self._cache[word]
 
     def encode(self, text):
-        return [token for word in text.split() for token in self.encode_word(word)]
+        return [token for word in units(text) for token in self.encode_word(word)]
 
     def decode(self, ids):
-        return " ".join(word for _, word in parse(ids, self))
+        return join(word for _, word in parse(ids, self))
 
     def unseen(self, text):
-        """The characters of `text` that the training text did not have: written as bytes that were never learned."""
+        """The characters of `text` that the training text lacked: bytes that were never learned."""
         return set("".join(text.split())) - set(self.alphabet)
 
     def to_dict(self):
-        return {"tags": list(self.tags), "merges": [list(pair) for pair in self.merges], "alphabet": self.alphabet}
+        """Plain data for a checkpoint; from_dict reads it back."""
+        merges = [list(pair) for pair in self.merges]
+        return {"tags": list(self.tags), "merges": merges, "alphabet": self.alphabet}
 
     @classmethod
     def from_dict(cls, data):
-        return cls(**data)
+        """The tokenizer of to_dict; InputError for anything else."""
+        try:
+            tokenizer = cls(**data)
+            texts = [*tokenizer.tags, tokenizer.alphabet]
+            if not isinstance(data["tags"], str) and all(isinstance(text, str) for text in texts):
+                return tokenizer
+        except (TypeError, ValueError):
+            pass
+        raise InputError(f"not the data of a tokenizer: {data!r:.60}")
 
 
 def serialize(pairs, tokenizer):
-    """(tag, word) pairs -> ids, with a tag's id before the first word and wherever the stream changes."""
+    """(tag, word) pairs -> ids, with a tag's id before the first word and at every change."""
     ids = []
     for tag, group in groupby(pairs, key=lambda pair: pair[0]):
         if tag not in tokenizer.tag_id:
-            raise ValueError(f"the tokenizer has no tag {tag!r}, only {' '.join(tokenizer.tags)}")
-        ids += [tokenizer.tag_id[tag], *(token for _, word in group for token in tokenizer.encode_word(word))]
+            raise InputError(f"the tokenizer has no tag {tag!r}, only {' '.join(tokenizer.tags)}")
+        ids.append(tokenizer.tag_id[tag])
+        for _, word in group:
+            ids += tokenizer.encode_word(word)
     return ids
 
 
 def parse(ids, tokenizer):
-    """ids -> (tag, word) pairs; parse(serialize(pairs)) == pairs."""
+    """ids -> (tag, word) pairs; parse(serialize(pairs)) == pairs, for any words."""
     parser = StreamParser(tokenizer)
     return [pair for token in ids for pair in parser.feed(token)] + parser.flush()
 
 
 class StreamParser:
-    """parse() one id at a time, for ANY ids, also those of a model that has not learned the rules yet.
+    """parse() one id at a time, for ANY ids, also those of a model that has not learned the rules.
 
-    A word comes out with the token that ends it, whole characters only. A tag in the middle of a word ends it; words
-    before any tag belong to the first tag; blank does nothing. What is not UTF-8 becomes U+FFFD and is counted in
-    `invalid`. No word is empty or holds white space, even where a model writes the bytes of a no-break space.
+    A word comes out with the token that ends it, whole characters only. A tag in the middle of a
+    word ends it; words before any tag belong to the first tag; blank does nothing. What is not
+    UTF-8 becomes U+FFFD and is counted in `invalid`. No word is empty or holds white space, even
+    where a model writes the bytes of a no-break space.
     """
+
     def __init__(self, tokenizer):
-        self.tokenizer, self.tag, self.pending, self.invalid = tokenizer, tokenizer.tags[0], b"", 0
+        self.tokenizer, self.tag = tokenizer, tokenizer.tags[0]
+        self.pending, self.invalid = b"", 0
 
     def feed(self, token_id):
         """The (tag, word) pairs that this token finishes: none or one."""
@@ -221,130 +365,728 @@ class StreamParser:
         return self.flush() if self.pending.endswith(SEPARATOR) else []
 
     def flush(self):
-        """The end of the input ends the last word."""
+        """The end of the input ends the word that is still open."""
         text = self.pending.decode(errors="replace")
         self.invalid += text.count("\ufffd") - self.pending.count("\ufffd".encode())
         self.pending = b""
         return [(self.tag, word) for word in text.split()]
 
 
-# ---- Manifests: one utterance per line, in JSON ---------------------------------------------------------------------
+# ---- Manifests: one utterance per line, in JSON --------------------------------------------------
 @dataclass
 class Row:
-    """One utterance: where its sound lies and what is said in it. Words are counted from 0, times are in seconds."""
+    """One utterance: where its sound lies and what is said in it.
+
+    Words are the units of units(), counted from 0; times are in seconds. st, links and st_times
+    are dicts by language.
+    """
+
     id: str
-    audio: str                                                # path, already joined to the manifest's folder
+    audio: str                    # path, already joined to the manifest's folder
     start: float = 0.0
     duration: float | None = None                             # None: to the end of the file
     lang: str = ""
     asr: str | None = None
-    st: dict[str, str] = field(default_factory=dict)          # by language, as are links and st_times
-    links: dict[str, list[tuple[int, int]]] = field(default_factory=dict)   # (word of asr, word of st)
-    times: list[float | None] | None = None                   # end of each word of asr; None where unknown
-    st_times: dict[str, list[float | None]] = field(default_factory=dict)   # when each word of st could be said
+    st: dict[str, str] = field(default_factory=dict)
+    links: dict[str, list[tuple[int, int]]] = field(default_factory=dict)  # (word of asr, of st)
+    times: list[float | None] | None = None                   # end of each word of asr
+    st_times: dict[str, list[float | None]] = field(default_factory=dict)  # when it could be said
     speaker: str = ""
-    where: str = field(default="", compare=False)             # file:line, for messages
+    # Beside the utterance itself: columns of the file that nobody here knows; file:line.
+    other: dict = field(default_factory=dict, compare=False)
+    where: str = field(default="", compare=False)
 
     def words(self):
-        return (self.asr or "").split(), {lang: text.split() for lang, text in self.st.items()}
+        """([word of asr], {language: [word]})."""
+        return units(self.asr or ""), {lang: units(text) for lang, text in self.st.items()}
 
 
-KEYS = {"id": str, "audio": re.compile(r"[^\0]+"), "start": float, "duration": float, "lang": str, "speaker": str,
-        "asr": str, "st": {str: str}, "links": {str: re.compile(r"\s*(\d+-\d+(\s+|$))*")}, "times": [float],
-        "st_times": {str: [float]}}
+AUDIO = re.compile(r"[^\0]+")
+LINKS = re.compile(r"\s*(\d+-\d+(\s+|$))*")
+KINDS = {"id": str, "audio": AUDIO, "start": float, "duration": float, "lang": str, "speaker": str,
+         "asr": str, "st": {str: str}, "links": {str: LINKS}, "times": [float],
+         "st_times": {str: [float]}}
 
 
 def _fits(value, kind):
-    """Whether a JSON value is of a kind: str, float (>= 0, finite), a pattern, [kind] (or null) or {str: kind}."""
+    """Whether a JSON value is of a kind.
+
+    Kinds: str, float (finite, from 0 on), a pattern, [kind] (or null in it) and {str: kind}.
+    """
     if isinstance(kind, dict):
         return isinstance(value, dict) and all(_fits(item, kind[str]) for item in value.values())
     if isinstance(kind, list):
-        return isinstance(value, list) and all(item is None or _fits(item, kind[0]) for item in value)
+        return isinstance(value, list) and all(
+            item is None or _fits(item, kind[0]) for item in value)
     if kind is float:
-        return isinstance(value, (int, float)) and 0 <= value < 1e9
+        return type(value) in (int, float) and 0 <= value < 1e9  # isinstance takes true for 1
     return isinstance(value, str) and (kind is str or kind.fullmatch(value) is not None)
 
 
-def make_row(record, path, number, allow_outside):
-    """A Row from one line's JSON object; ValueError for everything that later code could stumble over."""
+def make_row(record, path, number, allow_outside=False):
+    """A Row from one line's JSON object; InputError for everything that later code could trip over.
+
+    In the file, links and times count what white space separates. A word of several units (Han,
+    kana) passes its links and its time to each of them. Texts are brought to NFC, the composed
+    form of Unicode, so that what looks equal is equal.
+    """
     if not isinstance(record, dict) or record.get("audio") is None:
-        raise ValueError(f"not a JSON object with audio: {record!r:.60}")
-    json.dumps(record, ensure_ascii=False).encode()  # half a character (a lone surrogate) is a ValueError
-    given = {key: record[key] for key in KEYS if record.get(key) is not None}
+        raise InputError(f"not a JSON object with audio: {record!r:.60}")
+    if half := re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False)):
+        raise InputError(f"half a character, {half[0]!r}")
+    given = {key: record[key] for key in KINDS if record.get(key) is not None}
     for key, value in given.items():
-        if not _fits(value, KEYS[key]):
-            raise ValueError(f"{key} cannot be {value!r:.60}")
-    row = Row(**{"id": f"{Path(path).stem}:{number}", **given}, where=f"{path}:{number}")
+        if not _fits(value, KINDS[key]):
+            raise InputError(f"{key} cannot be {value!r:.60}")
+    other = {key: value for key, value in record.items() if key not in KINDS}
+    defaults = {"id": f"{Path(path).stem}:{number}", "other": other, "where": f"{path}:{number}"}
+    row = Row(**defaults | given)
     if not allow_outside and (os.path.isabs(row.audio) or ".." in Path(row.audio).parts):
-        raise ValueError(f"audio {row.audio!r} leaves the manifest's folder; --allow-outside permits that")
+        raise InputError(f"audio {row.audio!r} leaves the manifest's folder; "
+                         "--allow-outside permits that")
     row.audio = os.path.normpath(Path(path).parent / row.audio)
-    row.links = {k: [tuple(map(int, link.split("-"))) for link in text.split()] for k, text in row.links.items()}
-    asr, st = row.words()
-    row.asr, row.st = " ".join(asr) or None, {lang: " ".join(words) for lang, words in st.items()}
-    if not row.asr and not any(st.values()):
-        raise ValueError("no text: neither asr nor st has a word")
-    if not row.links.keys() | row.st_times.keys() <= st.keys():
-        raise ValueError(f"links or st_times for {sorted(row.links | row.st_times)}, translations for {sorted(st)}")
-    interleave_align(asr, {lang: st[lang] for lang in row.links}, row.links)  # refuses links out of range
-    for words, times in [(asr, row.times), *((st[lang], times) for lang, times in row.st_times.items())]:
-        if times is not None and len(times) != len(words):
-            raise ValueError(f"{len(times)} times for {len(words)} words, {' '.join(words)!r:.60}")
+    _count_in_units(row)
+    if row.asr is not None:
+        row.asr = _tidy(row.asr)
+    row.st = {lang: _tidy(text) for lang, text in row.st.items()}
+    if not row.asr and not any(row.st.values()):
+        raise InputError("no text: neither asr nor st has a word")
     return row
 
 
-def read_manifest(path, strict=False, *, allow_outside=False, on_bad=None):
-    """The rows of a JSON-lines manifest. Unknown keys and empty lines are ignored. A bad line raises ValueError with
-    file and line if `strict`; else on_bad(message) is told (standard error), the line is skipped, and the count is told
-    at the end. No file or no usable row is a ValueError.
+def _tidy(text):
+    return join(units(unicodedata.normalize("NFC", text)))
+
+
+def _spans(text):
+    """For every word that white space ends, the indices of its units."""
+    ends = list(accumulate((len(units(word)) for word in text.split()), initial=0))
+    return [range(*span) for span in zip(ends, ends[1:])]
+
+
+def _count_in_units(row):
+    """Links and times as the file has them, by white space, now by unit."""
+    if not row.links.keys() | row.st_times.keys() <= row.st.keys():
+        raise InputError(f"links or st_times for {sorted(row.links.keys() | row.st_times.keys())}, "
+                         f"translations for {sorted(row.st)}")
+    for lang, text in row.links.items():
+        source, target = _spans(row.asr or ""), _spans(row.st[lang])
+        pairs = [tuple(map(int, link.split("-"))) for link in text.split()]
+        needs(len(source), target, pairs)  # refuses links out of range
+        row.links[lang] = [(a, b) for i, j in pairs for a in source[i] for b in target[j]]
+    if row.times is not None:
+        row.times = _times_of_units(row.times, row.asr or "")
+    row.st_times = {lang: _times_of_units(times, row.st[lang])
+                    for lang, times in row.st_times.items()}
+
+
+def _times_of_units(times, text):
+    spans = _spans(text)
+    if len(times) == len(units(text)):  # they count units already
+        return times
+    if len(times) != len(spans):
+        raise InputError(f"{len(times)} times for {len(spans)} words, {text!r:.60}")
+    return [time for time, span in zip(times, spans) for _ in span]
+
+
+def printable(text):
+    """Text from files as a terminal may show it: one line, no escape sequences, nothing turned."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def tell(message):
+    """One line for the user, on standard error."""
+    print(printable(message), file=sys.stderr)
+
+
+def read_lines(path):
+    """[(number from 1, line)] of a regular file, as bytes without the LF.
+
+    LF ends a line and nothing else does: a CR is white space, alone too, so that two files which
+    correspond line by line stay together. InputError for what is not a regular file: a pipe or a
+    device may never end.
     """
-    on_bad = on_bad or (lambda message: print(message, file=sys.stderr))
     try:
+        if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+            raise InputError(f"{path}: a pipe or a device; write what it holds into a file first")
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    rows, bad = [], 0
-    for number, line in enumerate(lines, 1):
+        raise InputError(f"{path}: {error.strerror}") from None
+    if not lines[-1]:
+        lines.pop()  # what follows the end of the last line is no line
+    return list(enumerate(lines, 1))
+
+
+def decode(line):
+    """UTF-8 -> text, without a byte order mark; InputError names the first wrong byte."""
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"byte 0x{line[error.start]:02x} after {error.start} others "
+                         "is not UTF-8") from None
+
+
+class Intake:
+    """The rows of one or more files as they are read: bad ones are told and skipped, or raise.
+
+    No two rows may have one id. With `by_sound`, rows about the same stretch of the same file
+    become one row with several texts.
+    """
+
+    def __init__(self, strict=False, on_bad=None, by_sound=False):
+        self.strict, self.tell, self.by_sound = strict, on_bad or tell, by_sound
+        self.rows, self.ids, self.sounds = [], {}, {}
+        self.counts = Counter()  # of one file
+
+    @contextmanager
+    def line(self, path, number):
+        """Around the reading of one line: whatever is wrong with it gets its file and number."""
         try:
-            if line.strip():
-                rows.append(make_row(json.loads(line.decode("utf-8-sig")), path, number, allow_outside))
+            yield
         except (ValueError, RecursionError) as error:
-            if strict:
-                raise ValueError(f"{path}:{number}: {error}") from None
-            on_bad(f"{path}:{number}: skipped: {error}")
-            bad += 1
-    if bad:
-        on_bad(f"{path}: {bad} of {bad + len(rows)} rows skipped")
-    if not rows:
-        raise ValueError(f"{path}: no usable row")
-    return rows
+            if self.strict:
+                raise InputError(f"{path}:{number}: {error}") from None
+            self.tell(f"{path}:{number}: skipped: {error}")
+            self.counts["bad"] += 1
+
+    @contextmanager
+    def file(self, path):
+        """Around the reading of one file: says at its end, once, what happened to its rows."""
+        self.counts.clear()
+        yield
+        bad, good = self.counts["bad"], self.counts["good"]
+        if bad:  # an importer's line is not yet a row
+            self.tell(f"{path}: {bad} {'lines' if self.by_sound else f'of {bad + good} rows'} "
+                      "skipped")
+        if composed := self.counts["composed"]:
+            self.tell(f"{path}: text of {composed} rows brought to NFC")
+        if unspaced := self.counts["unspaced"]:
+            self.tell(f"{path}: {unspaced} rows hold a script without spaces (as Thai, Lao, Khmer, "
+                      "Burmese), where a whole phrase counts as one word; put spaces between the "
+                      "words first")
+        if not good:
+            raise InputError(f"{path}: no usable row")
+
+    def add(self, record, path, number, allow_outside=False):
+        """A line's object becomes a row, or joins the one that has its sound."""
+        row = make_row(record, path, number, allow_outside)
+        sound = (row.audio, row.start, row.duration)
+        if self.by_sound and sound in self.sounds:
+            join_texts(self.sounds[sound], row)
+        elif row.id in self.ids:
+            raise InputError(f"id {row.id!r} stands at {self.ids[row.id].where} already")
+        else:
+            self.ids[row.id] = self.sounds[sound] = row
+            self.rows.append(row)
+        self.counts["good"] += 1
+        texts = [record.get("asr") or "", *(record.get("st") or {}).values()]
+        normal = all(unicodedata.is_normalized("NFC", text) for text in texts)
+        self.counts["composed"] += not normal
+        self.counts["unspaced"] += any(UNSPACED.search(text) is not None for text in texts)
+
+
+def read_manifest(path, strict=False, *, allow_outside=False, on_bad=None):
+    """The rows of a JSON-lines manifest.
+
+    Empty lines are ignored; columns that nobody knows are kept in Row.other. A bad line raises
+    InputError with file and line if `strict`; else on_bad(message) is told (default: standard
+    error), the line is skipped, and the count is told at the end. So is an id that stands twice. No
+    file or no usable row is an InputError.
+    """
+    return read_manifests([path], strict, allow_outside, on_bad)
+
+
+def read_manifests(paths, strict=False, allow_outside=False, on_bad=None):
+    """read_manifest of several files; no id may stand twice in all of them."""
+    intake = Intake(strict, on_bad)
+    for path in paths:
+        with intake.file(path):
+            for number, line in read_lines(path):
+                with intake.line(path, number):
+                    if line.strip():
+                        intake.add(json.loads(decode(line)), path, number, allow_outside)
+    return intake.rows
+
+
+def record_of(row, folder):
+    """The JSON object of a Row in a manifest in `folder`; what has its default value is left out.
+
+    Where links or times count the words, white space ends every one of them.
+    """
+    record = vars(row) | {"audio": os.path.relpath(row.audio, folder)}
+    if row.links or row.times is not None or row.st_times:
+        asr, st = row.words()
+        record["asr"] = row.asr if row.asr is None else " ".join(asr)
+        record["st"] = {lang: " ".join(words) for lang, words in st.items()}
+    record["links"] = {lang: " ".join(f"{i}-{j}" for i, j in pairs)
+                       for lang, pairs in row.links.items()}
+    default = vars(Row(id=None, audio=None))
+    kept = {key: record[key] for key in KINDS if record[key] != default[key]}
+    return kept | row.other
 
 
 def write_manifest(path, rows):
-    """Write what read_manifest reads, under a temporary name first: there is no half-written manifest."""
-    lines, temporary = [], Path(f"{path}.{os.getpid()}.tmp")
+    """Write what read_manifest reads, under a temporary name first.
+
+    Whatever fails, the file is whole: the old one or the new one, and the temporary one is gone.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: a folder, a pipe or a device, not a file that can be replaced")
+    lines = [json.dumps(record_of(row, Path(path).parent), ensure_ascii=False) for row in rows]
+    content = "".join(line + "\n" for line in lines).encode()
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # not the temporary name
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- What an order costs: how long a translated word waits, how much is guessed ------------------
+def delays(row, pairs):
+    """How far behind its evidence each linked word of a translation is written: [(words, seconds)].
+
+    Its evidence is the last source word it is linked to. It can be written once the source word
+    before it in `pairs` has been spoken (none: index -1, 0 s). Words: the difference of the two
+    indices; seconds: of their two end times (NaN where unknown). Below zero the word must be
+    guessed. A word without a link has no evidence and no delay.
+    """
+    evidence = {}
+    for lang, links in row.links.items():
+        for i, j in sorted(links):
+            evidence[f"<st:{lang}>", j] = i
+    ends = [math.nan if end is None else end for end in row.times or [None] * len(pairs)]
+    ends.append(0.0)  # at index -1: before the first word
+    written, found = Counter(), []
+    for tag, _ in pairs:
+        spoken, source = written[ASR] - 1, evidence.get((tag, written[tag]))
+        if source is not None:
+            found.append((spoken - source, ends[spoken] - ends[source]))
+        written[tag] += 1
+    return found
+
+
+def project_times(row):
+    """Missing times of translations: a word could be said when the last word linked to it has been.
+
+    A stand-in for times found by a trained translation transducer (align.py --times): for one
+    translation it makes mode `time` equal `align`.
+    """
+    for lang, links in row.links.items():
+        if row.times and lang not in row.st_times:
+            row.st_times[lang] = [None] * len(units(row.st[lang]))
+            for i, j in sorted(links):
+                row.st_times[lang][j] = row.times[i]
+
+
+def _mean(values):
+    return sum(values) / len(values) if values else math.nan
+
+
+def cost_of(rows, mode, tokenizer):
+    """(rows that have what the mode needs, [seven numbers of the table]); NaN where unknown.
+
+    "behind" are the mean and the 90th percentile of the delays; a guessed word, whose delay is
+    negative, counts as 0 there, or guesses would make up for waiting.
+    """
+    usable, guessed, words, seconds = [], [], [], []
     for row in rows:
-        links = {lang: " ".join(f"{i}-{j}" for i, j in pairs) for lang, pairs in row.links.items()}
-        record = vars(row) | {"audio": os.path.relpath(row.audio, Path(path).parent), "links": links, "where": None}
-        lines.append(json.dumps({key: value for key, value in record.items() if value}, ensure_ascii=False) + "\n")
-    temporary.write_bytes("".join(lines).encode())
-    os.replace(temporary, path)
+        try:
+            pairs = interleave(row, mode)
+        except InputError:
+            continue
+        usable.append((row, pairs))
+        for n, s in delays(row, pairs) if mode != "st" else []:
+            guessed.append(n < 0)
+            words.append(max(0, n))
+            if not math.isnan(s):
+                seconds.append(max(0.0, s))
+    ids = [token for _, pairs in usable for token in serialize(pairs, tokenizer)]
+    n_tags = sum(token < tokenizer.first_byte for token in ids)
+    n_words = sum(len(pairs) for _, pairs in usable) or math.nan
+    sound = sum(row.duration or math.nan for row, _ in usable) or math.nan
+    percentile = sorted(seconds)[math.ceil(0.9 * len(seconds)) - 1] if seconds else math.nan
+    return len(usable), [len(ids) / sound, n_tags / n_words, 100 * _mean(guessed), _mean(words),
+                         _mean(seconds), percentile]
 
 
+def print_table(rows, size):
+    """A line per mode: how much there is to write, and how late. `size`: of the vocabulary."""
+    texts = [text for row in rows for text in [row.asr or "", *row.st.values()]]
+    tags = [ASR, *sorted({f"<st:{lang}>" for row in rows for lang in row.st})]
+    tokenizer = Tokenizer.train(texts, size, tags)
+    print("mode         rows   tokens/s  tags/word  guessed %    words behind   s behind"
+          "   90th pct")
+    for mode in MODES:
+        n_rows, numbers = cost_of(rows, mode, tokenizer)
+        cells = ["-" if math.isnan(number) else f"{number:.2f}" for number in numbers]
+        print("{:10}{:7}{:>11}{:>11}{:>11}{:>16}{:>11}{:>11}".format(mode, n_rows, *cells))
+
+
+# ---- Importers: manifests from what people have --------------------------------------------------
+# Each takes one file or more and gives rows; bad lines are told and skipped, or raise, as in
+# read_manifest. Lines about the same stretch of sound become one row with several texts, so that
+# CoVoST's en_de and en_fr, or NeMo's recognition and translation, make a one-to-many corpus.
+def import_covost(*paths, strict=False, on_bad=None):
+    """CoVoST 2: path, sentence, translation, client_id, as its get_covost_splits.py writes them.
+
+    Its sound lies in clips/ beside the TSV; the TSV's name tells the languages. Ids are the paths
+    without their suffix.
+    """
+    intake = Intake(strict, on_bad, by_sound=True)
+    for path in paths:
+        languages = re.search(r"\.([A-Za-z-]+)_([A-Za-z-]+)\.", Path(path).name)
+        if not languages:
+            raise InputError(f"{path}: the name should tell the languages, "
+                             "as covost_v2.fr_en.train.tsv does")
+        source, target = languages.groups()
+        columns = {"audio": "path", "asr": "sentence", f"st.{target}": "translation"}
+        optional = {"speaker": "client_id"}
+        with intake.file(path):
+            for number, record in tsv_records(path, intake, columns, optional):
+                with intake.line(path, number):
+                    clip = record["audio"]
+                    record |= {"id": os.path.splitext(clip)[0], "lang": source}
+                    intake.add(record | {"audio": _under("clips", clip)}, path, number, True)
+    return with_durations(intake)
+
+
+def import_tsv(*paths, columns, folder="", allow_outside=False, strict=False, on_bad=None):
+    """Any TSV with a header: `columns` says which of its columns is what.
+
+    {"audio": "path", "asr": "sentence", "st.en": "translation"}, and also id, lang, speaker, start
+    and duration (seconds); columns not named are kept under their own names. Cells are not quoted;
+    a backslash escapes a tab, a line's end, a quote and itself. The sound lies in `folder`, seen
+    from the TSV's.
+    """
+    intake = Intake(strict, on_bad, by_sound=True)
+    known = [key for key in KINDS if _is_column(key)]
+    for ours in columns:
+        if not _is_column(ours):
+            raise InputError(f"no column {ours!r}; there are {', '.join(known)} and st.LANGUAGE")
+    if "audio" not in columns:
+        raise InputError("the columns need audio=NAME")
+    for path in paths:
+        with intake.file(path):
+            for number, record in tsv_records(path, intake, columns, {}):
+                with intake.line(path, number):
+                    record["audio"] = record["audio"] and os.path.join(folder, record["audio"])
+                    intake.add(record, path, number, allow_outside)
+    return with_durations(intake)
+
+
+def _is_column(name):
+    return KINDS.get(name) in (str, float, AUDIO) or re.fullmatch(r"st\.\S+", name) is not None
+
+
+def tsv_records(path, intake, columns, optional):
+    """Yield (line number, record) of a TSV; bad lines go to the intake.
+
+    csv with backslashes and without quotes: what csv.writer and pandas write for QUOTE_NONE with
+    an escape character. A line must have as many cells as the header: a stray tab would shift the
+    texts to other columns. `columns` must be in the header, `optional` may.
+    """
+    # A CR that ends no line is white space, as in read_lines; to csv it would be an error.
+    text = (line.decode(errors="surrogateescape") for _, line in read_lines(path))
+    text = (re.sub(r"(?<!\\)\r\Z", "", line).replace("\r", " ") + "\n" for line in text)
+    reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\")
+    header = _header(path, reader, columns)
+    columns = columns | {ours: name for ours, name in optional.items() if name in header}
+    while True:
+        number, cells = reader.line_num + 1, ()
+        with intake.line(path, number):
+            cells = _next_cells(reader)
+            if cells and len(cells) != len(header):
+                raise InputError(f"{len(cells)} cells where the header has {len(header)}")
+            if cells:
+                record = _tsv_record(dict(zip(header, cells)), columns)
+                yield number, record
+        if cells is None:
+            return
+
+
+def _next_cells(reader):
+    """The cells of the next line; None at the end."""
+    try:
+        return next(reader, None)
+    except csv.Error as error:  # a cell beyond all bounds
+        raise InputError(str(error)) from None
+
+
+def _header(path, reader, columns):
+    try:
+        header = [name.removeprefix("\ufeff") for name in _next_cells(reader) or []]
+    except InputError as error:
+        raise InputError(f"{path}:1: {error}") from None
+    if missing := [name for name in columns.values() if name not in header]:
+        raise InputError(f"{path}:1: no column {', '.join(missing)!r} in the header "
+                         f"{header!r:.200}")
+    if len(set(header)) < len(header):
+        raise InputError(f"{path}:1: a column stands twice in the header {header!r:.200}")
+    return header
+
+
+def _tsv_record(cells, columns):
+    """{name in the file: text} -> the object of a manifest's line."""
+    decode("\t".join(cells.values()).encode(errors="surrogateescape"))  # refuses what is not UTF-8
+    record = {name: text for name, text in cells.items() if name not in {*columns.values(), *KINDS}}
+    record["st"] = {}
+    for ours, name in columns.items():
+        if ours.startswith("st."):
+            record["st"][ours.removeprefix("st.")] = cells[name]
+        elif KINDS[ours] is float:
+            record[ours] = _number(cells[name]) if cells[name].strip() else None
+        else:
+            record[ours] = cells[name]
+    return record
+
+
+def _number(text):
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{text!r:.60} is not a number") from None
+
+
+def _under(folder, name):
+    """The path of a file of a corpus, which must lie in that corpus's folder."""
+    if not name or os.path.isabs(name) or ".." in Path(name).parts:
+        raise InputError(f"{name!r:.200} is no file inside {folder}")
+    return f"{folder}/{name}"
+
+
+def import_mustc(*paths, strict=False, on_bad=None):
+    """MuST-C: txt/dev.yaml with one mapping per line, its sound in wav/ beside txt/.
+
+    Beside it dev.en and the translations, dev.de and so on, with one text per line.
+    """
+    intake = Intake(strict, on_bad, by_sound=True)
+    for path in map(Path, paths):
+        with intake.file(path):
+            mappings = read_lines(path)
+            while mappings and not mappings[-1][1].strip():
+                mappings.pop()
+            texts = _mustc_texts(path, len(mappings))
+            for number, line in mappings:
+                with intake.line(path, number):
+                    record = _mustc_record(decode(line), number)
+                    said = {lang: _decode_line(lines[number - 1], path.with_suffix(f".{lang}"))
+                            for lang, lines in texts.items()}
+                    record |= {"asr": said.pop("en"), "st": said}
+                    intake.add(record, path, number, allow_outside=True)
+    return with_durations(intake)
+
+
+def _mustc_texts(path, n_lines):
+    """{language: [(number, line)]} of the files beside the YAML."""
+    files = {file.suffix[1:]: file for file in sorted(path.parent.iterdir())
+             if file.stem == path.stem and file != path}
+    texts = {lang: read_lines(file) for lang, file in files.items()}
+    for lang, lines in texts.items():
+        if len(lines) != n_lines:
+            raise InputError(f"{path} has {n_lines} lines, but {files[lang].name} {len(lines)}")
+    if "en" not in texts:
+        raise InputError(f"{path}: no {path.stem}.en beside it")
+    return texts
+
+
+def _mustc_record(line, number):
+    mapping = re.fullmatch(r"\s*-\s*\{(.*)\}\s*", line)
+    if not mapping:
+        raise InputError(f"not a mapping, as - {{duration: 3.5, ...}}: {line!r:.60}")
+    pairs = re.findall(r"""(\w+):\s*('[^']*'|"[^"]*"|[^,]*)""", mapping[1])
+    cells = {key: value.strip(" '\"") for key, value in pairs}
+    if missing := {"wav", "offset", "duration"} - cells.keys():
+        raise InputError(f"no {', '.join(sorted(missing))}")
+    return {"id": f"{Path(cells['wav']).stem}_{number}", "audio": _under("../wav", cells["wav"]),
+            "start": _number(cells["offset"]), "duration": _number(cells["duration"]),
+            "lang": "en", "speaker": cells.get("speaker_id")}
+
+
+def _decode_line(numbered, path):
+    number, line = numbered
+    try:
+        return decode(line)
+    except InputError as error:
+        raise InputError(f"{path}:{number}: {error}") from None
+
+
+def import_nemo(*paths, strict=False, on_bad=None):
+    """NeMo and Canary, JSON lines: one per sound and text.
+
+    `text` is a transcription or, where target_lang is not source_lang, the translation. The sound
+    may lie anywhere, for these files name it by absolute paths.
+    """
+    intake = Intake(strict, on_bad, by_sound=True)
+    for path in paths:
+        with intake.file(path):
+            for number, line in read_lines(path):
+                with intake.line(path, number):
+                    if line.strip():
+                        record = _nemo_record(json.loads(decode(line)))
+                        intake.add(record, path, number, allow_outside=True)
+    return with_durations(intake)
+
+
+def _nemo_record(cells):
+    if not isinstance(cells, dict) or cells.get("audio_filepath") is None:
+        raise InputError(f"not a JSON object with audio_filepath: {cells!r:.60}")
+    source = cells.get("source_lang") or cells.get("lang") or ""
+    target = cells.get("target_lang") or source
+    if not isinstance(target, str):
+        raise InputError(f"target_lang cannot be {target!r:.60}")
+    used = {"audio_filepath", "offset", "source_lang", "target_lang", "text", "answer", *KINDS}
+    record = {key: value for key, value in cells.items() if key not in used}
+    text = cells.get("text", cells.get("answer"))
+    record |= {"asr": text} if target == source else {"st": {target: text}}
+    return record | {"id": cells.get("id"), "audio": cells["audio_filepath"], "lang": source,
+                     "start": cells.get("offset"), "duration": cells.get("duration"),
+                     "speaker": cells.get("speaker")}
+
+
+IMPORTERS = {"covost": import_covost, "mustc": import_mustc, "nemo": import_nemo, "tsv": import_tsv}
+
+
+def join_texts(first, row):
+    """`row`, about the same sound as `first`, adds its texts to it; InputError if they differ."""
+    texts = {"asr": (first.asr, row.asr)}
+    texts |= {lang: (first.st.get(lang), text) for lang, text in row.st.items()}
+    for name, (one, another) in texts.items():
+        if one and another and one != another:
+            raise InputError(f"another text ({name}) for the same sound stands at {first.where}")
+    first.asr = first.asr or row.asr
+    first.st |= {lang: first.st.get(lang) or text for lang, text in row.st.items()}
+    first.other = row.other | first.other
+
+
+def with_durations(intake):
+    """The rows of an importer, with the durations that their files did not tell."""
+    lacking = [row for row in intake.rows if row.duration is None]
+    try:
+        import soundfile  # noqa: F401
+    except (ImportError, OSError):  # OSError: its library is missing
+        if lacking:
+            intake.tell(f"{len(lacking)} rows get no duration: pip install soundfile")
+        return intake.rows
+    seconds = {path: sound_seconds(path) for path in dict.fromkeys(row.audio for row in lacking)}
+    for row in lacking:
+        if seconds[row.audio] is not None and seconds[row.audio] > row.start:
+            row.duration = seconds[row.audio] - row.start
+    if unknown := sum(row.duration is None for row in lacking):
+        intake.tell(f"{unknown} rows get no duration: their sound is missing or not surely whole")
+    return intake.rows
+
+
+def sound_seconds(path):
+    """The length of a sound file, counted by reading it; None where a doubt is left.
+
+    With a duration, a row asks for that stretch and no more; where sound may be cut off, the row
+    must go without, so that whoever reads it to the end finds out.
+    """
+    import soundfile
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, "rb") as raw, soundfile.SoundFile(raw) as file:
+            n, claimed, rate = 0, file.frames, file.samplerate
+            while block := len(file.read(65536, dtype="int16")):
+                n += block
+            # An MP3 may claim too little, and reading stops there, before the end of the file; the
+            # library's log tells where a header promises more bytes than there are.
+            unread = file.format == "MP3" and raw.tell() < os.path.getsize(path)
+            doubt = re.search(r"should be|end-of-stream", file.extra_info)
+    except (soundfile.SoundFileError, OSError, ValueError, TypeError, MemoryError):
+        return None
+    return n / rate if n == claimed and not unread and not doubt else None
+
+
+# ---- The command line ----------------------------------------------------------------------------
 def demonstrate():
-    """One sentence in every mode, a word per line, translations marked; then through the tokens and back."""
-    row = Row("demo", "", asr="ieri ho comprato una macchina rossa", st={"en": "yesterday I bought a red car"},
+    """One sentence in every mode, a word per line; then through the tokens and back."""
+    row = Row("demo", "", asr="ieri ho comprato una macchina rossa",
+              st={"en": "yesterday I bought a red car"},
               links={"en": [(0, 0), (2, 1), (1, 2), (2, 2), (3, 3), (5, 4), (4, 5)]},
               times=[0.5, 0.7, 1.3, 1.5, 2.1, 2.6], st_times={"en": [0.8, 1.4, 1.4, 1.6, 2.7, 2.9]})
-    columns = [[word if tag == ASR else "  > " + word for tag, word in interleave(row, mode)] for mode in MODES]
+    columns = []
+    for mode in MODES:
+        pairs = interleave(row, mode)
+        columns.append([word if tag == ASR else "  > " + word for tag, word in pairs])
     for line in [MODES, *zip_longest(*columns, fillvalue="")]:
         print("".join(f"{cell:15}" for cell in line).rstrip())
-    pairs, tokenizer = interleave(row, "align"), Tokenizer.train([row.asr, row.st["en"]], 300, [ASR, "<st:en>"])
+    pairs = interleave(row, "align")
+    tokenizer = Tokenizer.train([row.asr, row.st["en"]], 300, [ASR, "<st:en>"])
     ids = serialize(pairs, tokenizer)
-    print(f"align in {len(ids)} tokens: {ids}\nread back exactly: {parse(ids, tokenizer) == pairs}")
+    print(f"align in {len(ids)} tokens: {ids}")
+    print(f"read back exactly: {parse(ids, tokenizer) == pairs}")
+
+
+def read_arguments(arguments):
+    parser = argparse.ArgumentParser(prog="serialize.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", help="manifests, or foreign files with --from")
+    parser.add_argument("--from", dest="kind", choices=IMPORTERS,
+                        help="the format of the files, if they are no manifests")
+    parser.add_argument("--columns", metavar="OURS=THEIRS,...",
+                        help="tsv: audio=path,asr=sentence,st.en=translation")
+    parser.add_argument("--folder", default="", help="tsv: where the sound lies, seen from the TSV")
+    parser.add_argument("--allow-outside", action="store_true",
+                        help="tsv: sound may lie outside the TSV's folder")
+    parser.add_argument("-o", "--out", help="write a manifest instead of the table")
+    parser.add_argument("--size", type=int, default=1000,
+                        help="size of the vocabulary for the table (1000)")
+    parser.add_argument("--project", action="store_true",
+                        help="missing times of translations: through the links")
+    parser.add_argument("--strict", action="store_true",
+                        help="stop at the first bad line instead of skipping it")
+    options = parser.parse_args(arguments)
+    if arguments and not options.files:
+        parser.error("which files?")
+    if (options.kind == "tsv") != (options.columns is not None):
+        parser.error("--from tsv needs --columns, and nothing else does")
+    return options
+
+
+def read_rows(options):
+    """The rows of the files that the command line names."""
+    if options.kind is None:  # no sound is opened here, so it may lie anywhere
+        return read_manifests(options.files, options.strict, allow_outside=True)
+    how = {}
+    if options.kind == "tsv":
+        columns = dict(pair.split("=", 1) for pair in options.columns.split(",") if "=" in pair)
+        if len(columns) <= options.columns.count(","):
+            raise InputError(f"--columns should be OURS=THEIRS,..., not {options.columns!r}")
+        how = {"columns": columns, "folder": options.folder}
+        how["allow_outside"] = options.allow_outside
+    return IMPORTERS[options.kind](*options.files, strict=options.strict, **how)
+
+
+def main(arguments):
+    """The exit code: 0, or 2 after one line about what is wrong."""
+    options = read_arguments(arguments)
+    if not options.files:
+        demonstrate()
+        return 0
+    try:
+        rows = read_rows(options)
+        for row in rows if options.project else []:
+            project_times(row)
+        if not options.out:
+            print_table(rows, options.size)
+            return 0
+        write_manifest(options.out, rows)
+        outside = any(record_of(row, Path(options.out).parent)["audio"].startswith("..")
+                      for row in rows)
+        hint = "; the sound lies outside its folder, read it with --allow-outside"
+        tell(f"{options.out}: {len(rows)} rows{hint if outside else ''}")
+        return 0
+    except InputError as error:
+        tell(f"serialize.py: {error}")
+    except OSError as error:
+        tell(f"serialize.py: {error.filename or 'output'}: {error.strerror}")
+    return 2
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:  # the table about a manifest lies beside the tests
-        runpy.run_path(str(Path(__file__).with_name("tests") / "manifests.py"), run_name="__main__")
-    else:
-        demonstrate()
+    sys.exit(main(sys.argv[1:]))

@@ -1,15 +1,20 @@
-"""From nothing, or from a manifest of your own speech, to a model that streams: corpus, batches, steps, checkpoint.
+"""From nothing, or from a manifest of your own speech, to a model that streams: the loop, and all that it needs.
 
-    python train.py                                  the built-in corpus: nine and a half minutes on two cores
-    python train.py train.jsonl --dev dev.jsonl      real speech (the format of the rows: serialize.Row)
-    python train.py --resume runs/de-en/model.pt     go on where a run stopped
+    python train.py                                a corpus that it makes itself, on a laptop
+    python train.py train.jsonl --dev dev.jsonl    real speech (the format of the rows: serialize.Row)
+    python train.py --resume runs/de-en            go on where a run stopped
+    torchrun --nproc_per_node=4 train.py ...       the same on four GPUs, or on more machines
 
-A transducer on a small grammar falls into a trap: its label encoder knows the grammar long before its encoder can hear,
-so it learns to write everything in the first frame, guessed, and the sound is ignored from then on. Warm-up keeps it
-out. Its first half has one task: a CTC head spells the letters that the encoder hears (units that words share are
-learned in minutes). The second half adds two, still without the transducer loss; each can be solved by one side alone:
-  - CTC also through the joint's own output layer, as if there were no labels, with the transcription as target: so when
-    the transducer starts, the joint already writes every word when it is heard;
+Read `train` and `train_step` first: the loop and one step of it. Then come the tasks and their losses, Muon, what the
+model hears, where a run is kept, and as the last chapter the built-in corpus.
+
+A transducer on a small grammar falls into a trap: its label encoder knows the grammar long before its encoder can
+hear, so it learns to write everything in the first frame, guessed, and the sound is ignored from then on. Warm-up
+keeps it out. Its first half has one task: a CTC head spells the letters that the encoder hears (units that words share
+are learned in minutes). The second half adds two, still without the transducer loss; each can be solved by one side
+alone:
+  - CTC also through the joint's own output layer, as if there were no labels, with the transcription as target: so
+    when the transducer starts, the joint already writes every word when it is heard;
   - the label encoder learns, as a language model, what comes next: word order and translation.
 The joint starts deaf to labels (label_proj is zero), and at first all labels are hidden from the label encoder, then
 fewer. While this was built, models without the second task stayed in the trap, and one without the third heard as well
@@ -18,13 +23,17 @@ but had nine times the errors in its translation (32.7 % against 3.7 % after 150
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
+import os
+import signal
 import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,24 +41,1165 @@ from types import SimpleNamespace
 import numba
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import align
 import stream
 from align import add_links, align_bitext
-from model import PRESETS, Transducer, load, log_mel, pad_samples, save
-from rnnt_loss import joint_rnnt_loss, runs_on_gpu
-from serialize import Row, Tokenizer, interleave, needs, read_manifest, serialize, write_manifest
-from stream import evaluate, read_audio
+from model import PRESETS, SAMPLE_RATE, InputError, Transducer, load, log_mel, pad_samples, save
+from rnnt_loss import joint_rnnt_loss, prune_band, runs_on_gpu, simple_rnnt_loss
+from serialize import InputError as TextError
+from serialize import (Row, Tokenizer, interleave, mode_of, needs, parse, read_manifest,
+                       serialize, write_manifest)
+from stream import evaluate, read_audio, readable, resample
 
-SAMPLE_RATE = 16000
-CLIP = 5.0  # norm of the gradient
-MUON = 10  # its learning rate over AdamW's
-TASKS = ("transducer", "letters", "words", "next_label")
-LOGGED = TASKS + ("gradient_norm", "audio_s_per_s")
+USER_ERRORS = InputError, TextError, align.InputError, OSError, ImportError  # told in one line
+CLIP = 5.0            # largest norm of a step's gradient
+MUON = 10             # learning rate of the matrices over that of all else
+WARM_UP = 100         # steps until the learning rate is at its peak
+DECAY = 0.2           # share of the steps, the last ones, over which it falls
+FORGET_STEPS = 150    # transducer steps until labels are no longer all hidden from the label encoder
+SIDE_WEIGHT = 0.3     # of each side task, beside the transducer's 1
+LOG_EVERY = 50        # steps; only then are losses fetched from the device
+GIVE_UP = 20          # steps in a row without a finite gradient
+LINKS_HERE = 50_000   # rows without links that are still aligned at the start of a run
+BPE_ROWS = 50_000     # rows that the tokenizer learns from, at most
+TEST_SIZE = 200       # built-in utterances to evaluate on
+TASKS = ("transducer", "simple", "letters", "words", "next_label")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The built-in corpus, part 1: a synchronous grammar. One sentence is a handful of concepts; every language spells the
+
+# ---- Options: a line each, from which the flags and --help are made ------------------------------
+
+def option(default, text, *, kind=None, low=None, high=None, choices=None):
+    """A field of Options; `low` and `high` are the values allowed at most, None where there is no bound."""
+    return field(default=default, metadata=dict(text=text, kind=kind or type(default), low=low, high=high,
+                                                choices=choices))
+
+
+@dataclass
+class Options:
+    manifest: str = option("", "JSON lines of real speech; without it, the built-in corpus")
+    dev: str = option("", "manifest to evaluate on; its rows need texts only")
+    corpus: str = option("de-en", "languages of the built-in corpus: de-en, en-de,es,it or de,es,it-en")
+    preset: str = option("tiny", "size of the network", choices=sorted(PRESETS))
+    interleave: str = option("align", "align, time, ratio:G, asr or st")
+    init: str = option("", "start from the weights of this model.pt, as far as they fit")
+    resume: str = option("", "go on with the run in this folder, with its options; those given here win")
+    out: str = option("", "folder of the run; runs/NAME, numbered where that exists")
+    seed: int = option(0, "of every random draw", low=0)
+    steps: int = option(1300, "updates of the weights", low=1)
+    warm_steps: int = option(400, "of these, before the transducer loss starts", low=0)
+    batch_seconds: float = option(42.0, "sound in a batch, padding included", low=0.1)
+    accumulate: int = option(1, "batches in an update, on each process", low=1)
+    lr: float = option(2e-3, "peak learning rate", low=0, high=1)
+    chunks: tuple = option((), "chunk sizes in frames, one drawn per update (default: the preset's)")
+    dropout: float = option(None, "(default: the preset's)", kind=float, low=0, high=0.99)
+    label_dropout: float = option(0.1, "share of labels hidden from the label encoder", low=0, high=1)
+    merges: int = option(100, "BPE merges of the vocabulary", low=0)
+    prune: int = option(0, "labels a frame may be at, in the transducer loss (0: all)", low=0)
+    fastemit: float = option(0.0, "FastEmit's lambda (arXiv 2010.11148)", low=0)
+    delay_penalty: float = option(0.0, "the penalty of arXiv 2211.00490", low=0)
+    augment: bool = option(True, "let noise, telephones, codecs and SpecAugment at the sound")
+    join: int = option(3, "utterances joined into one stream, at most", low=1)
+    noise: str = option("", "folder of noises to mix in")
+    max_seconds: float = option(30.0, "rows that are longer are left out, and joining stops there", low=0.1)
+    workers: int = option(0, "processes that prepare sound (0: a thread)", low=0)
+    eval_every: int = option(500, "updates between two evaluations", low=1)
+    device: str = option("", "cpu or cuda (default: cuda where there is one)")
+    allow_outside: bool = option(False, "audio may lie outside the manifest's folder")
+    strict: bool = option(False, "stop at the first bad row instead of leaving it out")
+
+
+REAL = dict(steps=8500, warm_steps=5000, label_dropout=0.25, merges=240, eval_every=1000)
+FIXED = "corpus", "preset", "interleave", "init", "seed", "merges"   # what a checkpoint decides
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def numbers_of(text):
+    return tuple(int(part) for part in text.split(","))
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+    for f in fields(Options):
+        kind, text = f.metadata["kind"], f.metadata["text"]
+        if f.default not in (None, "", ()) and kind is not bool:
+            text += f" (default {f.default})"
+        if f.name == "manifest":
+            parser.add_argument("manifest", nargs="?", help=text)
+        elif kind is bool:
+            parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(flag(f.name), type=numbers_of if kind is tuple else kind, help=text,
+                                choices=f.metadata["choices"])
+    parser.add_argument("--write-corpus", nargs=2, metavar=("DIR", "N"),
+                        help="write N built-in utterances as a manifest, and stop")
+    return parser
+
+
+def parse_options(argv):
+    """-> Options: the defaults, those for real speech, those of the run to go on with, the command line; later wins."""
+    given = vars(make_parser().parse_args(argv))
+    given.pop("write_corpus", None)
+    for name in ("manifest", "dev", "noise", "init", "resume"):
+        if given.get(name):
+            given[name] = os.path.abspath(given[name])  # a run goes on wherever one stands
+    if given.get("resume"):
+        return resumed_options(given)
+    options = replace(Options(), **(REAL if given.get("manifest") else {}))
+    return check(replace(options, **given))
+
+
+def resumed_options(given):
+    folder = run_folder(given["resume"])
+    saved = load(folder / "resume.pt")[1].get("options")
+    if not isinstance(saved, dict) or not saved.keys() <= {f.name for f in fields(Options)}:
+        raise InputError(f"{folder / 'resume.pt'}: its options are not those of this train.py: {saved!r:.80}")
+    for name in FIXED:
+        if name in given and given[name] != saved.get(name):
+            raise InputError(f"{flag(name)} {given[name]}: the checkpoint in {folder} was made with {saved.get(name)}, "
+                             "which cannot be changed on the way")
+    device = given.pop("device", "")
+    saved = saved | {"chunks": tuple(saved.get("chunks", ()))}
+    return check(Options(**(saved | given | {"resume": str(folder), "out": str(folder), "device": device})))
+
+
+def run_folder(path):
+    """The folder of a run, given it or one of its files."""
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "resume.pt").is_file():
+        raise InputError(f"{path}: nothing to go on with, {folder / 'resume.pt'} is not there")
+    return folder
+
+
+def check_mode(mode):
+    gamma = mode.removeprefix("ratio:")
+    try:
+        known = mode in ("align", "time", "asr", "st") or mode != gamma and 0 <= float(gamma) <= 1
+    except ValueError:
+        known = False
+    if not known:
+        raise InputError(f"--interleave is {mode!r}, not align, time, asr, st or ratio:G with G from 0 to 1")
+
+
+def whole_number(name, text):
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"{name} wants a positive whole number, not {text!r}")
+    return int(text)
+
+
+def check(options):
+    """The same options, complete, or an InputError that names the flag and its value."""
+    for f in fields(Options):
+        value, low, high = getattr(options, f.name), f.metadata["low"], f.metadata["high"]
+        if value is None or low is None and high is None:
+            continue
+        if not math.isfinite(value) or value < low or high is not None and value > high:
+            allowed = f"{low} or more" if high is None else f"from {low} to {high}"
+            raise InputError(f"{flag(f.name)} is {value}, not {allowed}")
+    if options.warm_steps >= options.steps:
+        raise InputError(f"--warm-steps is {options.warm_steps} of --steps {options.steps}: the transducer would never start")
+    check_mode(options.interleave)
+    if options.prune == 1:
+        raise InputError("--prune is 1, not 0 or at least 2: a band of one row never rises")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"--device is {options.device!r}, not cpu or cuda")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device is {device}, but torch {torch.__version__} sees no GPU here")
+    return replace(options, device=device)
+
+
+# ---- The loop ------------------------------------------------------------------------------------
+
+@dataclass
+class Run:
+    """What a checkpoint holds and a step changes."""
+    model: Transducer
+    tokenizer: Tokenizer
+    letters: str              # the alphabet of the CTC head, class 0 being its blank
+    optimizers: list
+    step: int = 0             # updates done
+    position: tuple = (0, 0)  # epoch and batch in it that come next
+    best: float = -1.0        # the highest mean chrF on the development set so far
+
+
+def train(options):
+    """The whole run, new or resumed -> its folder and whether it was stopped before its end."""
+    ranks = Ranks.here(options.device)
+    options = replace(options, device=ranks.device)
+    runs_on_gpu(torch.device(options.device), torch.float32)   # what the loss needs on a GPU, it says now
+    stop = StopSignal()
+    folder = run_directory(options, ranks)
+    corpus, dev = open_corpus(options)
+    run = resume_run(options) if options.resume else new_run(options, corpus)
+    source = Source(options, run)
+    warn_of_unseen(run.tokenizer, dev)
+    log = Log(folder, run.step, ranks.first)
+    with locked(folder, ranks.first), Batches(source, corpus, run, options, ranks) as batches:
+        if ranks.first:
+            announce(run, source, corpus, options, folder)
+        for group in batches:                                  # the batches of one step on this process
+            numbers = train_step(run, group, options, ranks)
+            stop.wanted = ranks.agree(stop.wanted)
+            log.add(run, group, numbers, batches.waited)
+            if stop.wanted or run.step >= options.steps:
+                break
+            if run.step % options.eval_every == 0 and ranks.first:
+                save_run(run, options, folder, log)
+                if run.step > options.warm_steps:              # before, the joint cannot stop writing
+                    assess(run, dev, options, folder)
+    log.close(run)
+    if ranks.first:
+        save_run(run, options, folder, log)
+        if not stop.wanted and run.step > options.warm_steps:
+            assess(run, dev, options, folder, blind=not options.manifest)
+    return folder, stop.wanted
+
+
+def train_step(run, batches, options, ranks):
+    """One update of run, of which `batches` are this process's part -> numbers on the device, by name.
+
+    Every task is the sum of its losses over the sum of its target symbols, in all batches of all processes: so the
+    counts are added up before the first backward pass, the gradients after the last one, and it makes no difference
+    into how many pieces a step was cut.
+    """
+    model, device = run.model.train(), options.device
+    shared = [options.seed, run.step]
+    torch.manual_seed(seed_of(*shared, ranks.rank))            # dropout is a function of the step: resume is exact
+    chunk = int(random_state(*shared, "chunk").choice(model.config.chunks))
+    set_learning_rates(run.optimizers, run.step, options)
+    weights = tasks(run.step, options)
+    counts = torch.tensor([[batch["symbols"][task] for task in weights] for batch in batches]).sum(0)
+    counts = ranks.add(counts.to(device, torch.float64)).clamp(min=1)
+    sums = torch.zeros(len(weights), device=device)
+    for batch in (b for b in batches if b["frames"]):
+        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device != "cpu"):
+            each = losses(model, to_device(batch, device), list(weights), run.step, options, chunk)
+        sum(weights[task] * loss / count for (task, loss), count in zip(each.items(), counts)).backward()
+        sums += torch.stack([loss.detach().float() for loss in each.values()])
+    ranks.add_gradients(model)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    finite = bool(torch.isfinite(norm))                        # the only wait of a step
+    if finite:                                                 # one that overflows is dropped, not learned from
+        for optimizer in run.optimizers:
+            optimizer.step()
+    for optimizer in run.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    run.step, run.position = run.step + 1, batches[-1]["after"]
+    return dict(zip(weights, ranks.add(sums) / counts)) | {"gradient_norm": norm, "finite": finite}
+
+
+class Ranks:
+    """The processes that train together, one a GPU, as torchrun starts them; without it, this one alone."""
+
+    def __init__(self, rank=0, world=1, device="cpu"):
+        self.rank, self.world, self.device, self.first = rank, world, device, rank == 0
+
+    @classmethod
+    def here(cls, device):
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(device)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        if world > 1 and not dist.is_initialized():            # an hour: the others wait while the first evaluates
+            dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=timedelta(hours=1))
+        return cls(rank, world, device)
+
+    def add(self, tensor):
+        """The sum over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def add_gradients(self, model):
+        """One message for all. DistributedDataParallel would not do: it averages, where tasks are divided by their
+        counts already, and it wants a gradient for every parameter, which a phase with one task does not give."""
+        if self.world > 1:
+            given = [p for p in model.parameters() if p.grad is not None]
+            flat = self.add(torch.cat([p.grad.flatten() for p in given]))
+            for p, grad in zip(given, flat.split([p.numel() for p in given])):
+                p.grad.copy_(grad.view_as(p))
+
+    def agree(self, wish):
+        """True where any process says so."""
+        return wish if self.world == 1 else bool(self.add(torch.tensor(float(wish), device=self.device)))
+
+
+class StopSignal:
+    """Ctrl-C or SIGTERM let the step in progress end, then the run is saved; a second one ends it at once."""
+
+    def __init__(self):
+        self.wanted = False
+        signal.signal(signal.SIGINT, self)
+        signal.signal(signal.SIGTERM, self)
+
+    def __call__(self, number, frame):
+        if self.wanted:
+            raise KeyboardInterrupt
+        self.wanted = True
+
+
+# ---- The tasks of a step -------------------------------------------------------------------------
+
+def tasks(step, options):
+    """{task: weight} of what is learned at this step."""
+    if step < options.warm_steps // 2:
+        return {"letters": 1.0}
+    sides = ["letters", "words", "next_label"]
+    if options.interleave == "st":                             # it must not learn to write the transcription
+        sides.remove("words")
+    if step < options.warm_steps:
+        return dict.fromkeys(sides, 1.0)
+    if not options.prune:
+        return {"transducer": 1.0} | dict.fromkeys(sides, SIDE_WEIGHT)
+    begun = min(1.0, (step - options.warm_steps) / FORGET_STEPS)   # as its authors do: first learn where to look
+    return {"transducer": 0.1 + 0.9 * begun, "simple": 1 - 0.5 * begun, "letters": SIDE_WEIGHT}
+
+
+def losses(model, batch, names, step, options, chunk=None):
+    """{task: nats, summed over the batch} for the tasks named, in this order.
+
+    The transducer's is -log P(targets | sound) under the logits of `Transducer.forward`, which are never formed: the
+    loss is fused with the joint network. With --prune it looks only at the nodes of a band, which a simple transducer
+    finds (arXiv 2206.13236): what is heard without labels plus what is expected without sound, learned beside it.
+    """
+    frames, _ = model.encoder(batch.mel, batch.mel_lengths, chunk=chunk)                  # (B,T,D)
+    frame_lengths = batch.mel_lengths // model.config.subsampling
+    found = {}
+    if "letters" in names:
+        found["letters"] = ctc_loss(model.ctc(frames), frame_lengths, batch.letters, batch.letters_lengths)
+    if {"words", "simple", "transducer"} & set(names):
+        heard = model.joint.encoder_proj(frames)                                          # (B,T,J)
+    if {"next_label", "simple", "transducer"} & set(names):
+        forgotten = batch.chance < label_dropout(step, options)                           # (B,U)
+        labels, _ = model.label_encoder(torch.where(forgotten, model.config.vocab, batch.targets))
+    if {"words", "simple"} & set(names):       # what the joint hears where there are no labels
+        alone = model.joint.combine(heard, heard.new_zeros(()))                           # (B,T,V)
+    if "words" in names:
+        found["words"] = ctc_loss(alone, frame_lengths, batch.spoken, batch.spoken_lengths)
+    if "next_label" in names:
+        found["next_label"] = language_loss(model, labels, batch.targets, batch.targets_lengths)
+    keep = batch.keep
+    if "simple" in names:
+        found["simple"], posteriors = simple_rnnt_loss(
+            alone, next_label_scores(model, labels), batch.targets, frame_lengths, batch.targets_lengths, blank=0,
+            reduction="sum")
+        keep = prune_band(posteriors, frame_lengths, batch.targets_lengths, options.prune)
+    if "transducer" in names:
+        joint = model.joint
+        found["transducer"] = joint_rnnt_loss(
+            heard, joint.label_proj(labels), joint.output.weight, joint.output.bias, batch.targets, frame_lengths,
+            batch.targets_lengths, blank=0, reduction="sum", keep=keep, fastemit_lambda=options.fastemit,
+            delay_penalty=options.delay_penalty)
+    return {name: found[name] for name in names}
+
+
+def label_dropout(step, options):
+    """The share of labels that the label encoder does not get to see: all of them when the transducer starts, so that
+    it must listen to write anything at all, then fewer and fewer."""
+    left = 1 - (step - options.warm_steps) / FORGET_STEPS
+    return max(options.label_dropout, left) if step >= options.warm_steps else options.label_dropout
+
+
+def ctc_loss(logits, frame_lengths, targets, target_lengths):
+    """Summed over the utterances that have a target (arXiv has no number for it: Graves et al., ICML 2006)."""
+    costs = F.ctc_loss(logits.float().log_softmax(-1).transpose(0, 1), targets, frame_lengths, target_lengths,
+                       blank=0, reduction="none", zero_infinity=True)                     # (B,)
+    return (costs * (target_lengths > 0).to(costs.device)).sum()
+
+
+def next_label_scores(model, labels):
+    """The label encoder as a language model: (B,U1,D) -> (B,U1,V), scored against its own embeddings."""
+    known = model.label_encoder.embedding.weight[:model.config.vocab]  # without the forgotten label's
+    return labels @ known.T / model.config.dim ** 0.5
+
+
+def language_loss(model, labels, targets, target_lengths):
+    """Cross entropy of the next label given those before it, the ones shown: word order and translation are learned
+    from this long before the transducer's gradient would teach them."""
+    present = torch.arange(targets.shape[1], device=targets.device) < target_lengths.to(targets.device)[:, None]
+    scores = next_label_scores(model, labels[:, :-1])                                     # (B,U,V)
+    costs = F.cross_entropy(scores.float().transpose(1, 2), targets, reduction="none")    # (B,U)
+    return (costs * present).sum()
+
+
+# ---- Optimisers ----------------------------------------------------------------------------------
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every update is made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+
+    For a gradient G = U S V', five Newton-Schulz iterations X <- a X + (b A + c A^2) X, A = X X', pull all singular
+    values of G / |G| towards 1, so that U V' is learned: no direction of a matrix waits for the others. They run in
+    the parameters' type, where bfloat16 is emulated on most laptops, and on all matrices of one shape at once.
+    """
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for same in shapes.values():
+                grads = torch.stack([self.with_momentum(p, group["momentum"]) for p in same])
+                rows, columns = same[0].shape
+                factor = group["lr"] * max(1, rows / columns) ** 0.5
+                for p, update in zip(same, orthogonalised(grads)):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-factor)
+
+    def with_momentum(self, p, momentum):
+        """Nesterov's: the running mean of the gradients, and a look one step ahead."""
+        mean = self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(mean, momentum)
+
+
+def orthogonalised(matrices, iterations=5):
+    """(n,rows,columns) -> the same with all singular values between about 0.7 and 1.2."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    for _ in range(iterations):
+        square = x @ x.mT
+        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+    return x.mT if tall else x
+
+
+def make_optimizers(model, options):
+    """Muon for the matrices of the two encoders, AdamW for all else: on real speech, CTC on letters then needs half
+    the steps."""
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and name.endswith("weight")
+                and name.startswith(("encoder", "label_encoder")) and "embedding" not in name}
+    others = [p for name, p in model.named_parameters() if name not in matrices]
+    return [Muon(matrices.values(), lr=MUON * options.lr),
+            torch.optim.AdamW(others, lr=options.lr, betas=(0.9, 0.98), weight_decay=0.01)]
+
+
+def set_learning_rates(optimizers, step, options):
+    for optimizer, peak in zip(optimizers, (MUON * options.lr, options.lr)):
+        for group in optimizer.param_groups:
+            group["lr"] = peak * learning_rate(step, options.steps)
+
+
+def learning_rate(step, steps):
+    """A factor: up in a line, level, and down in a line over the last fifth, so that a run can be made longer, and its
+    end be chosen late."""
+    return min(1.0, (step + 1) / WARM_UP, max(0.02, (steps - step) / (DECAY * steps)))
+
+
+# ---- What the model hears: rows -> streams -> sound -> features -> batches -----------------------
+# Every draw is seeded, by epoch and row or by step, so a resumed run, more worker processes and more GPUs see the same.
+
+ALONE = 0.4           # share of streams with one utterance; the others have 2 to --join
+BEFORE = 0.25         # share of streams with silence, up to PAUSE, before the first word
+PAUSE = 5.0           # seconds of silence between two utterances, at most; most are far shorter
+BABBLE = 0.15         # share of streams with other speakers in the background
+SPEAKERS = 5          # how many
+SPEEDS = 0.9, 1.0, 1.1   # of recorded speech (arXiv has none: Ko et al., Interspeech 2015)
+
+
+@dataclass
+class Stream:
+    """What is heard in one piece: utterances one after the other, and what lies under them."""
+    rows: list
+    pauses: list                # seconds of silence before each
+    background: list            # rows of other speakers
+    speed: float
+    seconds: float              # in all, about
+
+
+@dataclass
+class Request:
+    """A batch to be made. Nothing else travels to a worker process: it holds no manifest."""
+    streams: list
+    epoch: int
+    after: tuple                # (epoch, batch) that follows this one
+    holes: bool                 # SpecAugment: what cannot hear yet learns nothing from holes
+
+
+def random_state(*key):
+    return np.random.default_rng([zlib.crc32(str(k).encode()) for k in key])
+
+
+def seed_of(*key):
+    return zlib.crc32(" ".join(map(str, key)).encode())
+
+
+def epoch_streams(corpus, epoch, options):
+    """The rows of one epoch, joined: those that share a file in their order, others as they come."""
+    rows, rng = corpus.rows(epoch), random_state(options.seed, epoch, "streams")
+    used, following = np.zeros(len(rows), bool), neighbours(rows)
+    stack = list(rng.permutation(len(rows)))
+    while (k := top_unused(stack, used)) is not None:
+        wanted = 1 if rng.random() < ALONE else rng.integers(1, options.join + 1)
+        chosen, seconds = [], 0.0
+        while len(chosen) < wanted and k is not None:
+            seconds += corpus.seconds(rows[k])
+            if chosen and seconds > options.max_seconds:
+                seconds -= corpus.seconds(rows[k])
+                break
+            used[k] = True
+            chosen.append(rows[k])
+            k = following.get(k)
+            if k is None or used[k]:
+                k = top_unused(stack, used)
+        yield draw_stream(chosen, seconds, rows, rng, options)
+
+
+def top_unused(stack, used):
+    """The last entry of the stack that is not used, where it stays; used ones above it are taken off."""
+    while stack and used[stack[-1]]:
+        stack.pop()
+    return stack[-1] if stack else None
+
+
+def neighbours(rows):
+    """{index of a row: index of the row that follows it in the same file}."""
+    files = {}
+    for k, row in enumerate(rows):
+        if row.audio:
+            files.setdefault(row.audio, []).append(k)
+    following = {}
+    for same in files.values():
+        same.sort(key=lambda k: rows[k].start)
+        following.update(zip(same, same[1:]))
+    return following
+
+
+def draw_stream(chosen, seconds, rows, rng, options):
+    pauses = PAUSE * rng.random(len(chosen)) ** 4              # 1 s on average
+    pauses[0] = PAUSE * rng.random() if options.augment and rng.random() < BEFORE else 0
+    loud = options.augment and rng.random() < BABBLE
+    others = [rows[k] for k in rng.integers(len(rows), size=SPEAKERS * loud)]
+    speed = float(rng.choice(SPEEDS)) if options.augment and chosen[0].audio else 1.0
+    return Stream(chosen, list(pauses), others, speed, (seconds + pauses.sum()) / speed)
+
+
+def epoch_batches(corpus, epoch, options):
+    """Streams of about equal length together, --batch-seconds of them with their padding; batches in random order."""
+    rng = random_state(options.seed, epoch, "batches")
+    streams = list(epoch_streams(corpus, epoch, options))
+    streams.sort(key=lambda s: s.seconds)
+    batches = [[]]
+    for s in streams:                                          # s is the longest so far
+        if batches[-1] and s.seconds * (len(batches[-1]) + 1) > options.batch_seconds:
+            batches.append([])
+        batches[-1].append(s)
+    return [batches[k] for k in rng.permutation(len(batches))]
+
+
+def requests(corpus, run, options, ranks):
+    """This process's batches, for ever, from the run's position on."""
+    (epoch, first), count, begun = run.position, 0, run.step
+    while True:
+        batches = epoch_batches(corpus, epoch, options)
+        for k in range(first, len(batches)):
+            step = begun + count // (ranks.world * options.accumulate)
+            holes = options.augment and step >= options.warm_steps // 2
+            if count % ranks.world == ranks.rank:
+                yield Request(batches[k], epoch, (epoch, k + 1), holes)
+            count += 1
+        epoch, first = epoch + 1, 0
+
+
+class Source(torch.utils.data.Dataset):
+    """Makes batches of what it is asked for, in this process or in a worker's."""
+
+    def __init__(self, options, run):
+        self.options, self.tokenizer, self.config = options, run.tokenizer, run.model.config
+        self.letter = {c: 1 + k for k, c in enumerate(run.letters)}
+        self.noises = sorted(map(str, Path(options.noise).rglob("*.*"))) if options.noise else []
+
+    def __getitem__(self, request):
+        examples, bad = [], []
+        for s in request.streams:
+            try:
+                examples.append(self.example(s, request))
+            except USER_ERRORS as error:
+                bad.append(f"{s.rows[0].where}: {error}")
+        batch = collate(examples) if examples else {}
+        count = lambda name: int(batch[f"{name}_lengths"].sum()) if examples else 0
+        symbols = {"transducer": count("targets"), "simple": count("targets"), "letters": count("letters"), "words": count("spoken"),
+                   "next_label": count("targets")}
+        return batch | {"symbols": symbols, "after": request.after, "bad": bad, "frames": count("mel"),
+                        "rows": [row.where for s in request.streams for row in s.rows]}
+
+    def example(self, s, request):
+        """One stream -> mel (F,80); targets, the interleaved stream; spoken, the transcription alone; letters, the
+        same as classes of the CTC head; chance, what decides whether a label is hidden; keep, see `blocks`."""
+        options, rng = self.options, random_state(self.options.seed, request.epoch, s.rows[0].id)
+        samples, starts = self.sound(s)
+        if options.augment:
+            samples = disturb(samples, self.background(s, len(samples), rng), rng)
+        mel = mel_of(samples, self.config)
+        if request.holes:
+            mel = with_holes(mel, rng, math.log(self.config.floor))
+        pairs = [interleave(row, mode_of(row, options.interleave)) for row in s.rows]
+        targets = serialize([pair for own in pairs for pair in own], self.tokenizer)
+        spoken = " ".join(row.asr for row in s.rows if row.asr)
+        letters = [self.letter[c] for c in spoken if c in self.letter]
+        if len(letters) + repeats(letters) > len(mel) // self.config.subsampling:
+            letters = []                                       # CTC has no path for so many
+        example = dict(mel=mel, targets=targets, spoken=self.tokenizer.encode(spoken), letters=letters,
+                       chance=torch.from_numpy(rng.random(len(targets), np.float32)))
+        if options.join > 1 and not options.prune:
+            example["keep"] = self.blocks(pairs, starts, len(mel), len(targets))
+        return example
+
+    def sound(self, s):
+        """-> samples of the whole stream, and where each utterance starts, counted in samples."""
+        parts, starts, at = [], [], 0
+        for row, pause in zip(s.rows, s.pauses):
+            own = sound_of(row, self.options.seed)
+            if s.speed != 1:
+                own = resample(own, round(SAMPLE_RATE * s.speed), SAMPLE_RATE)
+            silence = np.zeros(round(pause * SAMPLE_RATE), np.float32)
+            starts.append(at + len(silence))
+            at += len(silence) + len(own)
+            parts += [silence, own]
+        return np.concatenate(parts), starts
+
+    def background(self, s, n, rng):
+        """Other speakers, or a piece of a noise file, or None; n samples."""
+        if s.background:
+            voices = [np.resize(sound_of(row, self.options.seed), n) for row in s.background]
+            return sum(voice / (np.sqrt(np.mean(voice ** 2)) + 1e-9) for voice in voices)
+        if self.noises and rng.random() < 0.5:
+            noise = read_audio(self.noises[rng.integers(len(self.noises))])
+            return np.resize(noise[rng.integers(len(noise)):], n)
+
+    def blocks(self, pairs, starts, n_mel, n_labels):
+        """keep (T,U1): while an utterance is heard, and one chunk longer, its labels are written and no others. So the
+        lattice of joined utterances grows with their number, and not with its square."""
+        s, margin = self.config.subsampling, max(self.config.chunks)
+        keep = torch.zeros(n_mel // s, n_labels + 1, dtype=torch.bool)
+        label, frame = 0, 0
+        for k in range(len(starts)):
+            through = [pair for own in pairs[:k + 1] for pair in own]
+            after = len(serialize(through, self.tokenizer))
+            last = k + 1 == len(starts)
+            until = len(keep) if last else starts[k + 1] // (160 * s)
+            keep[frame:until + margin, label:after + 1] = True
+            label, frame = after, until
+        return keep
+
+
+def sound_of(row, seed):
+    """The samples of a row: of its file, or of the built-in voice where it has none."""
+    if not row.audio:
+        return speak_row(row, seed)[0]
+    return read_audio(row.audio, row.start, row.duration)
+
+
+def mel_of(samples, config):
+    samples = pad_samples(torch.from_numpy(np.asarray(samples, np.float32)), config.subsampling)
+    return log_mel(samples, config.n_mels, config.floor)                                  # (F,80)
+
+
+def repeats(symbols):
+    """CTC needs a blank, and so a frame more, between two equal neighbours."""
+    return sum(a == b for a, b in zip(symbols, symbols[1:]))
+
+
+def collate(examples):
+    """[{name: sequence}] -> {name: padded tensor (B, longest, ...), name_lengths: (B,)}."""
+    batch = {"keep": None}
+    for name in ("mel", "targets", "spoken", "letters", "chance"):
+        items = [e[name] if torch.is_tensor(e[name]) else torch.tensor(e[name], dtype=torch.long)
+                 for e in examples]
+        batch[name] = torch.nn.utils.rnn.pad_sequence(items, batch_first=True)
+        batch[f"{name}_lengths"] = torch.tensor([len(item) for item in items])
+    if "keep" in examples[0]:
+        T, U1 = (max(e["keep"].shape[axis] for e in examples) for axis in (0, 1))
+        batch["keep"] = torch.stack([F.pad(e["keep"], (0, U1 - e["keep"].shape[1], 0, T - len(e["keep"])))
+                                     for e in examples])
+    return batch
+
+
+def to_device(batch, device):
+    """A batch's tensors by name; the lengths stay on the CPU, where the loss wants them."""
+    return SimpleNamespace(**{name: x.to(device, non_blocking=True) if torch.is_tensor(x)
+                              and not name.endswith("_lengths") else x for name, x in batch.items()})
+
+
+def same(batch):
+    return batch
+
+
+class Batches:
+    """The batches of one step after the other, made ahead in a thread or by DataLoader's worker processes."""
+
+    def __init__(self, source, corpus, run, options, ranks):
+        self.group, self.waited, self.told = options.accumulate, 0.0, set()
+        wanted = requests(corpus, run, options, ranks)
+        workers = {}
+        if options.workers:                                    # spawned: numba's threads do not survive a fork
+            workers = dict(multiprocessing_context="spawn", persistent_workers=True,
+                           worker_init_fn=quiet_worker)
+        self.loader = iter(torch.utils.data.DataLoader(
+            source, batch_size=None, sampler=wanted, num_workers=options.workers, collate_fn=same,
+            pin_memory=options.device != "cpu", **workers))
+        # One thread of its own: more would take the cores from the step that is learned meanwhile, and add up in
+        # another order than a worker process.
+        self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.pool.shutdown(cancel_futures=True)
+
+    def __iter__(self):
+        ahead = [self.pool.submit(next, self.loader) for _ in range(2)]
+        while True:
+            group = []
+            for _ in range(self.group):
+                began = time.perf_counter()
+                group.append(ahead.pop(0).result())
+                self.waited += time.perf_counter() - began
+                ahead.append(self.pool.submit(next, self.loader))
+                self.tell(group[-1]["bad"])
+            yield group
+
+    def tell(self, bad):
+        for message in bad:
+            if message not in self.told:
+                tqdm.write(f"{message}: left out", file=sys.stderr)
+            self.told.add(message)
+
+
+def quiet_worker(_):
+    """Ctrl-C reaches every process of a terminal; only the first is to act on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# ---- Sounds as people have them ------------------------------------------------------------------
+
+def disturb(samples, background, rng):
+    """Samples (N,) -> as they come out of a telephone, a codec, a noisy room, too loud or too soft."""
+    power = np.mean(samples ** 2) + 1e-9
+    if background is None and rng.random() < 0.5:
+        background = coloured_noise(len(samples), rng)
+    if background is not None:
+        ratio = 10 ** (-rng.uniform(5, 30) / 10)               # noise over speech, in power
+        scale = np.sqrt(ratio * power / (np.mean(background ** 2) + 1e-9))
+        samples = samples + (scale * background).astype(np.float32)
+    if rng.random() < 0.4:
+        samples = low_pass(samples, rng.uniform(3400, 8000))
+    if rng.random() < 0.15:
+        samples = mu_law(samples)
+    peak = np.abs(samples).max() + 1e-9
+    return samples * np.float32(min(10 ** rng.uniform(-1, 0.5), 1 / peak))
+
+
+def coloured_noise(n, rng):
+    """Noise whose power falls with frequency to the power of 0 (white) to 2 (brown)."""
+    hz = np.fft.rfftfreq(n, 1 / SAMPLE_RATE)
+    shape = np.maximum(hz, 50) ** (-rng.uniform(0, 2) / 2)
+    return np.fft.irfft(np.fft.rfft(rng.standard_normal(n)) * shape, n)
+
+
+def low_pass(samples, hz):
+    spectrum = np.fft.rfft(samples)
+    spectrum[round(hz * len(samples) / SAMPLE_RATE):] = 0
+    return np.fft.irfft(spectrum, len(samples)).astype(np.float32)
+
+
+def mu_law(samples):
+    """8 bits a sample on a logarithmic scale, as telephones do (ITU-T G.711), at the level of a full scale of 1."""
+    peak = np.abs(samples).max() + 1e-9
+    x = samples / peak
+    code = np.round(127 * np.sign(x) * np.log1p(255 * np.abs(x)) / math.log(256))
+    return (peak * np.sign(code) * np.expm1(np.abs(code) / 127 * math.log(256)) / 255).astype(np.float32)
+
+
+def with_holes(mel, rng, floor):
+    """(F,80) -> the same with two bands and two stretches of time gone (SpecAugment, arXiv 1904.08779): each band at
+    its own mean there, or, as codecs leave it, at the floor."""
+    (n_frames, n_mels), mel = mel.shape, mel.clone()
+    fill = mel.mean(0) if rng.random() < 0.5 else torch.full((n_mels,), floor)
+    for _ in range(2):
+        width = int(rng.integers(0, 17))
+        low = int(rng.integers(0, n_mels - width + 1))
+        mel[:, low:low + width] = fill[low:low + width]
+        width = int(rng.integers(0, max(1, min(40, n_frames // 8)) + 1))
+        start = int(rng.integers(0, n_frames - width + 1))
+        mel[start:start + width] = fill
+    return mel
+
+
+# ---- A run: where it comes from and where it is kept ---------------------------------------------
+
+def run_directory(options, ranks):
+    """The folder to write to: the resumed one, the one asked for, or a new one under runs/."""
+    if options.resume:
+        return Path(options.resume)
+    name = Path(options.manifest).parent.name if options.manifest else options.corpus
+    folder, number = Path(options.out or f"runs/{name}"), 1
+    if options.out and (folder / "resume.pt").exists():
+        raise InputError(f"--out {folder} holds a run already: go on with --resume {folder}, or choose another")
+    while not options.out and (folder / "log.csv").exists():
+        number += 1
+        folder = Path(f"runs/{name}-{number}")
+    chosen = [folder]
+    if ranks.world > 1:                                        # what the first process chose
+        dist.broadcast_object_list(chosen)
+    chosen[0].mkdir(parents=True, exist_ok=True)
+    return chosen[0]
+
+
+class locked:
+    """Two runs in one folder would each overwrite the other's checkpoints."""
+
+    def __init__(self, folder, first):
+        self.file = open(folder / "lock", "a") if first else None
+
+    def __enter__(self):
+        try:
+            import fcntl
+            if self.file:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass                                               # Windows: no such lock
+        except BlockingIOError:
+            raise InputError(f"{Path(self.file.name).parent}: another run is writing there now") from None
+
+    def __exit__(self, *error):
+        if self.file:
+            self.file.close()
+
+
+class Corpus:
+    """Rows of a manifest."""
+
+    def __init__(self, rows):
+        self._rows = rows
+
+    def rows(self, epoch):
+        return self._rows
+
+    def seconds(self, row):
+        return row.duration
+
+
+def open_corpus(options):
+    """-> the training corpus, and [(row, samples)] to evaluate on."""
+    if not options.manifest:
+        corpus = BuiltIn(options.corpus, options.seed)
+        return corpus, corpus.unseen(TEST_SIZE)
+    kept = dict(strict=options.strict, allow_outside=options.allow_outside)
+    rows = read_manifest(options.manifest, **kept)
+    if options.interleave == "align":
+        link(rows, options)
+    rows = list(usable(rows, options))
+    dev = list(readable(read_manifest(options.dev, **kept), options.strict)) if options.dev else []
+    frame_s = PRESETS[options.preset].frame_s
+    short = sum(len(row.asr or "") + repeats(row.asr or "") > row.duration / frame_s for row in rows)
+    if short:
+        print(f"{short} of {len(rows)} rows have fewer frames of {1000 * frame_s:.0f} ms than letters: the letters "
+              "task leaves them out", file=sys.stderr)
+    return Corpus(rows), dev
+
+
+def link(rows, options):
+    """Word links where they lack, learned from all of the training rows, and from no other."""
+    def lacks(row):
+        return row.asr and any(text and not row.links.get(lang) for lang, text in row.st.items())
+    lacking = sum(map(bool, map(lacks, rows)))
+    if lacking > LINKS_HERE:
+        raise InputError(f"{options.manifest}: {lacking} rows lack links; find them once and for all with\n"
+                         f"python align.py {options.manifest} -o LINKED.jsonl")
+    if lacking:
+        threads = torch.get_num_threads()
+        add_links(rows, align_bitext)
+        torch.set_num_threads(threads)  # numba's loops may have changed it: both may use the same OpenMP
+
+
+def usable(rows, options):
+    """The rows that can be learned from, with their durations; the others are named and left out."""
+    left_out = 0
+    for row in rows:
+        try:
+            interleave(row, mode_of(row, options.interleave))  # has the row what this order needs?
+            if row.duration is None:
+                samples = sum(map(len, stream.audio_blocks(row.audio, row.start)))
+                row.duration = samples / SAMPLE_RATE
+            if row.duration > options.max_seconds:
+                raise InputError(f"{row.duration:.1f} s long, --max-seconds is {options.max_seconds}")
+        except USER_ERRORS as error:
+            message = str(error) if row.where in str(error) else f"{row.where}: {error}"
+            if options.strict:
+                raise InputError(message) from None
+            print(f"{message}: left out", file=sys.stderr)
+            left_out += 1
+            continue
+        yield row
+    if left_out:
+        print(f"{left_out} of {len(rows)} rows left out", file=sys.stderr)
+    if left_out == len(rows):
+        raise InputError(f"{options.manifest}: none of the {len(rows)} rows can be used")
+
+
+def new_run(options, corpus):
+    """Tokenizer, alphabet, network and the statistics of its features, from the training rows."""
+    rows = corpus.rows(0)
+    rows = rows[::max(1, len(rows) // BPE_ROWS)]
+    texts = [text for row in rows for text in (row.asr, *row.st.values()) if text]
+    languages = sorted({lang for row in rows for lang in row.st})
+    tags = ["<asr>"] + [f"<st:{lang}>" for lang in languages]
+    tokenizer = Tokenizer.train(texts, 1 + len(tags) + 256 + options.merges, tags)
+    letters = "".join(sorted({c for row in rows for c in row.asr or ""}))
+    torch.manual_seed(options.seed)
+    config = replace(PRESETS[options.preset], vocab=len(tokenizer), ctc_vocab=1 + len(letters))
+    config = replace(config, chunks=options.chunks or config.chunks,
+                     dropout=config.dropout if options.dropout is None else options.dropout)
+    model = Transducer(config)
+    torch.nn.init.zeros_(model.joint.label_proj.weight)        # at first the joint only hears; labels come in by learning
+    torch.nn.init.zeros_(model.joint.label_proj.bias)
+    model.encoder.set_statistics(*feature_statistics(rows, config, options))
+    if options.init:
+        take_weights(model, tokenizer, letters, options.init)
+    model.to(options.device)
+    return Run(model, tokenizer, letters, make_optimizers(model, options))
+
+
+def feature_statistics(rows, config, options):
+    """Mean and deviation (80,) of every band, over about 300 rows."""
+    mels = []
+    for row in rows[::max(1, len(rows) // 300)]:
+        try:
+            mels.append(mel_of(sound_of(row, options.seed), config))
+        except USER_ERRORS:
+            pass                                               # it will be named when it is to be learned from
+    if not mels:
+        raise InputError(f"{options.manifest}: none of the rows tried has usable sound")
+    frames = torch.cat(mels)
+    return frames.mean(0), frames.std(0).clamp(min=1e-3)
+
+
+def take_weights(model, tokenizer, letters, path):
+    """--init: the tensors of another model that fit by name and shape; what counts tokens or letters only where the
+    two tables are equal, for a row means nothing without its name."""
+    other, beside = load(path)
+    tables = {"label_encoder.embedding": beside.get("tokenizer") == tokenizer.to_dict(), "ctc": beside.get("letters") == letters}
+    tables["joint.output"] = tables["label_encoder.embedding"]
+    own, taken = model.state_dict(), {}
+    for name, tensor in other.state_dict().items():
+        fits = all(equal for start, equal in tables.items() if name.startswith(start))
+        if fits and name in own and own[name].shape == tensor.shape:
+            taken[name] = tensor
+    model.load_state_dict(own | taken)
+    print(f"from {path}: {len(taken)} of {len(own)} tensors; not {' '.join(sorted(own.keys() - taken.keys())) or 'one left'}")
+
+
+def resume_run(options):
+    path = Path(options.resume) / "resume.pt"
+    model, beside = load(path)
+    if missing := {"tokenizer", "letters", "step", "position", "optimizers", "best"} - beside.keys():
+        raise InputError(f"{path} lacks {', '.join(sorted(missing))}: it cannot be resumed")
+    if options.steps <= beside["step"]:
+        raise InputError(f"--steps is {options.steps}, but {path} has done {beside['step']}")
+    if options.chunks or options.dropout is not None:
+        config = replace(model.config, chunks=options.chunks or model.config.chunks,
+                         dropout=model.config.dropout if options.dropout is None else options.dropout)
+        weights, model = model.state_dict(), Transducer(config)
+        model.load_state_dict(weights)
+    optimizers = make_optimizers(model.to(options.device), options)
+    try:
+        for optimizer, state in zip(optimizers, beside["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        return Run(model, Tokenizer.from_dict(beside["tokenizer"]), beside["letters"], optimizers, beside["step"],
+                   tuple(beside["position"]), beside["best"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: a damaged checkpoint: {error}") from None
+
+
+def save_run(run, options, folder, log):
+    """resume.pt is complete in itself and all that --resume reads; model.pt is what stream.py needs."""
+    log.flush(run)
+    save(folder / "resume.pt", run.model, tokenizer=run.tokenizer.to_dict(), letters=run.letters, options=asdict(options),
+         optimizers=[optimizer.state_dict() for optimizer in run.optimizers], step=run.step,
+         position=list(run.position), best=run.best)
+    save_model(run, options, folder / "model.pt")
+
+
+def save_model(run, options, path):
+    save(path, run.model, tokenizer=run.tokenizer.to_dict(), letters=run.letters, mode=options.interleave,
+         step=run.step)
+
+
+class Log:
+    """log.csv: a line every LOG_EVERY steps, its losses the means since the line before; and the progress on screen."""
+    COLUMNS = ("step", "epoch", "learning_rate", *TASKS, "gradient_norm", "skipped", "audio_s_per_s", "waited_s")
+
+    def __init__(self, folder, step, first):
+        self.path, self.first, self.skipped, self.in_a_row = folder / "log.csv", first, 0, 0
+        lines = [line for line in self.past() if int(line["step"]) <= step] if step else []
+        if first:
+            with open(self.path, "w", newline="") as file:     # what a resumed run does again, it writes again
+                writer = csv.DictWriter(file, self.COLUMNS)
+                writer.writeheader()
+                writer.writerows(lines)
+        self.bar = tqdm(initial=step, unit="step", dynamic_ncols=True, disable=None if first else True)
+        self.start()
+
+    def past(self):
+        if not self.path.exists():
+            return []
+        with open(self.path, newline="") as file:
+            return list(csv.DictReader(file))
+
+    def start(self):
+        self.sums, self.counts, self.frames, self.began, self.waited0 = {}, {}, 0, time.perf_counter(), None
+
+    def add(self, run, group, numbers, waited):
+        self.waited0 = waited if self.waited0 is None else self.waited0
+        self.waited, self.lr = waited, run.optimizers[-1].param_groups[0]["lr"]
+        self.frames += sum(batch["frames"] for batch in group)
+        self.count(numbers.pop("finite"), run, group)
+        for name, number in numbers.items():                   # still on the device: nobody waits for them here
+            self.sums[name] = self.sums.get(name, 0) + number
+            self.counts[name] = self.counts.get(name, 0) + 1
+        self.bar.update()
+        if run.step % LOG_EVERY == 0:
+            self.flush(run)
+
+    def count(self, finite, run, group):
+        self.skipped, self.in_a_row = self.skipped + (not finite), 0 if finite else self.in_a_row + 1
+        if self.in_a_row == GIVE_UP:
+            rows = ", ".join(row for batch in group for row in batch["rows"])
+            raise InputError(f"step {run.step}: the {GIVE_UP}th in a row whose gradient is not finite; a lower --lr? "
+                             f"The last checkpoint stands. Rows of this step: {rows}")
+
+    def flush(self, run):
+        if not self.sums:
+            return
+        seconds = time.perf_counter() - self.began
+        line = {name: f"{float(total) / self.counts[name]:.5g}" for name, total in self.sums.items()}
+        told = "  ".join(f"{name.replace('_', ' ')} {float(line[name]):.2f}" for name in TASKS if name in line)
+        line |= {"step": run.step, "epoch": run.position[0], "learning_rate": f"{self.lr:.4g}", "skipped": self.skipped,
+                 "audio_s_per_s": f"{self.frames / 100 / seconds:.4g}", "waited_s": f"{self.waited - self.waited0:.3f}"}
+        if self.first:
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self.COLUMNS).writerow(line)
+            self.bar.set_postfix_str(f"{told}  {line['audio_s_per_s']} s/s")
+            if self.bar.disable and run.step % (2 * LOG_EVERY) == 0:       # not a terminal: a line now and then
+                print(f"step {run.step}: {told}  {line['audio_s_per_s']} s of sound per s", flush=True)
+        self.start()
+
+    def close(self, run):
+        self.flush(run)
+        self.bar.close()
+
+
+def announce(run, source, corpus, options, folder):
+    """What will happen, and how long it takes here: a step of every phase is tried on the first batch."""
+    batches = epoch_batches(corpus, run.position[0], options)
+    seconds = sum(s.seconds for batch in batches for s in batch)
+    padded = sum(len(batch) * max(s.seconds for s in batch) for batch in batches)
+    millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+    told = f"{options.steps - run.step} steps of about {padded / len(batches):.0f} s of sound"
+    print(f"{options.preset}, {options.interleave}: {millions:.2f} M parameters, {len(run.tokenizer)} tokens, on "
+          f"{options.device}; {told}, {len(batches)} an epoch, {1 - seconds / padded:.1%} of it padding; run folder "
+          f"{folder}", flush=True)
+    batch = source[Request(batches[0], 0, (0, 0), False)]
+    half = options.warm_steps // 2
+    phases = {0: half, half: options.warm_steps - half, options.warm_steps: options.steps - options.warm_steps}
+    done, total = run.step, 0.0
+    for first, length in phases.items():
+        left = max(0, length - done)
+        done = max(0, done - length)
+        if left and batch["frames"]:
+            total += left * trial(run, batch, first, options)
+    print(f"that is about {total / 60:.0f} minutes here, beside the evaluations; Ctrl-C stops and saves", flush=True)
+
+
+def trial(run, batch, step, options):
+    """Seconds of a forward and backward pass as at `step`; nothing is learned."""
+    for _ in range(2):                                         # the first one compiles
+        began = time.perf_counter()
+        each = losses(run.model.train(), to_device(batch, options.device), list(tasks(step, options)), step, options)
+        sum(each.values()).backward()
+        if options.device != "cpu":
+            torch.cuda.synchronize()
+        run.model.zero_grad(set_to_none=True)
+    return 1.2 * (time.perf_counter() - began)                 # the optimisers take a fifth of it
+
+
+def warn_of_unseen(tokenizer, dev):
+    unseen = {c for row, _ in dev for text in (row.asr or "", *row.st.values()) for c in tokenizer.unseen(text)}
+    if unseen:
+        print(f"warning: {len(unseen)} characters of the development set never occur in training and are written as "
+              f"bytes: {' '.join(sorted(unseen))}", file=sys.stderr)
+
+
+# ---- Evaluation on the way -----------------------------------------------------------------------
+
+def assess(run, dev, options, folder, blind=False):
+    """Scores on the development set; `blind`, also with noise for sound: who still writes well does not listen."""
+    if not dev:
+        return
+    metrics, records = evaluate(run.model, run.tokenizer, dev)
+    tqdm.write(f"step {run.step}, {len(dev)} unseen utterances:")
+    show_scores(metrics, records)
+    chrf = [m["chrf"] for m in metrics.values() if m["chrf"] is not None]
+    if chrf and np.mean(chrf) > run.best:
+        run.best = float(np.mean(chrf))
+        save_model(run, options, folder / "best.pt")
+    if blind:
+        rng = np.random.default_rng(0)
+        noise = [(row, rng.normal(0, 0.05, len(samples)).astype(np.float32)) for row, samples in dev]
+        blind_metrics, _ = evaluate(run.model, run.tokenizer, noise)
+        metrics = metrics | {f"blind {tag}": m for tag, m in blind_metrics.items()}
+        tqdm.write("the same with noise instead of the audio (a model that listens fails here):")
+        show_scores(blind_metrics, [])
+    path = folder / "metrics.json"
+    past = json.loads(path.read_text()) if path.exists() else []
+    past = [entry for entry in past if entry["step"] < run.step]  # what a resumed run does again, it writes again
+    path.write_text(json.dumps(past + [{"step": run.step, "streams": metrics}], indent=1))
+
+
+def show_scores(metrics, records, examples=3):
+    """What a person wants to see of an evaluation: a table, and some utterances with the time of every word."""
+    for tag, m in metrics.items():
+        bleu = "" if m["bleu"] is None else f"  BLEU {m['bleu']:5.1f}  chrF {m['chrf']:5.1f}"
+        lag = "" if m["laal_ms"] is None else f"  LAAL {m['laal_ms']:5.0f} ms"
+        silent = f"  ({m['silent']} of {m['utterances']} without a word)" if m["silent"] else ""
+        tqdm.write(f"  {tag:8} WER {m['wer']:5.1f}  CER {m['cer']:5.1f}{bleu}{lag}{silent}")
+    for record in records[:examples]:
+        for tag, reference in record["references"].items():
+            if tag in metrics:
+                words = [f"{w.text}\N{MIDDLE DOT}{w.delay_ms / 1000:.1f}" for w in record["words"] if w.stream == tag]
+                written = " ".join(words)
+                if len(written) > 500:  # an untrained model babbles
+                    written = f"{written[:500]} ... {len(words)} words"
+                tqdm.write(f"    {tag:8} reference   {' '.join(reference)}\n    {'':8} at its time {written}")
+
+
+def live_captions(folder, options):
+    """Stream two sentences in a row, never heard, at their own pace, through the command that users have."""
+    import soundfile
+    items = BuiltIn(options.corpus, options.seed).unseen(2)
+    pause = np.zeros(SAMPLE_RATE, np.float32)
+    samples = np.concatenate([part for _, own in items for part in (own * (0.5 / np.abs(own).max()), pause)])
+    example = folder / "unseen.wav"
+    soundfile.write(example, samples, SAMPLE_RATE)
+    print(f"\nlive captions of {example}, which says: {' / '.join(row.asr for row, _ in items)}")
+    stream.main([str(folder / "model.pt"), str(example), "--realtime"])
+    return example
+
+
+# ---- The built-in corpus, part 1: a synchronous grammar ------------------------------------------
+# One sentence is a handful of concepts; every language spells the
 # same concepts in an order of its own, so that the word links are known by construction.
 
 LANGUAGES = ("de", "en", "es", "it")
@@ -149,8 +1299,8 @@ def builtin_row(index, *, seed=0, source="de", targets=("en",), test=False):
                where=f"built-in corpus, {index}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The built-in corpus, part 2: a formant voice. Every letter is one or two sounds; a sound is a place in the space of
+# ---- The built-in corpus, part 2: a formant voice ------------------------------------------------
+# Every letter is one or two sounds; a sound is a place in the space of
 # three formants, with some voice and some noise. Sounds glide into one another, as they do in a mouth.
 
 # A sound: ms, F1, F2, F3 in Hz, how much voice, how much noise, centre and bandwidth of the noise in Hz. Capitals are
@@ -259,427 +1409,42 @@ def speak_row(row, seed=0):
     return samples, row
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: rows -> features and targets -> batches. Every draw is seeded, by row or by step, so that a resumed run
-# and a repeated one see the same utterances in the same order.
 
 class BuiltIn:
     """Fresh utterances for ever: epoch e holds the utterances e * SIZE ... (e + 1) * SIZE - 1."""
     SIZE = 1600
 
-    def __init__(self, languages, seed, subsampling):
-        self.sources, self.targets = (side.split(",") for side in languages.split("-"))
+    def __init__(self, languages, seed):
+        sides = languages.split("-")
+        if len(sides) != 2:
+            raise InputError(f"--corpus is {languages!r}, not SOURCES-TARGETS as de-en or de,es,it-en")
+        self.sources, self.targets = (side.split(",") for side in sides)
         unknown = set(self.sources + self.targets) - set(LANGUAGES)
-        if unknown:
-            raise ValueError(f"the built-in corpus speaks {', '.join(LANGUAGES)}, not {', '.join(sorted(unknown))}")
-        self.seed, self.subsampling = seed, subsampling
+        if unknown or set(self.sources) & set(self.targets):
+            raise InputError(f"--corpus is {languages!r}; the built-in corpus speaks {', '.join(LANGUAGES)}, and does "
+                             "not translate a language into itself")
+        self.seed = seed
 
-    def rows(self, epoch, size=SIZE, test=False):
+    def rows(self, epoch, size=None, test=False):
+        size = size or self.SIZE
         return [builtin_row(k, seed=self.seed, source=self.sources[k % len(self.sources)], targets=self.targets,
                             test=test) for k in range(epoch * size, (epoch + 1) * size)]
 
-    def size(self, row):
-        return len(row.asr)  # the voice spends about the same time on every letter
-
-    def mel(self, row):
-        return mel_of(speak_row(row, self.seed)[0], self.subsampling)
+    def seconds(self, row):
+        """About how long the voice takes to say it."""
+        sounds = [sound for c in row.asr.lower() if c != " " for sound in LETTERS.get(c, c if c in SOUNDS else "_")]
+        spoken = sum(SOUNDS[sound][0] for sound in sounds) * make_speaker(row.speaker).rate
+        return (spoken + SOUNDS["_"][0] * (10 + 0.85 * len(row.asr.split()))) / 1000
 
     def unseen(self, n):
         """n test utterances with their audio: sentences and speakers that never occur in training."""
         return [(row, speak_row(row, self.seed)[0]) for row in self.rows(0, n, test=True)]
 
 
-class Manifest:
-    """Rows with their features, computed once and kept in half precision: 60 MB for an hour."""
-
-    def __init__(self, rows, subsampling, options):
-        self._rows, self._mel = [], {}
-        for row, samples in readable(rows, options):
-            self._rows.append(row)
-            self._mel[row.id] = mel_of(samples, subsampling).half()
-
-    def rows(self, epoch):
-        return self._rows
-
-    def size(self, row):
-        return row.duration
-
-    def mel(self, row):
-        return self._mel[row.id].float()
-
-
-def readable(rows, options):
-    """Yield (row, samples) for the rows that can be used; the others are named, counted and left out."""
-    bad = 0
-    for row in tqdm(rows, desc="audio", unit="row", leave=False, disable=None):
-        try:
-            interleave(row, options.interleave)  # has the row what this mode needs?
-            samples = read_audio(row.audio, row.start, row.duration)
-        except ValueError as error:
-            message = str(error) if row.where in str(error) else f"{row.where}: {error}"
-            if options.strict:
-                raise ValueError(message) from None
-            tqdm.write(f"{message}: skipped", file=sys.stderr)
-            bad += 1
-            continue
-        row.duration = len(samples) / SAMPLE_RATE
-        yield row, samples
-    if bad:
-        tqdm.write(f"{bad} of {len(rows)} rows skipped", file=sys.stderr)
-    if bad == len(rows):
-        raise ValueError(f"none of the {len(rows)} rows can be used")
-
-
-def mel_of(samples, subsampling):
-    return log_mel(pad_samples(torch.from_numpy(samples), subsampling))  # (F, 80)
-
-
-def collate(**sequences):
-    """Padded tensors with their lengths: collate(mel=[...]) has .mel (B, F, 80) and .mel_lengths (B,)."""
-    batch = SimpleNamespace()
-    for name, items in sequences.items():
-        items = [item if torch.is_tensor(item) else torch.tensor(item, dtype=torch.long) for item in items]
-        setattr(batch, name, torch.nn.utils.rnn.pad_sequence(items, batch_first=True))
-        setattr(batch, f"{name}_lengths", torch.tensor([len(item) for item in items]))
-    return batch
-
-
-def random_state(*key):
-    return np.random.default_rng([zlib.crc32(str(k).encode()) for k in key])
-
-
-def epoch_batches(corpus, epoch, options):
-    """The rows of one epoch in batches of about equal length, the batches in random order."""
-    rows = corpus.rows(epoch)
-    rng = random_state(options.seed, epoch, "order")
-    size = np.array([corpus.size(row) for row in rows]) * rng.uniform(0.95, 1.05, len(rows))
-    order = np.argsort(size, kind="stable")
-    batches = [[rows[i] for i in order[k:k + options.batch]] for k in range(0, len(order), options.batch)]
-    return [batches[k] for k in rng.permutation(len(batches))]
-
-
-def make_batch(rows, corpus, tokenizer, options):
-    """mel; targets, the interleaved stream; spoken, the transcription alone; letters, the same as bytes + 1."""
-    return collate(mel=[corpus.mel(row) for row in rows],
-                   targets=[serialize(interleave(row, options.interleave), tokenizer) for row in rows],
-                   spoken=[tokenizer.encode(row.asr or "") for row in rows],
-                   letters=[[byte + 1 for byte in (row.asr or "").encode()] for row in rows])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-
-def augment(mel, lengths):
-    """(B, F, 80), (B,): another level (exact on a log-mel) and SpecAugment, two bands and two stretches of time of every
-    utterance replaced by its mean."""
-    (B, n_frames, n_mels), new = mel.shape, partial(torch.rand, device=mel.device)
-    time, band = (torch.arange(n, device=mel.device) for n in (n_frames, n_mels))
-    real, length = (time < lengths[:, None])[:, :, None], lengths[:, None].float()
-    mean = (mel * real).sum((1, 2), keepdim=True) / (length[:, :, None] * n_mels)
-    hidden = torch.zeros_like(mel, dtype=torch.bool)
-    for place, extent, longest, axis in 2 * ((band, n_mels, 16, 1), (time, length, (length / 8).clamp(max=40), 2)):
-        width = longest * new(B, 1)
-        start = (extent - width) * new(B, 1)
-        hidden |= ((place >= start) & (place < start + width)).unsqueeze(axis)
-    return (torch.where(hidden, mean, mel) + 4 * new(B, 1, 1) - 2) * real
-
-
-def label_dropout(step, options):
-    """The share of labels that the label encoder does not get to see: all of them when the transducer starts, so that it
-    must listen to write anything at all, then fewer and fewer."""
-    left = 1 - (step - options.warm_steps) / max(1, options.forget_steps)
-    return max(options.label_dropout, left) if step >= options.warm_steps else options.label_dropout
-
-
-def ctc_loss(logits, frame_lengths, targets, target_lengths):
-    """Per target symbol, in nats; utterances without a transcription, or with more symbols than frames, do not count."""
-    costs = F.ctc_loss(logits.float().log_softmax(-1).transpose(0, 1), targets, frame_lengths, target_lengths,
-                       blank=0, reduction="none", zero_infinity=True)  # (B,)
-    return (costs * (target_lengths > 0)).sum() / target_lengths.sum().clamp(min=1)
-
-
-def language_loss(model, label_out, targets, target_lengths):
-    """Cross entropy of the next label given those before it (the ones shown), from the label encoder and its own embeddings alone:
-    word order and translation are learned from this long before the transducer's gradient would teach them."""
-    scores = label_out[:, :-1] @ model.label_encoder.embedding.weight.T / model.config.dim ** 0.5  # (B, U, V)
-    present = torch.arange(targets.shape[1], device=targets.device) < target_lengths[:, None]
-    return F.cross_entropy(scores[present].float(), targets[present])
-
-
-def tasks(step, options):
-    """What is learned at this step, and how much each task weighs."""
-    if step < options.warm_steps // 2:
-        return {"letters": 1.0}
-    sides = ("letters", "next_label") + ("words",) * (options.interleave != "st")  # words: those of the transcription
-    if step < options.warm_steps:
-        return dict.fromkeys(sides, 1.0)
-    return {"transducer": 1.0} | dict.fromkeys(sides, options.side_weight)
-
-
-def losses(model, batch, names, chunk=None, forget=0.0):
-    """{task: nats per target symbol} for the tasks named; `forget` is the share of labels that the label encoder does
-    not get to see."""
-    frames, _ = model.encoder(batch.mel, batch.mel_lengths, chunk=chunk)  # (B, T, D)
-    frame_lengths = batch.mel_lengths // model.config.subsampling
-    joint, result = model.joint, {}
-    if "letters" in names:
-        result["letters"] = ctc_loss(model.ctc(frames), frame_lengths, batch.letters, batch.letters_lengths)
-    if "words" in names:
-        alone = joint.output(torch.tanh(joint.encoder_proj(frames)))  # (B, T, V): what the joint hears without labels
-        result["words"] = ctc_loss(alone, frame_lengths, batch.spoken, batch.spoken_lengths)
-    if "next_label" in names:
-        forgotten = torch.rand(batch.targets.shape, device=batch.targets.device) < forget
-        label_out, _ = model.label_encoder(torch.where(forgotten, 0, batch.targets))  # (B, U1, D)
-        result["next_label"] = language_loss(model, label_out, batch.targets, batch.targets_lengths)
-    if "transducer" in names:
-        cost = joint_rnnt_loss(joint.encoder_proj(frames), joint.label_proj(label_out), joint.output.weight,
-                               joint.output.bias, batch.targets, frame_lengths, batch.targets_lengths,
-                               blank=0, reduction="sum")
-        result["transducer"] = cost / batch.targets_lengths.sum()
-    return result
-
-
-def make_optimizers(model, options):
-    """Muon for the matrices of the two encoders, AdamW for all else: on real speech, CTC on letters then needs half the
-    steps."""
-    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and name.endswith("weight")
-                and name.startswith(("encoder", "label_encoder")) and "embedding" not in name}
-    others = [p for name, p in model.named_parameters() if name not in matrices]
-    return (torch.optim.Muon(matrices.values(), lr=MUON * options.lr, weight_decay=0.01),
-            torch.optim.AdamW(others, lr=options.lr, betas=(0.9, 0.98), weight_decay=0.01))
-
-
-def learning_rate(step, options):
-    """A factor: linear warm-up, then half a cosine down to a fiftieth."""
-    warm = min(1.0, (step + 1) / max(1, options.warmup))
-    return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, step / options.steps))))
-
-
-def train_step(model, optimizers, batch, step, options):
-    """One update; returns the losses and the norm of their gradient as numbers, by name."""
-    torch.manual_seed(zlib.crc32(f"{options.seed} {step}".encode()))  # dropout is a function of the step: resume is exact
-    chunk = int(random_state(options.seed, step, "chunk").choice(model.config.chunks))
-    for optimizer, peak in zip(optimizers, (MUON * options.lr, options.lr)):
-        optimizer.zero_grad(set_to_none=True)
-        for group in optimizer.param_groups:
-            group["lr"] = peak * learning_rate(step, options)
-    weights = tasks(step, options)
-    if options.augment and len(weights) > 1:  # what cannot hear yet learns nothing from holes
-        batch.mel = augment(batch.mel, batch.mel_lengths)
-    each = losses(model, batch, weights, chunk, label_dropout(step, options))
-    sum(weights[name] * loss for name, loss in each.items()).backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    if torch.isfinite(norm):  # a batch that overflows is dropped, not learned from
-        for optimizer in optimizers:
-            optimizer.step()
-    return {name: float(loss.detach()) for name, loss in each.items()} | {"gradient_norm": float(norm)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A run: options -> corpus, model, folder -> steps -> checkpoint and captions
-
-COMMON = dict(manifest=None, dev=None, corpus="de-en", preset="tiny", interleave="align", resume=None, seed=0, out=None,
-              steps=1300, batch=16, lr=2e-3, warmup=100, warm_steps=400, forget_steps=150, side_weight=0.3,
-              label_dropout=0.1, merges=100, dropout=0.1, chunks=(16, 8), augment=False, eval_every=500, device=None,
-              strict=False, allow_outside=False, write_corpus=None)
-REAL = dict(steps=8500, warm_steps=5000, forget_steps=500, label_dropout=0.25, merges=240, chunks=(16, 8, 32),
-            augment=True, eval_every=1000)
-TEST_SIZE = 200  # built-in utterances to evaluate on
-
-
-def parse_options(argv):
-    """Defaults, those for real speech, those of the run that is resumed, the command line: the later ones win."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
-    add = parser.add_argument
-    add("manifest", nargs="?", help="JSON lines of real speech; without it, the built-in corpus")
-    add("--dev", help="manifest to evaluate on")
-    add("--corpus", help="languages of the built-in corpus: de-en, en-de,es,it or de,es,it-en")
-    add("--preset", choices=sorted(PRESETS))
-    add("--interleave", help="align, time, ratio:G, asr or st")
-    add("--resume", metavar="MODEL.PT", help="go on with this run, with its options; those given here win")
-    add("--out", help="folder of the run")
-    for name in ("seed", "steps", "batch", "warmup", "warm-steps", "forget-steps", "merges", "eval-every"):
-        add(f"--{name}", type=int)
-    for name in ("lr", "side-weight", "label-dropout", "dropout"):
-        add(f"--{name}", type=float)
-    add("--chunks", type=lambda text: tuple(map(int, text.split(","))), help="chunk sizes in frames, drawn per batch")
-    add("--augment", action=argparse.BooleanOptionalAction, help="SpecAugment and level")
-    add("--device", help="cpu or cuda")
-    add("--strict", action="store_true", help="stop at the first bad row instead of skipping it")
-    add("--allow-outside", action="store_true", help="audio may lie outside the manifest's folder")
-    add("--write-corpus", nargs=2, metavar=("DIR", "N"), help="write N built-in utterances as a manifest, and stop")
-    given = vars(parser.parse_args(argv))
-    saved = load(given["resume"])[1].get("options", {}) if "resume" in given else {}
-    real = REAL if (saved | given).get("manifest") else {}
-    options = argparse.Namespace(**(COMMON | real | saved | given))
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options.out = options.out or f"runs/{Path(options.manifest).resolve().parent.name if options.manifest else options.corpus}"
-    return options
-
-
-def open_corpus(options, subsampling):
-    """(training corpus, items to evaluate on)."""
-    if options.manifest is None:
-        corpus = BuiltIn(options.corpus, options.seed, subsampling)
-        return corpus, corpus.unseen(TEST_SIZE)
-    kept = dict(strict=options.strict, allow_outside=options.allow_outside)
-    rows = read_manifest(options.manifest, **kept)
-    dev = read_manifest(options.dev, **kept) if options.dev else []
-    if options.interleave == "align":
-        threads = torch.get_num_threads()
-        add_links([row for row in rows + dev if not all(map(row.links.get, row.st))], align_bitext)
-        torch.set_num_threads(threads)  # numba's loops may have changed it: both may use the same OpenMP
-    return Manifest(rows, subsampling, options), list(readable(dev, options)) if dev else []
-
-
-def train_tokenizer(rows, dev, merges):
-    texts = [text for row in rows for text in (row.asr, *row.st.values()) if text]
-    languages = sorted({lang for row in rows for lang in row.st})
-    tags = ["<asr>"] + [f"<st:{lang}>" for lang in languages]
-    tokenizer = Tokenizer.train(texts, 1 + len(tags) + 256 + merges, tags)
-    unseen = {c for row, _ in dev for text in (row.asr or "", *row.st.values()) for c in tokenizer.unseen(text)}
-    if unseen:
-        print(f"warning: {len(unseen)} characters of the development set never occur in training and are written as "
-              f"bytes: {' '.join(sorted(unseen))}", file=sys.stderr)
-    return tokenizer
-
-
-def new_model(options, corpus, dev):
-    """(model, tokenizer) for a corpus, with the statistics of its features."""
-    rows = corpus.rows(0)
-    tokenizer = train_tokenizer(rows, dev, options.merges)
-    torch.manual_seed(options.seed)
-    config = replace(PRESETS[options.preset], vocab=len(tokenizer), ctc_vocab=257, dropout=options.dropout)
-    model = Transducer(replace(config, chunks=options.chunks) if options.chunks else config)
-    torch.nn.init.zeros_(model.joint.label_proj.weight)  # at first the joint only hears; labels come in by learning
-    torch.nn.init.zeros_(model.joint.label_proj.bias)
-    sample = torch.cat([corpus.mel(row) for row in rows[::max(1, len(rows) // 300)]])  # (frames, 80)
-    model.encoder.set_statistics(sample.mean(0), sample.std(0).clamp(min=1e-3))
-    return model, tokenizer
-
-
-def batches_from(corpus, tokenizer, position, options):
-    """Batches for ever from (epoch, number within it) on; the next two are made while the present one is learned."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = []
-        epoch, first = position
-        while True:
-            groups = epoch_batches(corpus, epoch, options)
-            for k in range(first, len(groups)):
-                waiting.append((pool.submit(make_batch, groups[k], corpus, tokenizer, options), (epoch, k + 1)))
-                if len(waiting) > 2:
-                    future, after = waiting.pop(0)
-                    yield future.result(), after
-            epoch, first = epoch + 1, 0
-
-
-def show_scores(metrics, records, examples=3):
-    """What a person wants to see of an evaluation: a table, and some utterances with the time of every word."""
-    for tag, m in metrics.items():
-        bleu = "" if m["bleu"] is None else f"  BLEU {m['bleu']:5.1f}  chrF {m['chrf']:5.1f}"
-        lag = "" if m["laal_ms"] is None else f"  LAAL {m['laal_ms']:5.0f} ms"
-        tqdm.write(f"  {tag:8} WER {m['wer']:5.1f}  CER {m['cer']:5.1f}{bleu}{lag}"
-                   + (f"  ({m['silent']} of {m['utterances']} without a word)" if m["silent"] else ""))
-    for record in records[:examples]:
-        for tag, reference in record["references"].items():
-            if tag in metrics:
-                words = [f"{w.text}\N{MIDDLE DOT}{w.delay_ms / 1000:.1f}" for w in record["words"] if w.stream == tag]
-                written = " ".join(words)
-                if len(written) > 500:  # an untrained model babbles
-                    written = f"{written[:500]} ... {len(words)} words"
-                tqdm.write(f"    {tag:8} reference   {' '.join(reference)}\n    {'':8} at its time {written}")
-
-
-def start(options, corpus, dev):
-    """-> model, tokenizer, optimizers, step, position: those of a new run, or of the one to go on with."""
-    if not options.resume:
-        model, tokenizer = new_model(options, corpus, dev)
-        model.to(options.device)
-        return model, tokenizer, make_optimizers(model, options), 0, (0, 0)
-    model, saved = load(options.resume)
-    if missing := {"tokenizer", "step", "position", "optimizers"} - saved.keys():
-        raise ValueError(f"{options.resume} lacks {', '.join(sorted(missing))}: it streams, but cannot be resumed")
-    optimizers = make_optimizers(model.to(options.device), options)
-    for optimizer, state in zip(optimizers, saved["optimizers"]):
-        optimizer.load_state_dict(state)
-    return model, Tokenizer.from_dict(saved["tokenizer"]), optimizers, saved["step"], tuple(saved["position"])
-
-
-def train(options):
-    """The whole run; returns the path of the checkpoint and of a file to stream with it."""
-    runs_on_gpu(torch.device(options.device), torch.float32)  # what the loss needs on a GPU, it says now
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    corpus, dev = open_corpus(options, PRESETS[options.preset].subsampling)
-    model, tokenizer, optimizers, step, position = start(options, corpus, dev)
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{options.preset}: {count / 1e6:.2f} M parameters, {len(tokenizer)} tokens, "
-          f"{options.steps - step} steps on {options.device}; run folder {folder}")
-    path, log = folder / "model.pt", open(folder / "log.csv", "a" if options.resume else "w", newline="")
-    if not options.resume:
-        print("step", "epoch", *LOGGED, sep=",", file=log)
-
-    def checkpoint():
-        save(path, model, tokenizer=tokenizer.to_dict(), mode=options.interleave, options=vars(options),
-             optimizers=[optimizer.state_dict() for optimizer in optimizers], step=step, position=position)
-
-    bar = tqdm(total=options.steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
-    began = time.perf_counter()
-    try:
-        for batch, after in batches_from(corpus, tokenizer, position, options):
-            if step >= options.steps:
-                break
-            model.train()
-            on_device = SimpleNamespace(**{name: x.to(options.device) for name, x in vars(batch).items()})
-            numbers = train_step(model, optimizers, on_device, step, options)
-            step, position = step + 1, after
-            numbers["audio_s_per_s"] = float(batch.mel_lengths.sum()) / 100 / (time.perf_counter() - began)
-            began = time.perf_counter()
-            print(step, after[0], *(f"{numbers[x]:.4g}" if x in numbers else "" for x in LOGGED), sep=",", file=log,
-                  flush=True)
-            told = "  ".join(f"{name.replace('_', ' ')} {numbers[name]:.2f}" for name in TASKS if name in numbers)
-            bar.update()
-            bar.set_postfix_str(f"{told}  {numbers['audio_s_per_s']:.0f} s/s")
-            if bar.disable and step % 100 == 0:  # not a terminal: a line now and then
-                print(f"step {step}: {told}  {numbers['audio_s_per_s']:.0f} s of audio per s", flush=True)
-            if step % options.eval_every == 0 and step < options.steps:
-                checkpoint()
-                if dev and step > options.warm_steps:  # before, the joint cannot stop writing
-                    assess(model, tokenizer, dev, step, folder)
-                began = time.perf_counter()
-    except KeyboardInterrupt:
-        print(f"\nstopped at step {step}; go on with: python train.py --resume {path}")
-    bar.close()
-    checkpoint()
-    if dev and step > options.warm_steps:
-        assess(model, tokenizer, dev, step, folder, blind=options.manifest is None)
-        if options.manifest is None:
-            return path, live_captions(path, options)
-    return path, "FILE"
-
-
-def assess(model, tokenizer, dev, step, folder, blind=False):
-    """Scores on the development set; `blind`, also with noise for sound: who still writes well does not listen."""
-    metrics, records = evaluate(model, tokenizer, dev)
-    tqdm.write(f"step {step}, {len(dev)} unseen utterances:")
-    show_scores(metrics, records)
-    if blind:
-        rng = np.random.default_rng(0)
-        noise = [(row, rng.normal(0, 0.05, len(samples)).astype(np.float32)) for row, samples in dev]
-        blind_metrics, _ = evaluate(model, tokenizer, noise)
-        metrics = metrics | {f"blind {tag}": m for tag, m in blind_metrics.items()}
-        tqdm.write("the same with noise instead of the audio (a model that listens fails here):")
-        show_scores(blind_metrics, [])
-    path = folder / "metrics.json"
-    past = json.loads(path.read_text()) if path.exists() else []
-    past = [entry for entry in past if entry["step"] < step]  # what a resumed run does again, it writes again
-    path.write_text(json.dumps(past + [{"step": step, "streams": metrics}], indent=1))
-
-
 def write_corpus(folder, n, options):
     """N built-in utterances as audio files and a manifest, with links and times."""
     import soundfile
-    corpus, folder = BuiltIn(options.corpus, options.seed, 4), Path(folder)
+    corpus, folder = BuiltIn(options.corpus, options.seed), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = corpus.rows(0, n)
     for row in tqdm(rows, unit="utt", leave=False, disable=None):
@@ -690,28 +1455,28 @@ def write_corpus(folder, n, options):
     print(f"{n} utterances, {sum(row.duration for row in rows) / 60:.1f} minutes: {folder / 'manifest.jsonl'}")
 
 
-def live_captions(path, options):
-    """Stream one utterance that was never heard, at its own pace, through the command that users have."""
-    import soundfile
-    row, samples = BuiltIn(options.corpus, options.seed, 4).unseen(1)[0]
-    example = path.parent / "unseen.wav"
-    soundfile.write(example, samples * (0.5 / np.abs(samples).max()), SAMPLE_RATE)
-    print(f"\nlive captions of {example}, which says: {row.asr}")
-    stream.main([str(path), str(example), "--realtime"])
-    return example
-
+# ---- The command ---------------------------------------------------------------------------------
 
 def main(argv=None):
     try:
         options = parse_options(argv)
-        if options.write_corpus:
-            write_corpus(options.write_corpus[0], int(options.write_corpus[1]), options)
+        folder_and_size = make_parser().parse_args(argv).__dict__.get("write_corpus")
+        if folder_and_size:
+            write_corpus(folder_and_size[0], whole_number("--write-corpus", folder_and_size[1]), options)
             return 0
-        path, example = train(options)
-        print(f"\nthe checkpoint is {path}; stream a file with it:\npython stream.py {path} {example}")
-    except (ValueError, OSError, ImportError) as error:
+        folder, stopped = train(options)
+        if stopped:
+            print(f"stopped; go on with: python train.py --resume {folder}")
+            return 0
+        example = "FILE" if options.manifest else live_captions(folder, options)
+        print(f"\nthe model is {folder / 'model.pt'}; stream a file with it:\n"
+              f"python stream.py {folder / 'model.pt'} {example}")
+    except USER_ERRORS as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train.py: stopped", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -205,7 +205,7 @@ def many_streams(preset, count, seconds):
 
 
 def spelled(words):
-    return [(word.stream, word.text, word.delay_ms, word.frame_s) for word in words]
+    return [(word.stream, word.text, word.delay_ms, word.end_s) for word in words]
 
 
 def long_stream(preset, minutes):

@@ -36,7 +36,7 @@ def lanes(words, width_s):
     that no line runs through a word. Words that are shown together go below each other in the order of writing."""
     ends, places = [], []
     for word in words:
-        free = next((k for k, end in enumerate(ends) if end <= word.frame_s), len(ends))
+        free = next((k for k, end in enumerate(ends) if end <= word.end_s), len(ends))
         ends[free:free + 1] = [word.delay_ms / 1000 + width_s(word.text)]
         places.append(free)
     return places
@@ -98,7 +98,7 @@ def draw_stream(axes, tag, words, places, top, colour):
     axes.text(-0.012, top + 0.3, tag.strip("<>"), color=colour, ha="right", va="center", weight="bold",
               transform=axes.get_yaxis_transform())
     for word, place in zip(words, places):
-        shown, said, y = word.delay_ms / 1000, word.frame_s, top + 0.3 + LANE * place
+        shown, said, y = word.delay_ms / 1000, word.end_s, top + 0.3 + LANE * place
         axes.plot([said, said, shown], [SOUND, y, y], color=colour, linewidth=0.9, alpha=0.4, zorder=2,
                   solid_joinstyle="round")
         axes.plot([said], [SOUND], "o", color=colour, markersize=3.8, markeredgewidth=0, zorder=4)

@@ -8,7 +8,6 @@ that error rates, BLEU and delays (from the start of each utterance) are those o
 """
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model import load
 from serialize import Tokenizer, read_manifest
-from stream import SAMPLE_RATE, AudioError, evaluate, read_audio, summarise
+from stream import SAMPLE_RATE, AudioError, evaluate, read_audio, resegment, summarise
 
 
 def join(items, seconds):
@@ -34,40 +33,6 @@ def join(items, seconds):
     return groups
 
 
-def stands_for(reference, hypothesis):
-    """For each word of the hypothesis, the index of the reference word it stands for, or is inserted before."""
-    cost = np.zeros((len(reference) + 1, len(hypothesis) + 1), int)
-    cost[0], cost[:, 0] = np.arange(cost.shape[1]), np.arange(cost.shape[0])
-    for i, word in enumerate(reference):
-        for j, other in enumerate(hypothesis):
-            cost[i + 1, j + 1] = min(cost[i, j + 1] + 1, cost[i + 1, j] + 1, cost[i, j] + (word != other))
-    i, where = len(reference), []
-    for j in range(len(hypothesis), 0, -1):
-        while i and cost[i, j] == cost[i - 1, j] + 1 and cost[i, j] != cost[i - 1, j - 1] + (
-                reference[i - 1] != hypothesis[j - 1]):
-            i -= 1  # a reference word that nothing stands for
-        if i and cost[i, j] == cost[i - 1, j - 1] + (reference[i - 1] != hypothesis[j - 1]):
-            i -= 1
-        where.append(i)
-    return where[::-1]
-
-
-def cut(whole, singles):
-    """The record of a joined stream -> one for each of the utterances in it, whose own records are `singles`."""
-    starts = np.cumsum([0.0] + [record["duration_ms"] for record in singles])
-    parts = [{**record, "words": [], "seconds": whole["seconds"] / len(singles)} for record in singles]
-    for tag in dict.fromkeys(tag for record in singles for tag in record["references"]):
-        texts = [record["references"].get(tag, []) for record in singles]
-        owner = [k for k, text in enumerate(texts) for _ in text] or [0]
-        words = [word for word in whole["words"] if word.stream == tag]
-        where = stands_for([word for text in texts for word in text], [word.text for word in words])
-        for word, i in zip(words, where):
-            k = owner[min(i, len(owner) - 1)]
-            parts[k]["words"].append(replace(word, delay_ms=word.delay_ms - starts[k],
-                                             elapsed_ms=word.elapsed_ms - starts[k]))
-    return parts
-
-
 def compare(model, tokenizer, items, seconds, **how):
     """(number of joined streams, metrics of single utterances, metrics of the same cut out of joined streams)"""
     groups = join(items, seconds)
@@ -76,7 +41,7 @@ def compare(model, tokenizer, items, seconds, **how):
     _, long = evaluate(model, tokenizer, whole, **how)
     singles, parts = iter(records), []
     for group, record in zip(groups, long):
-        parts += cut(record, [next(singles) for _ in group])
+        parts += resegment(record, [next(singles) for _ in group])
     return len(groups), metrics, summarise(parts, tokenizer.tags, bootstrap=1000)
 
 

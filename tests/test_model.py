@@ -242,7 +242,10 @@ def test_state_keeps_its_shape():
     for chunk in (1, 4, 16):
         state, memory = model.encoder.initial_state(2, chunk), set()
         shapes = {name: x.shape for name, x in state.tensors().items()}
-        assert shapes["keys.2"] == (2, 4, -(-10 // chunk) * chunk, 8) and len(shapes) == 2 * 3 + 2
+        past = -(-10 // chunk) * chunk
+        assert shapes["keys"] == shapes["values"] == (2, 3, 4, past, 8)
+        assert shapes["bias"] == (2, 4, chunk, past + chunk)
+        assert shapes.keys() == {"keys", "values", "filled", "bias", "tails"}
         for _ in range(40):
             _, state = model.encoder(torch.randn(2, chunk * 4, 80, dtype=torch.float64), state=state)
             assert {name: x.shape for name, x in state.tensors().items()} == shapes and state.chunk == chunk
@@ -288,7 +291,7 @@ def test_label_context_is_bounded():
     encoder = make().label_encoder
     labels = torch.randint(1, 40, (1, 25))
     whole, state = encoder(labels)
-    assert [x.shape for x in state.keys] == [(1, 4, 4, 8)] * 2
+    assert state.keys.shape == (1, 2, 4, 4, 8)
     for u in range(25):
         other = labels.clone()
         other[0, u] = labels[0, u] % 39 + 1
@@ -456,17 +459,19 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path):
     refused("damaged.*model")
 
 
-def test_the_position_bias_that_is_kept_follows_the_weights():
-    stack = m.Stack(replace(m.PRESETS["tiny"], left_frames=8), 1, 8, 4)
-    with torch.inference_mode():
-        first = stack.bias(4, 8, 4, 2)
-        assert stack.bias(4, 8, 4, 2) is first and stack.bias(2, 8, 4, 2) is not first
-    with torch.no_grad():
-        stack.distance_bias += 1.0
-        seen = first > m.MASKED / 2
-        assert torch.equal(stack.bias(4, 8, 4, 2)[seen], first[seen] + 1) and seen.any()
-    stack.bias(4, 8, 4, 2)[seen].sum().backward()  # and training does not meet a kept one, which has no history
-    assert stack.distance_bias.grad.abs().sum() > 0
+@torch.no_grad()
+def test_a_stream_keeps_its_position_bias():
+    """... of a whole chunk, and a shorter last one uses a corner of it."""
+    config = replace(m.PRESETS["tiny"], left_frames=8)
+    encoder = m.Transducer(config).encoder
+    state = encoder.initial_state(2, 4)
+    assert torch.equal(state.bias[1, :, :3, :11], encoder.stack.bias(3, 8, 4, 2))
+    _, after = encoder(torch.randn(2, 16, 80), state=state)
+    assert after.bias is state.bias
+    encoder.stack.distance_bias += 1.0  # a stream that begins later has the later weights
+    seen = state.bias > m.MASKED / 2
+    later = encoder.initial_state(2, 4).bias
+    assert torch.equal(later[seen], state.bias[seen] + 1) and seen.any()
 
 
 def test_the_demonstration_prints_the_mask_it_uses():

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import rnnt_loss as module
-from rnnt_loss import joint_rnnt_align, joint_rnnt_loss, rnnt_align, rnnt_loss, rnnt_loss_reference
+from rnnt_loss import (joint_rnnt_align, joint_rnnt_loss, prune_band, rnnt_align, rnnt_loss,
+                       rnnt_loss_reference, simple_rnnt_loss)
 
 F64 = torch.float64
 
@@ -254,9 +255,12 @@ def joint_inputs(dtype=F64, B=3, T=6, U1=5, J=8, V=7, seed=0):
     return [torch.randn(s, generator=g, dtype=F64).to(dtype).requires_grad_() for s in shapes]
 
 
+def unfused_logits(encoder_out, label_out, weight, bias):
+    return torch.nn.functional.linear(torch.tanh(encoder_out[:, :, None] + label_out[:, None]), weight, bias)
+
+
 def unfused(encoder_out, label_out, weight, bias, *rest, **options):
-    logits = torch.nn.functional.linear(torch.tanh(encoder_out[:, :, None] + label_out[:, None]), weight, bias)
-    return rnnt_loss(logits, *rest, **options)
+    return rnnt_loss(unfused_logits(encoder_out, label_out, weight, bias), *rest, **options)
 
 
 @pytest.mark.parametrize("tile_bytes", [1, 3000, 9000, 1 << 20])         # row by row; cut; an utterance or two; all
@@ -360,6 +364,293 @@ def test_any_shape(B, T, U, V, seed):
     assert (single - grad).abs().max() < 1e-5
 
 
+# ---- pruned
+
+def nodes_of(T, U, frames):
+    """The nodes that a path goes through, given the frame of every label."""
+    t, nodes = 0, [(0, 0)]
+    for u, frame in enumerate([*frames, T - 1]):
+        nodes += [(s, u) for s in range(t + 1, frame + 1)]
+        nodes += [(frame, u + 1)] * (u < U)
+        t = frame
+    return nodes
+
+
+def random_band(T, U, width, g):
+    """A legal band (T,U+1), drawn: which rows each frame keeps."""
+    keep, first = torch.zeros(T, U + 1, dtype=torch.bool), 0
+    last = max(0, U + 1 - width)
+    for t in range(T):
+        keep[t, first:first + width] = True
+        lowest = max(first, last - (width - 1) * (T - 2 - t))
+        highest = min(last, first + width - 1)
+        first = int(torch.randint(lowest, highest + 1, (), generator=g)) if t < T - 1 else first
+    return keep
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("tile_bytes", [1, 3000, 1 << 20])
+def test_pruned_is_the_sum_over_the_paths_in_the_band(seed, tile_bytes):
+    logits, targets, frames, counts = batch(seed=seed)
+    inputs, g = joint_inputs(seed=seed), torch.Generator().manual_seed(seed)
+    keep = torch.rand(3, 6, 5, generator=g) < 0.5                        # what padding holds does not matter
+    for b in range(3):
+        T, U = int(frames[b]), int(counts[b])
+        width = -(-U // T) + 1 + seed % 2
+        keep[b, :T, :U + 1] = random_band(T, U, width, g)
+    keep[1, 0, 0] = seed % 4 > 0                                         # now and then no path is left
+    logp = unfused_logits(*inputs).log_softmax(-1)
+    wanted, all_paths = [], 0
+    for b in range(3):
+        T, U = int(frames[b]), int(counts[b])
+        inside = [p for p in paths(T, U) if all(keep[b, t, u] for t, u in nodes_of(T, U, p))]
+        all_paths += len(list(paths(T, U))) - len(inside)
+        scores = [torch.as_tensor(path_logp(logp[b, :T], targets[b, :U], p, 0)) for p in inside]
+        wanted.append(-torch.stack(scores).logsumexp(0) if scores else logp.new_tensor(math.inf))
+    assert all_paths > 0                                                 # else nothing was pruned
+    costs = joint_rnnt_loss(*inputs, targets, frames, counts, blank=0, keep=keep, reduction="none",
+                            tile_bytes=tile_bytes)
+    assert torch.allclose(costs, torch.stack(wanted), atol=1e-10)
+    assert (costs[1] == math.inf) == (seed % 4 == 0)
+    full = joint_rnnt_loss(*inputs, targets, frames, counts, blank=0, reduction="none")
+    assert (costs >= full - 1e-12).all() and (costs > full + 1e-6).any()
+    finite = torch.stack([cost for cost in wanted if cost < math.inf]).sum()
+    total = joint_rnnt_loss(*inputs, targets, frames, counts, blank=0, keep=keep, reduction="sum",
+                            tile_bytes=tile_bytes)
+    for a, b in zip(torch.autograd.grad(total, inputs), torch.autograd.grad(finite, inputs)):
+        assert (a - b).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile_bytes", [1, 3000, 9000, 1 << 20])
+def test_all_kept_is_the_full_loss_to_the_bit(dtype, tile_bytes):
+    _, *rest = batch()
+    inputs, options = joint_inputs(dtype), {"fastemit_lambda": 0.1, "delay_penalty": 0.2}
+    seen = []
+    for keep in (None, torch.ones(3, 6, 5, dtype=torch.bool)):
+        loss = joint_rnnt_loss(*inputs, *rest, blank=0, tile_bytes=tile_bytes, keep=keep, **options)
+        seen.append([loss, *torch.autograd.grad(loss, inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*seen))
+
+
+def test_pruned_with_delay_penalty_is_the_loss_with_forbidden_arcs():
+    """The logits of a node outside may be anything; here its arcs are made impossible."""
+    _, targets, frames, counts = batch()
+    inputs, g = joint_inputs(), torch.Generator().manual_seed(1)
+    keep = torch.zeros(3, 6, 5, dtype=torch.bool)
+    for b in range(3):
+        T, U = int(frames[b]), int(counts[b])
+        keep[b, :T, :U + 1] = random_band(T, U, -(-U // T) + 2, g)
+    logp = unfused_logits(*inputs).log_softmax(-1).masked_fill(~keep[..., None], -math.inf)
+    options = dict(blank=0, reduction="sum", delay_penalty=0.3, fastemit_lambda=0.2)
+    want = rnnt_loss(logp, targets, frames, counts, fused_log_softmax=False, **options)
+    ours = joint_rnnt_loss(*inputs, targets, frames, counts, keep=keep, **options)
+    assert abs(ours - want) < 1e-10
+    for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(want, inputs)):
+        assert (a - b).abs().max() < 1e-10
+
+
+def test_only_nodes_kept_are_computed(monkeypatch):
+    rows, product = [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *args, **out: rows.append(len(args[1])) or product(*args, **out))
+    _, *rest = batch()
+    keep = torch.zeros(3, 6, 5, dtype=torch.bool)
+    keep[0, :, 0] = keep[0, -1] = keep[1, 0, 0] = keep[2] = True       # some of it padding
+    inside = sum(int(keep[b, :T, :U + 1].sum()) for b, (T, U) in enumerate(zip(*rest[1:])))
+    joint_rnnt_loss(*joint_inputs(), *rest, blank=0, keep=keep)
+    assert sum(rows) == inside < keep.sum()
+
+
+def test_joined_sentences_in_blocks_are_the_sentences():
+    """Two utterances joined in time, keep their two blocks: one path crosses, by the first one's last blank. So the
+    cost is the sum of the two costs, where the label encoder says the same to both."""
+    g = torch.Generator().manual_seed(0)
+    (T1, U1), (T2, U2), J, V = (5, 3), (7, 4), 8, 9
+    encoder_out = torch.randn(1, T1 + T2, J, generator=g, dtype=F64, requires_grad=True)
+    label_out = torch.randn(1, U1 + U2 + 1, J, generator=g, dtype=F64, requires_grad=True)
+    weight, bias = (torch.randn(s, generator=g, dtype=F64, requires_grad=True) for s in ((V, J), (V,)))
+    targets = torch.randint(1, V, (1, U1 + U2), generator=g)
+    keep = torch.zeros(1, T1 + T2, U1 + U2 + 1, dtype=torch.bool)
+    keep[:, :T1, :U1 + 1] = keep[:, T1:, U1:] = True                     # the row of U1 labels is in both
+    joined = joint_rnnt_loss(encoder_out, label_out, weight, bias, targets, torch.tensor([T1 + T2]),
+                             torch.tensor([U1 + U2]), blank=0, keep=keep)
+    first = joint_rnnt_loss(encoder_out[:, :T1], label_out[:, :U1 + 1], weight, bias, targets[:, :U1],
+                            torch.tensor([T1]), torch.tensor([U1]), blank=0)
+    second = joint_rnnt_loss(encoder_out[:, T1:], label_out[:, U1:], weight, bias, targets[:, U1:],
+                             torch.tensor([T2]), torch.tensor([U2]), blank=0)
+    assert abs(joined - first - second) < 1e-12
+    inputs = encoder_out, label_out, weight, bias
+    for a, b in zip(torch.autograd.grad(joined, inputs), torch.autograd.grad(first + second, inputs)):
+        assert (a - b).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("keep,message", [
+    (torch.ones(3, 6, 4, dtype=torch.bool), r"not torch.bool of shape \(3, 6, 4\)"),
+    (torch.ones(3, 6, 5), r"keep must be bool of shape \(3, 6, 5\), not torch.float32")])
+def test_keep_is_checked(keep, message):
+    _, *rest = batch()
+    with pytest.raises(ValueError, match=message):
+        joint_rnnt_loss(*joint_inputs(), *rest, blank=0, keep=keep)
+
+
+def simple_inputs(B=3, T=6, U1=5, V=7, seed=0, scale=1.0, dtype=F64):
+    g = torch.Generator().manual_seed(seed)
+    return [(scale * torch.randn(s, generator=g, dtype=F64)).to(dtype).requires_grad_() for s in ((B, T, V), (B, U1, V))]
+
+
+@pytest.mark.parametrize("scale,tolerance", [(1, 1e-10), (30, 1e-10), (1000, 1e-9)])
+@pytest.mark.parametrize("blank", [0, -1])
+def test_simple_loss_is_the_loss_of_the_summed_logits(scale, tolerance, blank):
+    _, targets, frames, counts = batch()
+    targets = targets.clamp(max=5)
+    am, lm = simple_inputs(scale=scale)
+    logits = am[:, :, None] + lm[:, None]
+    costs, posteriors = simple_rnnt_loss(am, lm, targets, frames, counts, blank=blank, reduction="none")
+    logp = logits.log_softmax(-1)
+    for b in range(3):
+        T, U = int(frames[b]), int(counts[b])
+        each = [torch.as_tensor(path_logp(logp[b, :T], targets[b, :U], p, blank)) for p in paths(T, U)]
+        each = torch.stack(each)
+        assert abs(costs[b] + each.logsumexp(0)) < tolerance * scale
+        share = torch.zeros(6, 5, dtype=F64)                             # of the paths, over each node
+        for p, weight in zip(paths(T, U), each.softmax(0).detach()):
+            for node in nodes_of(T, U, p):
+                share[node] += weight
+        assert (posteriors[b] - share).abs().max() < tolerance
+    assert not posteriors.requires_grad
+    up = torch.tensor([1.0, -2.0, 0.5], dtype=F64)
+    want = rnnt_loss(logits, targets, frames, counts, blank, reduction="none")
+    for a, b in zip(torch.autograd.grad((costs * up).sum(), (am, lm)), torch.autograd.grad((want * up).sum(), (am, lm))):
+        assert (a - b).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("slab", [100, 4 << 20])
+@pytest.mark.parametrize("peak,direct", [(200.0, True), (40.0, True), (5.0, False)])
+def test_simple_loss_where_the_product_underflows(peak, direct, slab, monkeypatch):
+    """am and lm peak at other labels: e^-2peak e^-2peak is 0 in float32 long before 200."""
+    monkeypatch.setattr(module, "SLAB_BYTES", slab)
+    calls, at = [], module._log_sum_exp_at
+    monkeypatch.setattr(module, "_log_sum_exp_at", lambda *args: calls.append(len(args[2])) or at(*args))
+    _, *rest = batch(V=12)
+    am, lm = simple_inputs(V=12, dtype=torch.float32)
+    g = torch.Generator().manual_seed(4)
+    signs = [torch.randint(0, 2, a.shape, generator=g) * 2 - 1 for a in (am, lm)]
+    am, lm = ((a.detach() + peak * sign).requires_grad_() for a, sign in zip((am, lm), signs))
+    am.data[:, 2, :], lm.data[:, 1, :] = -peak, -peak                    # one peak each, elsewhere
+    am.data[:, 2, 3] = lm.data[:, 1, 7] = peak
+    costs, _ = simple_rnnt_loss(am, lm, *rest, blank=0, reduction="none")
+    wide = [a.detach().double().requires_grad_() for a in (am, lm)]
+    want = rnnt_loss_reference(wide[0][:, :, None] + wide[1][:, None], *rest, blank=0)
+    assert torch.allclose(costs.double(), want, rtol=1e-6, atol=1e-5)
+    assert bool(calls) == direct and all(len(rest[0]) * 6 * 5 > n for n in calls)
+    for a, b in zip(torch.autograd.grad(costs.sum(), (am, lm)), torch.autograd.grad(want.sum(), wide)):
+        assert torch.isfinite(a).all() and (a - b).abs().max() < 1e-4
+    if direct and slab == 4 << 20:                                       # a test that cannot fail is none
+        monkeypatch.setattr(module, "_log_sum_exp_at", lambda am, lm, b, t, u: am[b, t, 0] * 0)
+        wrong, _ = simple_rnnt_loss(am, lm, *rest, blank=0, reduction="none")
+        assert not torch.allclose(wrong.double(), want, rtol=1e-3)
+
+
+def test_simple_loss_padding_halves_autocast_and_errors():
+    _, targets, frames, counts = batch()
+    am, lm = simple_inputs(dtype=torch.float32)
+    want, share = simple_rnnt_loss(am, lm, targets, frames, counts, blank=0)
+    clean = torch.autograd.grad(want, (am, lm))
+    dirty = [a.detach().clone() for a in (am, lm)]
+    for b in range(3):
+        dirty[0][b, frames[b]:], dirty[1][b, counts[b] + 1:] = math.nan, math.inf
+    dirty = [a.requires_grad_() for a in dirty]
+    cost, of_dirty = simple_rnnt_loss(*dirty, targets, frames, counts, blank=0)
+    assert cost == want and torch.equal(of_dirty, share)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(cost, dirty), clean))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(simple_rnnt_loss(am, lm, targets, frames, counts, blank=0)[0], want)
+    half = [a.detach().half().requires_grad_() for a in (am, lm)]
+    cost, _ = simple_rnnt_loss(*half, targets, frames, counts, blank=0)
+    assert cost.dtype == torch.float32 and abs(cost - want) < 1e-2
+    assert all(a.dtype == torch.float16 for a in torch.autograd.grad(cost, half))
+    with pytest.raises(ValueError, match=r"am \(B,T,V\), lm \(B,U1,V\) are \(3, 6, 7\), \(3, 5, 6\)"):
+        simple_rnnt_loss(am, lm[..., :6], targets, frames, counts, blank=0)
+    with pytest.raises(ValueError, match=r"logit_lengths\[0\] is 7"):
+        simple_rnnt_loss(am, lm, targets, frames + 1, counts, blank=0)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        simple_rnnt_loss(am, lm, targets, frames, counts, blank=0)[0].backward(create_graph=True)
+
+
+def assert_legal(keep, T, U, width):
+    """keep (T,U1) of one utterance: one window a frame, from row 0 to row U, never falling, overlapping its last."""
+    assert not keep[T:].any() and not keep[:, U + 1:].any()
+    lows, highs = [], []
+    for row in keep[:T]:
+        at = row.nonzero()[:, 0]
+        lows.append(int(at[0]))
+        highs.append(int(at[-1]))
+        assert len(at) == highs[-1] - lows[-1] + 1 <= width
+        assert len(at) == min(width, U + 1)
+    assert lows[0] == 0 and highs[-1] == U
+    assert all(0 <= b - a <= width - 1 for a, b in zip(lows, lows[1:]))
+
+
+@pytest.mark.filterwarnings("ignore:prune_band")
+def test_bands_are_legal_whatever_the_posteriors():
+    g = torch.Generator().manual_seed(0)
+    wider = 0
+    for n in range(400):
+        B, T, U1 = 8, int(torch.randint(1, 30, (), generator=g)), int(torch.randint(1, 40, (), generator=g))
+        width = int(torch.randint(1, 12, (), generator=g))
+        posteriors = torch.rand(B, T, U1, generator=g) ** (1 + n % 9)
+        posteriors *= torch.rand(B, T, 1, generator=g) > n % 3 / 3       # frames that know nothing
+        frames = torch.randint(1, T + 1, (B,), generator=g)
+        counts = torch.randint(0, U1, (B,), generator=g)
+        keep = prune_band(posteriors, frames, counts, width)
+        assert keep.dtype == torch.bool and keep.shape == posteriors.shape
+        for b in range(B):
+            T_b, U_b = int(frames[b]), int(counts[b])
+            least = -(-U_b // T_b) + 1
+            assert_legal(keep[b], T_b, U_b, max(width, least))
+            wider += least > width
+    assert wider > 500
+    with pytest.raises(AssertionError):                                  # the check does see a gap
+        assert_legal(torch.tensor([[True, False, False], [False, False, True]]), 2, 2, 2)
+
+
+def test_a_band_finds_a_planted_path_and_keeps_nearly_the_full_cost():
+    g = torch.Generator().manual_seed(2)
+    T, U, V, width = 60, 40, 30, 8
+    at = torch.sort(torch.randint(0, T, (U,), generator=g)).values
+    at[20:24] = 30                                                       # a burst of four labels and more in a frame
+    at = torch.sort(at).values
+    assert torch.bincount(at).max() < width
+    targets = torch.randint(1, V, (1, U), generator=g)
+    am, lm = torch.zeros(1, T, V), torch.zeros(1, U + 1, V)
+    lm[0, torch.arange(U), targets[0]] = 6                               # what comes next, and
+    for u, frame in enumerate(at):
+        am[0, frame, targets[0, u]] = 12                                 # what is heard; a blank elsewhere
+    am[..., 0] = 8
+    lengths = torch.tensor([T]), torch.tensor([U])
+    _, posteriors = simple_rnnt_loss(am, lm, targets, *lengths, blank=0)
+    keep = prune_band(posteriors, *lengths, width)
+    assert_legal(keep[0], T, U, width)
+    assert posteriors[keep].sum() > 0.98 * posteriors.sum()
+    logits = (am[:, :, None] + lm[:, None]).double()
+    full = rnnt_loss(logits, targets, *lengths, blank=0)
+    logp = logits.log_softmax(-1).masked_fill(~keep[..., None], -math.inf)
+    pruned = rnnt_loss(logp, targets, *lengths, blank=0, fused_log_softmax=False)
+    assert full <= pruned < full + 0.2
+    other = prune_band(posteriors.flip(1), *lengths, width)              # negative control: another's posteriors
+    assert posteriors[other].sum() < 0.5 * posteriors.sum()
+
+
+def test_a_band_as_wide_as_the_rows_keeps_all_and_a_narrow_one_says_that_it_is_wider():
+    lengths = torch.tensor([6, 2]), torch.tensor([4, 3])
+    keep = prune_band(torch.rand(2, 6, 5), *lengths, 5)
+    assert keep[0].all() and keep[1, :2, :4].all() and keep.sum() == 30 + 8
+    with pytest.warns(UserWarning, match="width 2 cannot write U labels in T frames"):
+        keep = prune_band(torch.rand(2, 6, 5), *lengths, 2)
+    assert_legal(keep[0], 6, 4, 2)
+    assert_legal(keep[1], 2, 3, 3)
+
+
 def test_viterbi_against_enumeration():
     logits, targets, frames, counts = batch(seed=5)
     found = rnnt_align(logits, targets, frames, counts, blank=0)
@@ -435,7 +726,8 @@ def test_threads_and_compiled_code_are_left_alone(tmp_path):
     def run(torch_threads, numba_threads):
         done = subprocess.run([sys.executable, "-c", ONE_RUN, str(ROOT), str(torch_threads)], capture_output=True,
                               text=True, env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS":
-                                              str(torch_threads), "NUMBA_NUM_THREADS": str(numba_threads)})
+                                              str(torch_threads), "MKL_NUM_THREADS": str(torch_threads),
+                                              "NUMBA_NUM_THREADS": str(numba_threads)})
         assert done.returncode == 0, done.stderr
         return done.stdout
     assert run(1, 2) == run(1, 2) == run(2, 2)
@@ -471,6 +763,19 @@ for tile_bytes in (1000, 1 << 20):
     m.runs_on_gpu = choose
     for a, b in zip(torch.autograd.grad(fused, inputs), torch.autograd.grad(plain, inputs)):
         assert (a - b).abs().max() < 1e-6
+keep = torch.zeros(3, 4, 4, dtype=torch.bool)
+keep[0, :2, :2] = keep[0, 1:, 1:] = keep[1:, :, :3] = keep[1, 1:] = keep[2] = True
+simple = [torch.randn(s, generator=torch.Generator().manual_seed(1), requires_grad=True) for s in ((3, 4, 7), (3, 4, 7))]
+seen = []
+for gpu in (False, True):
+    m.runs_on_gpu = lambda device, dtype: gpu
+    pruned = m.joint_rnnt_loss(*inputs, *rest, blank=0, keep=keep, tile_bytes=1000)
+    cost, nodes = m.simple_rnnt_loss(*simple, *rest, blank=0)
+    band = m.prune_band(nodes, *rest[1:], 3)
+    seen.append([pruned, *torch.autograd.grad(pruned, inputs), cost, *torch.autograd.grad(cost, simple), nodes, band])
+assert all(torch.allclose(a.double(), b.double(), atol=1e-6) for a, b in zip(*seen)), seen
+assert pruned > fused and not band.all()
+m.runs_on_gpu = choose
 paths = []
 for gpu in (False, True):
     m.runs_on_gpu = lambda device, dtype: gpu

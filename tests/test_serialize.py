@@ -1,10 +1,14 @@
-"""The laws of interleaving and of the tokens, on random input, and everything that can be wrong with a manifest."""
+"""The laws of interleaving and of the tokens on random input, and what can be wrong with rows."""
+import csv
 import gzip
 import json
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -15,17 +19,22 @@ from hypothesis import strategies as some
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import manifests  # noqa: E402
-from serialize import (ASR, Row, StreamParser, Tokenizer, deinterleave, interleave, interleave_align,  # noqa: E402
-                       interleave_ratio, interleave_time, needs, parse, read_manifest, serialize, write_manifest)
+import serialize as module  # noqa: E402
+from serialize import (ASR, InputError, Row, StreamParser, Tokenizer, deinterleave,  # noqa: E402
+                       interleave, interleave_align, interleave_ratio, interleave_time, join,
+                       joined, mode_of, needs, parse, read_manifest, serialize, units,
+                       write_manifest)
 
 settings.register_profile("here", deadline=None, max_examples=150)
 settings.load_profile("here")
 
-# Any word at all: every character that is neither white space nor a surrogate, NUL and tags and U+FFFD included.
+# Any word at all: every character that is neither white space nor a surrogate, NUL and tags and
+# U+FFFD included.
 ANY_WORD = some.one_of(
-    some.text(some.characters(exclude_categories=["Cs"]), min_size=1, max_size=6).map(lambda s: "".join(s.split())),
-    some.sampled_from(["<asr>", "<st:fr>", "\0", "\ufffd", "a\0b", "🙂", "ế", "e\u0301", "\u200b"])).filter(bool)
+    some.text(some.characters(exclude_categories=["Cs"]), min_size=1, max_size=6).map(
+        lambda s: "".join(s.split())),
+    some.sampled_from(["<asr>", "<st:fr>", "\0", "\ufffd", "a\0b", "🙂", "ế", "e\u0301",
+                       "\u200b"])).filter(bool)
 WORDS = some.lists(ANY_WORD, max_size=8)
 
 
@@ -33,7 +42,8 @@ WORDS = some.lists(ANY_WORD, max_size=8)
 def bitexts(draw):
     """A transcription, one to three translations and links between them."""
     asr, st, links = draw(WORDS), {}, {}
-    for lang in draw(some.lists(some.sampled_from(["fr", "de", "en"]), min_size=1, max_size=3, unique=True)):
+    some_langs = some.sampled_from(["fr", "de", "en"])
+    for lang in draw(some.lists(some_langs, min_size=1, max_size=3, unique=True)):
         st[lang] = draw(WORDS)
         links[lang] = []
         if asr and st[lang]:
@@ -47,10 +57,10 @@ def streams_of(asr, st):
     return {tag: words for tag, words in streams.items() if words}
 
 
-# ---- Interleaving ---------------------------------------------------------------------------------------------------
+# ---- Interleaving --------------------------------------------------------------------------------
 
 def align_by_the_book(asr, st, links):
-    """The definition, step by step: write a source word, then whatever has all its evidence and all before it out."""
+    """The definition: write a source word, then all that has its evidence and all before it out."""
     out, n = [], dict.fromkeys(st, 0)
     for i in range(max(1, len(asr))):
         out += [(ASR, asr[i])] if asr else []
@@ -77,7 +87,10 @@ def ratio_by_the_book(asr, st, gamma):
 
 
 def broken_laws(asr, st, links, pairs):
-    """The laws that an interleaving breaks: words or order changed; a word before its evidence; a needless wait."""
+    """The laws that an interleaving breaks.
+
+    Words or order changed; a word before its evidence; a needless wait.
+    """
     broken = set()
     if deinterleave(pairs) != streams_of(asr, st):
         return {"streams"}
@@ -100,7 +113,7 @@ def test_align_obeys_its_laws_and_its_definition(bitext):
 
 
 def test_the_laws_find_what_they_should():
-    """Negative controls: an order that cannot see the links, links read the wrong way round, a lazy order."""
+    """Negative controls: an order that cannot see the links, links turned round, a lazy order."""
     asr, st = list("abcd"), {"fr": list("wxyz")}
     links = {"fr": [(0, 0), (3, 1), (1, 2), (2, 3)]}
     turned = {"fr": [(j, i) for i, j in links["fr"]]}
@@ -108,17 +121,22 @@ def test_the_laws_find_what_they_should():
     assert broken_laws(asr, st, links, interleave_ratio(asr, st, 0.5)) == {"too early"}
     assert "too early" in broken_laws(asr, st, links, interleave_align(asr, st, turned))
     assert broken_laws(asr, st, links, interleave_ratio(asr, st, 0)) == {"too late"}
-    assert broken_laws(asr, st, links, interleave_align(asr, {"fr": list("wyxz")}, links)) == {"streams"}
+    other = interleave_align(asr, {"fr": list("wyxz")}, links)
+    assert broken_laws(asr, st, links, other) == {"streams"}
 
 
 def test_align_on_the_sentence_of_the_documentation():
-    asr, st = "ieri ho comprato una macchina rossa".split(), {"en": "yesterday I bought a red car".split()}
-    pairs = interleave_align(asr, st, {"en": [(0, 0), (2, 1), (1, 2), (2, 2), (3, 3), (5, 4), (4, 5)]})
+    asr = "ieri ho comprato una macchina rossa".split()
+    st = {"en": "yesterday I bought a red car".split()}
+    links = [(0, 0), (2, 1), (1, 2), (2, 2), (3, 3), (5, 4), (4, 5)]
+    pairs = interleave_align(asr, st, {"en": links})
     tokens = Tokenizer.train([" ".join(asr)], 300, [ASR, "<st:en>"])
-    text = "".join(f" {tokens.tags[token - 1]} " if 0 < token < tokens.first_byte else tokens.pieces[token].decode()
-                   for token in serialize(pairs, tokens))
-    assert text.split() == ("<asr> ieri <st:en> yesterday <asr> ho comprato <st:en> I bought <asr> una <st:en> a "
-                            "<asr> macchina rossa <st:en> red car").split()
+    text = ""
+    for token in serialize(pairs, tokens):
+        is_tag = 0 < token < tokens.first_byte
+        text += f" {tokens.tags[token - 1]} " if is_tag else tokens.pieces[token].decode()
+    assert text.split() == ("<asr> ieri <st:en> yesterday <asr> ho comprato <st:en> I bought "
+                            "<asr> una <st:en> a <asr> macchina rossa <st:en> red car").split()
 
 
 def test_words_without_links():
@@ -126,7 +144,8 @@ def test_words_without_links():
     assert needs(2, ["x", "y", "z"], [(1, 1)]) == [0, 1, 1]
     assert interleave_align(asr, {"fr": ["x", "y", "z"]}, links) == [
         (ASR, "a"), ("<st:fr>", "x"), (ASR, "b"), ("<st:fr>", "y"), ("<st:fr>", "z")]
-    assert interleave_align([], {"fr": ["x", "y"]}, {"fr": []}) == [("<st:fr>", "x"), ("<st:fr>", "y")]
+    assert interleave_align([], {"fr": ["x", "y"]}, {"fr": []}) == [
+        ("<st:fr>", "x"), ("<st:fr>", "y")]
     for link in [(2, 0), (0, 3), (-1, 0), (0, -1)]:
         with pytest.raises(ValueError, match="lies outside 2 source and 3 target words"):
             interleave_align(asr, {"fr": ["x", "y", "z"]}, {"fr": [link]})
@@ -145,7 +164,8 @@ def test_ratio_at_0_half_and_1():
     assert "".join(word for _, word in interleave_ratio(asr, st, 0)) == "abcxyz"
     assert "".join(word for _, word in interleave_ratio(asr, st, 0.5)) == "axbycz"
     assert "".join(word for _, word in interleave_ratio(asr, st, 1)) == "xyzabc"
-    assert "".join(word for _, word in interleave_ratio(asr, st | {"de": ["1", "2"]}, 0.5)) == "ax1by2cz"
+    st |= {"de": ["1", "2"]}
+    assert "".join(word for _, word in interleave_ratio(asr, st, 0.5)) == "ax1by2cz"
     for gamma in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="gamma must lie between 0 and 1"):
             interleave_ratio(asr, st, gamma)
@@ -160,12 +180,14 @@ TIMED = some.lists(some.tuples(ANY_WORD, TIMES), max_size=8)
 @given(some.dictionaries(some.sampled_from([ASR, "<st:fr>", "<st:de>"]), TIMED))
 def test_time_merges_by_the_running_maximum(streams):
     pairs = interleave_time(streams)
-    assert deinterleave(pairs) == {tag: [word for word, _ in words] for tag, words in streams.items() if words}
+    assert deinterleave(pairs) == {
+        tag: [word for word, _ in words] for tag, words in streams.items() if words}
     position, seen = {}, Counter()
     for k, (tag, _) in enumerate(pairs):
         position[tag, seen[tag]] = k
         seen[tag] += 1
-    for first, ours in enumerate(streams):  # a word follows exactly the words of other streams that come no later
+    # A word follows exactly the words of other streams that come no later.
+    for first, ours in enumerate(streams):
         for other in list(streams)[first + 1:]:
             for i, (_, a) in enumerate(streams[ours]):
                 for j, (_, b) in enumerate(streams[other]):
@@ -176,37 +198,43 @@ def test_time_merges_by_the_running_maximum(streams):
 
 
 def written(**streams):
-    pairs = interleave_time({tag: list(zip(words, times)) for tag, (words, times) in streams.items()})
+    pairs = interleave_time(
+        {tag: list(zip(words, times)) for tag, (words, times) in streams.items()})
     return "".join(word for _, word in pairs)
 
 
 def test_time_ties_missing_and_falling_times():
-    assert written(asr=("ab", [1, 2]), st=("xy", [1, 2])) == "axby"  # equal times: the earlier stream first
+    # Equal times: the earlier stream goes first.
+    assert written(asr=("ab", [1, 2]), st=("xy", [1, 2])) == "axby"
     assert written(st=("xy", [1, 2]), asr=("ab", [1, 2])) == "xayb"
     assert written(asr=("abc", [1, 5, 2]), st=("xy", [3, 5])) == "axbcy"  # 2 after 5 counts as 5
     assert written(asr=("ab", [1, 2]), st=("xy", [1, None])) == "axyb"  # no time: its predecessor's
-    assert written(asr=("abc", [1, 2, 3]), st=("xy", [None, 2])) == "abxyc"  # at the head: the first that is known
+    # At the head: the first that is known.
+    assert written(asr=("abc", [1, 2, 3]), st=("xy", [None, 2])) == "abxyc"
     assert written(asr=("ab", [1, 2]), st=("xy", [None, None])) == "abxy"  # no time at all: the end
     assert written() == "" and written(asr=("", [])) == ""
 
 
 def test_time_is_align_where_times_go_through_the_links():
-    """For one pair: if a word may be said when its last linked word ends, both modes write the same."""
+    """For one pair: if a word may be said when its last linked word ends, both write the same."""
     rng = random.Random(1)
     for _ in range(200):
         n, m = rng.randint(1, 8), rng.randint(1, 8)
         links = sorted({(rng.randrange(n), j) for j in range(m) for _ in range(rng.randint(1, 2))})
         ends = sorted(rng.sample(range(100), n))
         said = [max(ends[i] for i, k in links if k == j) for j in range(m)]
-        row = Row("a", "a", asr=" ".join(map(str, range(n))), st={"fr": " ".join(map(str, range(m)))},
+        row = Row("a", "a", asr=" ".join(map(str, range(n))),
+                  st={"fr": " ".join(map(str, range(m)))},
                   links={"fr": links}, times=ends, st_times={"fr": said})
         assert interleave(row, "time") == interleave(row, "align")
 
 
 def test_modes_of_a_row():
-    row = Row("17", "a", asr="a b", st={"fr": "x y"}, links={"fr": [(0, 0), (1, 1)]}, times=[1.0, 2.0],
+    row = Row("17", "a", asr="a b", st={"fr": "x y"}, links={"fr": [(0, 0), (1, 1)]},
+              times=[1.0, 2.0],
               st_times={"fr": [2.5, 2.6]}, where="m.jsonl:3")
-    orders = {"asr": "ab", "st": "xy", "ratio:0": "abxy", "ratio:1.0": "xyab", "align": "axby", "time": "abxy"}
+    orders = {"asr": "ab", "st": "xy", "ratio:0": "abxy", "ratio:1.0": "xyab", "align": "axby",
+              "time": "abxy"}
     for mode, order in orders.items():
         assert "".join(word for _, word in interleave(row, mode)) == order
     for mode in ["align", "time", "ratio:0.5", "asr"]:
@@ -215,17 +243,21 @@ def test_modes_of_a_row():
     for mode in ["st", "align", "time", "ratio:0.5"]:
         with pytest.raises(ValueError, match=f"17: .*'{mode}'"):
             interleave(Row("17", "a", asr="x"), mode)
-    for missing, mode in [({"links": {}}, "align"), ({"times": None}, "time"), ({"st_times": {}}, "time")]:
-        with pytest.raises(ValueError, match=f"no {'links' if mode == 'align' else 'times'}.*'{mode}'"):
+    for missing, mode in [({"links": {}}, "align"), ({"times": None}, "time"),
+                          ({"st_times": {}}, "time")]:
+        lacking = "links" if mode == "align" else "times"
+        with pytest.raises(ValueError, match=f"no {lacking}.*'{mode}'"):
             interleave(Row(**{**vars(row), **missing}), mode)
+    # No word is lost without a message.
     with pytest.raises(ValueError, match="zip"):
-        interleave(Row(**{**vars(row), "times": [1.0]}), "time")  # no word is lost without a message
+        interleave(Row(**{**vars(row), "times": [1.0]}), "time")
     for mode in ["", "alig", "st:fr", "ratio", "ratio:", "ratio:x", "ratio:2", "ratio:nan"]:
-        with pytest.raises(ValueError, match="gamma|float" if ":" in mode[5:] else f"unknown mode '{mode}'"):
+        message = "gamma|float" if ":" in mode[5:] else f"unknown mode '{mode}'"
+        with pytest.raises(ValueError, match=message):
             interleave(row, mode)
 
 
-# ---- Tokens ---------------------------------------------------------------------------------------------------------
+# ---- Tokens --------------------------------------------------------------------------------------
 
 TAGS = [ASR, "<st:fr>", "<st:de>"]
 PLAIN = Tokenizer(TAGS)
@@ -247,7 +279,7 @@ def test_every_list_of_words_comes_back(pairs):
 def test_text_is_lossless_but_for_white_space_and_never_a_tag(text):
     for tokenizer in (PLAIN, TRAINED):
         ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == " ".join(text.split())
+        assert tokenizer.decode(ids) == join(units(text))
         assert all(tokenizer.first_byte <= token < len(tokenizer) for token in ids)
 
 
@@ -265,9 +297,13 @@ def test_a_word_comes_with_its_last_token(pairs):
         assert parser.flush() == [] and parser.invalid == 0
 
 
-@given(some.lists(some.integers(0, len(TRAINED) - 1), max_size=40), some.randoms(use_true_random=False))
+@given(some.lists(some.integers(0, len(TRAINED) - 1), max_size=40),
+       some.randoms(use_true_random=False))
 def test_any_ids_are_read(ids, rng):
-    """Untrained models write anything: no exception, no empty word, no white space inside, every wrong byte counted."""
+    """Untrained models write anything.
+
+    No exception, no empty word, no white space inside, every wrong byte counted.
+    """
     ids += [TRAINED.first_byte + rng.choice([0xC2, 0xA0, 0x85, 0xFF, 0xE2, 0x20]) for _ in range(6)]
     parser = StreamParser(TRAINED)
     pairs = [pair for token in ids for pair in parser.feed(token)] + parser.flush()
@@ -280,25 +316,32 @@ def test_any_ids_are_read(ids, rng):
 
 def test_the_parser_waits_for_whole_characters_and_counts_wrong_ones():
     parser, byte = StreamParser(PLAIN), PLAIN.first_byte
-    assert [parser.feed(byte + b) for b in "é".encode()] == [[], []]  # nothing shown of half a character
+    # Nothing is shown of half a character.
+    assert [parser.feed(byte + b) for b in "é".encode()] == [[], []]
     assert parser.feed(0) == []  # blank writes nothing
-    assert parser.feed(byte + ord(" ")) == [(ASR, "é")] and parser.invalid == 0  # before any tag: the first
+    # Before any tag: the first.
+    assert parser.feed(byte + ord(" ")) == [(ASR, "é")] and parser.invalid == 0
     parser.feed(byte + 0xC3)
-    assert parser.feed(2) == [(ASR, "\ufffd")] and parser.invalid == 1  # a tag ends a word, here half a character
+    # A tag ends a word, here half a character.
+    assert parser.feed(2) == [(ASR, "\ufffd")] and parser.invalid == 1
     parser.feed(byte + ord("a"))
-    assert parser.flush() == [("<st:fr>", "a")] and parser.flush() == []  # the end releases what is left
+    # The end releases what is left.
+    assert parser.flush() == [("<st:fr>", "a")] and parser.flush() == []
     for b in b"\xff\xfe\xef\xbf\xbd":
         parser.feed(byte + b)
-    assert parser.flush() == [("<st:fr>", "\ufffd\ufffd\ufffd")] and parser.invalid == 3  # the third is genuine
+    # The third is genuine.
+    assert parser.flush() == [("<st:fr>", "\ufffd\ufffd\ufffd")] and parser.invalid == 3
     assert parser.feed(byte + ord(" ")) == []  # an empty word is none
     for token in (-1, len(PLAIN)):
-        with pytest.raises(ValueError, match=f"token {token} is outside the vocabulary of {len(PLAIN)}"):
+        message = f"token {token} is outside the vocabulary of {len(PLAIN)}"
+        with pytest.raises(ValueError, match=message):
             parser.feed(token)
 
 
 def naive_merges(texts, n, first_byte):
     """BPE as it is defined, everything counted anew for each merge."""
-    words = Counter(tuple(first_byte + b for b in word.encode() + b" ") for text in texts for word in text.split())
+    words = Counter(tuple(first_byte + b for b in word.encode() + b" ")
+                    for text in texts for word in text.split())
     merges = []
     while len(merges) < n:
         pairs = Counter()
@@ -331,14 +374,15 @@ def test_training_is_byte_pair_encoding(texts):
 
 
 def test_merges_are_those_of_the_industrial_tool():
-    """Hugging Face's trainer learns the same merges in the same order, from bytes spelled as letters."""
-    industrial = pytest.importorskip("tokenizers", reason="pip install tokenizers to compare with its BPE")
+    """Hugging Face's trainer learns the same merges in the same order, from bytes as letters."""
+    industrial = pytest.importorskip("tokenizers", reason="pip install tokenizers to compare")
     path = DATA / "multi30k" / "train.fr.gz"
     if not path.exists():
         pytest.skip(f"needs {path}")
     with gzip.open(path, "rt", encoding="utf-8") as file:
         texts = [next(file) for _ in range(3000)]
-    spelled = [" ".join("".join(chr(256 + b) for b in word.encode() + b" ") for word in text.split()) for text in texts]
+    spell = lambda word: "".join(chr(256 + b) for b in word.encode() + b" ")  # noqa: E731
+    spelled = [" ".join(map(spell, text.split())) for text in texts]
     peer = industrial.Tokenizer(industrial.models.BPE())
     peer.pre_tokenizer = industrial.pre_tokenizers.WhitespaceSplit()
     alphabet = [chr(256 + b) for b in range(256)]
@@ -353,42 +397,56 @@ def test_merges_are_those_of_the_industrial_tool():
 def test_training_depends_on_counts_alone():
     texts = ["the cat sat on the mat", "a cat ate the rat", "là là ế", "the the a"]
     one = Tokenizer.train(texts, 300, TAGS).to_dict()
-    assert one == Tokenizer.train([" ".join(reversed(" ".join(reversed(texts)).split()))], 300, TAGS).to_dict()
-    code = f"from serialize import Tokenizer; print(Tokenizer.train({texts!r}, 300, {TAGS!r}).to_dict())"
+    turned = " ".join(reversed(" ".join(reversed(texts)).split()))
+    assert one == Tokenizer.train([turned], 300, TAGS).to_dict()
+    code = ("from serialize import Tokenizer; "
+            f"print(Tokenizer.train({texts!r}, 300, {TAGS!r}).to_dict())")
     for seed in "01":  # the order of sets changes with it
-        out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed},
+        out = subprocess.run([sys.executable, "-c", code], cwd=ROOT,
+                             env={**os.environ, "PYTHONHASHSEED": seed},
                              capture_output=True, text=True, check=True).stdout
         assert out.strip() == str(one)
 
 
 def test_tokenizer_ids_pieces_and_plain_data():
-    assert [PLAIN.tag_id[tag] for tag in TAGS] == [1, 2, 3] and PLAIN.first_byte == 4 and len(PLAIN) == 260
+    assert [PLAIN.tag_id[tag] for tag in TAGS] == [1, 2, 3]
+    assert PLAIN.first_byte == 4 and len(PLAIN) == 260
     assert PLAIN.encode("a \u00e9") == [4 + ord("a"), 4 + 32, 4 + 0xC3, 4 + 0xA9, 4 + 32]
-    assert len(TRAINED) > 290 and len(TRAINED.encode("the the")) == 2  # a whole word with its separator is one token
-    assert all(piece.count(b" ") <= 1 and b" " not in piece[:-1] for piece in TRAINED.pieces)  # never across words
+    # A whole word with its separator is one token.
+    assert len(TRAINED) > 290 and len(TRAINED.encode("the the")) == 2
+    # No piece goes beyond a word.
+    assert all(piece.count(b" ") <= 1 and b" " not in piece[:-1] for piece in TRAINED.pieces)
     again = Tokenizer.from_dict(json.loads(json.dumps(TRAINED.to_dict())))
-    assert again.encode("the cat zzz") == TRAINED.encode("the cat zzz") and again.to_dict() == TRAINED.to_dict()
+    assert again.encode("the cat zzz") == TRAINED.encode("the cat zzz")
+    assert again.to_dict() == TRAINED.to_dict()
     assert TRAINED.unseen("the dog 中") == {"d", "g", "中"}
-    wrong = [(lambda: Tokenizer.train(["a"], 100), "100 is too small"), (lambda: Tokenizer([]), "one or more"),
-             (lambda: Tokenizer([ASR, ASR]), "different tags"), (lambda: Tokenizer([ASR], [(34, 35)]), "merge 34, 35"),
-             (lambda: Tokenizer([ASR], [(99, 258)]), "earlier"), (lambda: Tokenizer([ASR], [(1, 99)]), "earlier"),
-             (lambda: PLAIN.encode_word("a b"), "not a word"), (lambda: PLAIN.encode_word(""), "not a word"),
-             (lambda: PLAIN.encode("a\ud800"), "surrogates"), (lambda: serialize([("<st:x>", "a")], PLAIN), "<st:x>")]
+    wrong = [(lambda: Tokenizer.train(["a"], 100), "100 is too small"),
+             (lambda: Tokenizer([]), "one or more"),
+             (lambda: Tokenizer([ASR, ASR]), "different tags"),
+             (lambda: Tokenizer([ASR], [(34, 35)]), "merge 34, 35"),
+             (lambda: Tokenizer([ASR], [(99, 258)]), "earlier"),
+             (lambda: Tokenizer([ASR], [(1, 99)]), "earlier"),
+             (lambda: PLAIN.encode_word("a b"), "not a word"),
+             (lambda: PLAIN.encode_word(""), "not a word"),
+             (lambda: PLAIN.encode("a\ud800"), "surrogates"),
+             (lambda: serialize([("<st:x>", "a")], PLAIN), "<st:x>")]
     for call, message in wrong:
         with pytest.raises(ValueError, match=message):
             call()
 
 
-# ---- Manifests ------------------------------------------------------------------------------------------------------
+# ---- Manifests -----------------------------------------------------------------------------------
 
-GOOD = {"id": "u1", "audio": "wav/a.ogg", "start": 1.5, "duration": 3.2, "lang": "mb", "asr": "a  b\u00a0c",
-        "st": {"fr": "x y"}, "links": {"fr": "0-0 2-1"}, "times": [0.5, None, 2], "st_times": {"fr": [1, 2.5]},
+GOOD = {"id": "u1", "audio": "wav/a.ogg", "start": 1.5, "duration": 3.2, "lang": "mb",
+        "asr": "a  b\u00a0c", "st": {"fr": "x y"}, "links": {"fr": "0-0 2-1"},
+        "times": [0.5, None, 2], "st_times": {"fr": [1, 2.5]},
         "speaker": "s", "other": [1]}
 
 
 def manifest(tmp_path, *lines, name="m.jsonl"):
     path = tmp_path / name
-    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
+    lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    path.write_bytes(b"\n".join(lines))
     return path
 
 
@@ -396,7 +454,8 @@ def test_a_manifest_is_read_and_written(tmp_path):
     with_mark = b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r"
     path = manifest(tmp_path, with_mark, b"", {"audio": "b.wav", "st": {"de": "z"}})
     first, second = read_manifest(path, strict=True)
-    assert first == Row(id="u1", audio=str(tmp_path / "wav/a.ogg"), start=1.5, duration=3.2, lang="mb", asr="a b c",
+    assert first == Row(id="u1", audio=str(tmp_path / "wav/a.ogg"), start=1.5, duration=3.2,
+                        lang="mb", asr="a b c",
                         st={"fr": "x y"}, links={"fr": [(0, 0), (2, 1)]}, times=[0.5, None, 2],
                         st_times={"fr": [1, 2.5]}, speaker="s")
     assert (first.where, second.where) == (f"{path}:1", f"{path}:3")
@@ -404,21 +463,28 @@ def test_a_manifest_is_read_and_written(tmp_path):
     write_manifest(tmp_path / "again.jsonl", [first, second])
     assert read_manifest(tmp_path / "again.jsonl", strict=True) == [first, second]
     (tmp_path / "deep").mkdir()
-    write_manifest(tmp_path / "deep" / "n.jsonl", [first, second])  # the sound is now above the manifest
+    # The sound is now above the manifest.
+    write_manifest(tmp_path / "deep" / "n.jsonl", [first, second])
     with pytest.raises(ValueError, match="n.jsonl:1: audio .*--allow-outside"):
         read_manifest(tmp_path / "deep" / "n.jsonl", strict=True)
     assert read_manifest(tmp_path / "deep" / "n.jsonl", allow_outside=True) == [first, second]
 
 
-BAD = [b"{", b"[1]", b"7", b"null", b"\xff\xfe", b"[" * 100000, b'{"audio": 1e999, "asr": "a"}', {"asr": "a"},
-       b'{"audio": "a.wav", "asr": "\\ud800"}', b'{"audio": "a.wav"}', {"audio": "a", "asr": " \u3000 "},
-       *({**GOOD, key: wrong} for key, values in {
-           "audio": ["/etc/passwd", "../a.wav", "x/../../a.wav", "a\0.wav", "", 7], "asr": [7, ["a"], "only two"],
-           "st": ["x", {"fr": 7}, ["x"], {"de": "x"}], "id": [{}], "speaker": [7], "lang": [[]],
-           "start": [-1, "1", 10 ** 400], "duration": [float("nan"), float("inf")],
-           "links": ["0-0", {"de": "0-0"}, *({"fr": text} for text in ["0-0 3-1", "0-2", "0", "a-b", "0-1-2", [0, 0]])],
-           "times": [[1, 2], 3, [1, 2, "3"], [1, -2, 3], {"a": 1}],
-           "st_times": [{"fr": [1]}, {"de": [1]}, [1, 2]]}.items() for wrong in values)]
+WRONG_VALUES = {
+    "audio": ["/etc/passwd", "../a.wav", "x/../../a.wav", "a\0.wav", "", 7],
+    "asr": [7, ["a"], "only two"],
+    "st": ["x", {"fr": 7}, ["x"], {"de": "x"}],
+    "id": [{}], "speaker": [7], "lang": [[]],
+    "start": [-1, "1", 10 ** 400],
+    "duration": [float("nan"), float("inf")],
+    "links": ["0-0", {"de": "0-0"}, {"fr": "0-0 3-1"}, {"fr": "0-2"}, {"fr": "0"}, {"fr": "a-b"},
+              {"fr": "0-1-2"}, {"fr": [0, 0]}],
+    "times": [[1, 2], 3, [1, 2, "3"], [1, -2, 3], {"a": 1}],
+    "st_times": [{"fr": [1]}, {"de": [1]}, [1, 2]]}
+BAD = [b"{", b"[1]", b"7", b"null", b"\xff\xfe", b"[" * 100000, b'{"audio": 1e999, "asr": "a"}',
+       {"asr": "a"}, b'{"audio": "a.wav", "asr": "\\ud800"}', b'{"audio": "a.wav"}',
+       {"audio": "a", "asr": " \u3000 "},
+       *({**GOOD, key: wrong} for key, values in WRONG_VALUES.items() for wrong in values)]
 
 
 @pytest.mark.parametrize("wrong", BAD, ids=lambda wrong: repr(wrong)[:40])
@@ -426,7 +492,8 @@ def test_a_bad_row_is_named_and_skipped(tmp_path, wrong):
     path = manifest(tmp_path, {**GOOD, "id": "before"}, wrong, {**GOOD, "id": "after"})
     told = []
     assert [row.id for row in read_manifest(path, on_bad=told.append)] == ["before", "after"]
-    assert len(told) == 2 and told[0].startswith(f"{path}:2: skipped: ") and told[1] == f"{path}: 1 of 3 rows skipped"
+    assert len(told) == 2 and told[0].startswith(f"{path}:2: skipped: ")
+    assert told[1] == f"{path}: 1 of 3 rows skipped"
     assert len(told[0]) < len(str(path)) + 250
     with pytest.raises(ValueError, match=r"m\.jsonl:2: "):
         read_manifest(path, strict=True)
@@ -434,7 +501,8 @@ def test_a_bad_row_is_named_and_skipped(tmp_path, wrong):
 
 def test_manifests_without_rows(tmp_path, capsys):
     empty, bad = manifest(tmp_path, b"", b"  ", name="empty.jsonl"), manifest(tmp_path, b"{")
-    for path, message in [(tmp_path / "none.jsonl", "none.jsonl: No such file"), (tmp_path, "Is a directory"),
+    for path, message in [(tmp_path / "none.jsonl", "none.jsonl: No such file"),
+                          (tmp_path, "Is a directory"),
                           (empty, "empty.jsonl: no usable row"), (bad, "m.jsonl: no usable row")]:
         with pytest.raises(ValueError, match=message):
             read_manifest(path)
@@ -445,20 +513,23 @@ def test_nothing_half_written(tmp_path):
     path = tmp_path / "m.jsonl"
     write_manifest(path, [Row("1", str(tmp_path / "a.wav"), asr="a")])
     before = path.read_bytes()
-    good, bad = Row("1", str(tmp_path / "a.wav"), asr="a"), Row("2", str(tmp_path / "b.wav"), asr="\udc80")
+    good = Row("1", str(tmp_path / "a.wav"), asr="a")
+    bad = Row("2", str(tmp_path / "b.wav"), asr="\udc80")
     with pytest.raises(ValueError, match="surrogates"):
         write_manifest(path, [good, bad])
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["m.jsonl"]
 
 
-# ---- Delays, importers, command line --------------------------------------------------------------------------------
+# ---- Delays, importers, command line -------------------------------------------------------------
 
 def test_delays_by_hand():
-    row = Row("1", "a", asr="a b c", st={"fr": "x y z"}, links={"fr": [(2, 0), (0, 0), (0, 1)]}, times=[1.0, 2.0, 4.0])
-    assert manifests.delays(row, interleave(row, "ratio:0")) == [(0, 0.0), (2, 3.0)]  # x needs c, y needs a, z nothing
-    assert manifests.delays(row, interleave(row, "align")) == [(0, 0.0), (2, 3.0)]
-    assert manifests.delays(row, interleave(row, "ratio:0.5")) == [(-2, -3.0), (1, 1.0)]
-    assert manifests.delays(row, interleave(row, "ratio:1")) == [(-3, -4.0), (-1, -1.0)]
+    row = Row("1", "a", asr="a b c", st={"fr": "x y z"}, links={"fr": [(2, 0), (0, 0), (0, 1)]},
+              times=[1.0, 2.0, 4.0])
+    # x needs c, y needs a, z needs nothing.
+    assert module.delays(row, interleave(row, "ratio:0")) == [(0, 0.0), (2, 3.0)]
+    assert module.delays(row, interleave(row, "align")) == [(0, 0.0), (2, 3.0)]
+    assert module.delays(row, interleave(row, "ratio:0.5")) == [(-2, -3.0), (1, 1.0)]
+    assert module.delays(row, interleave(row, "ratio:1")) == [(-3, -4.0), (-1, -1.0)]
 
 
 def command(*arguments):
@@ -469,48 +540,62 @@ def command(*arguments):
 
 def test_command_line(tmp_path):
     code, out, err = command()
-    assert code == 0 and "read back exactly: True" in out and out.split("\n")[0].split() == manifests.MODES
+    assert code == 0 and "read back exactly: True" in out
+    assert out.split("\n")[0].split() == module.MODES
     code, out, err = command(manifest(tmp_path, GOOD, b"{"))
     assert code == 0 and "m.jsonl:2: skipped" in err
     table = {line.split()[0]: line.split()[1:] for line in out.strip().split("\n")[1:]}
-    assert list(table) == manifests.MODES and table["align"][3] == "0.00" and table["ratio:1.0"][3] == "100.00"
-    assert table["ratio:1.0"][4] == "0.00" and table["ratio:0.0"][4] == "1.00"  # guesses do not make up for waiting
-    untimed = {key: value for key, value in GOOD.items() if key != "st_times"} | {"times": [0.5, 1, 2]}
-    assert command(manifest(tmp_path, untimed))[1].split("\n")[7].split() == ["time", "0"] + ["-"] * 6
+    assert list(table) == module.MODES
+    assert table["align"][3] == "0.00" and table["ratio:1.0"][3] == "100.00"
+    # Guesses do not make up for waiting.
+    assert table["ratio:1.0"][4] == "0.00" and table["ratio:0.0"][4] == "1.00"
+    untimed = {key: value for key, value in GOOD.items() if key != "st_times"}
+    untimed["times"] = [0.5, 1, 2]
+    time_line = command(manifest(tmp_path, untimed))[1].split("\n")[7]
+    assert time_line.split() == ["time", "0"] + ["-"] * 6
     assert command(manifest(tmp_path, untimed), "--project")[1].split("\n")[7].split()[1] == "1"
     code, out, err = command(tmp_path / "none.jsonl")
-    assert code == 1 and err.startswith("serialize.py: ") and "none.jsonl" in err and "Traceback" not in err
+    assert code == 2 and err.startswith("serialize.py: ") and "none.jsonl" in err
+    assert "Traceback" not in err
 
 
 def test_covost_is_imported(tmp_path):
     header = "path\tsentence\ttranslation\tclient_id"
     sentence = "c1.mp3\tHello \"you\"."
-    for lang, lines in {"zh-CN": f"{sentence}\t你 好\tspk\nc2.mp3\n", "de": f"{sentence}\tHallo du\tspk\n"}.items():
-        (tmp_path / f"covost_v2.en_{lang}.dev.tsv").write_text(f"{header}\n{lines}", encoding="utf-8")
-    code, _, err = command("--from", "covost", *sorted(tmp_path.glob("*.tsv")), "-o", tmp_path / "out.jsonl")
+    tables = {"zh-CN": f"{sentence}\t你 好\tspk\nc2.mp3\n", "de": f"{sentence}\tHallo du\tspk\n"}
+    for lang, lines in tables.items():
+        path = tmp_path / f"covost_v2.en_{lang}.dev.tsv"
+        path.write_text(f"{header}\n{lines}", encoding="utf-8")
+    tables, out = sorted(tmp_path.glob("*.tsv")), tmp_path / "out.jsonl"
+    code, _, err = command("--from", "covost", *tables, "-o", out)
     assert code == 0 and "zh-CN.dev.tsv:3: skipped" in err
     row, = read_manifest(tmp_path / "out.jsonl", strict=True)
-    assert row == Row("c1", str(tmp_path / "clips/c1.mp3"), lang="en", asr='Hello "you".', speaker="spk",
-                      st={"de": "Hallo du", "zh-CN": "你 好"})
-    assert command("--from", "covost", manifest(tmp_path, b"x", name="a.tsv"))[0] == 1
+    assert row == Row("c1", str(tmp_path / "clips/c1.mp3"), lang="en", asr='Hello "you".',
+                      speaker="spk",
+                      st={"de": "Hallo du", "zh-CN": "你好"})
+    assert command("--from", "covost", manifest(tmp_path, b"x", name="a.tsv"))[0] == 2
 
 
 def test_mustc_is_imported(tmp_path):
     folder = tmp_path / "en-de" / "data" / "dev" / "txt"
     folder.mkdir(parents=True)
-    (folder / "dev.yaml").write_text("- {duration: 3.5, offset: 16.08, rW: 9, speaker_id: spk.767, wav: ted_767.wav}\n"
-                                     "- {duration: 1.25, offset: 20.0, speaker_id: spk.767, wav: 'ted_767.wav'}\n")
+    (folder / "dev.yaml").write_text(
+        "- {duration: 3.5, offset: 16.08, rW: 9, speaker_id: spk.767, wav: ted_767.wav}\n"
+        "- {duration: 1.25, offset: 20.0, speaker_id: spk.767, wav: 'ted_767.wav'}\n")
     (folder / "dev.en").write_text("Hello.\nThank you\u2028.\n", encoding="utf-8")
     (folder / "dev.de").write_text("Hallo.\nDanke.\n", encoding="utf-8")
     out = folder.parent / "dev.jsonl"
     assert command("--from", "mustc", folder / "dev.yaml", "-o", out)[0] == 0
     first, second = read_manifest(out, strict=True)
-    assert first == Row("ted_767_1", str(folder.parent / "wav/ted_767.wav"), 16.08, 3.5, "en", "Hello.",
+    assert first == Row("ted_767_1", str(folder.parent / "wav/ted_767.wav"), 16.08, 3.5, "en",
+                        "Hello.",
                         {"de": "Hallo."}, speaker="spk.767")
-    assert (second.start, second.duration, second.asr, second.st) == (20.0, 1.25, "Thank you .", {"de": "Danke."})
+    assert (second.start, second.duration) == (20.0, 1.25)
+    assert (second.asr, second.st) == ("Thank you .", {"de": "Danke."})
     (folder / "dev.de").write_text("Hallo.\n")
     code, _, err = command("--from", "mustc", folder / "dev.yaml", "-o", tmp_path / "no.jsonl")
-    assert code == 1 and "dev.yaml has 2 lines, but dev.de 1" in err and not (tmp_path / "no.jsonl").exists()
+    assert code == 2 and "dev.yaml has 2 lines, but dev.de 1" in err
+    assert not (tmp_path / "no.jsonl").exists()
 
 
 def test_nemo_is_imported(tmp_path):
@@ -518,14 +603,17 @@ def test_nemo_is_imported(tmp_path):
     longer = {**sound, "duration": 9.0, "text": "long"}
     path = manifest(tmp_path, {**sound, "target_lang": "en", "text": "hello"}, longer,
                     {**sound, "target_lang": "de", "text": "hallo"}, b"{",
-                    {**sound, "audio_filepath": "wav/b.wav", "target_lang": "fr", "answer": "salut"}, {"text": "a"})
+                    {**sound, "audio_filepath": "wav/b.wav", "target_lang": "fr",
+                     "answer": "salut"}, {"text": "a"})
     code, _, err = command("--from", "nemo", path, "-o", tmp_path / "out.jsonl")
-    assert code == 0 and "m.jsonl:4: skipped" in err and "m.jsonl:6: skipped" in err and "2 lines skipped" in err
+    assert code == 0 and "2 lines skipped" in err
+    assert "m.jsonl:4: skipped" in err and "m.jsonl:6: skipped" in err
     first, other, second = read_manifest(tmp_path / "out.jsonl", strict=True)
     assert (other.asr, other.duration) == ("long", 9.0)  # another stretch of the same file
-    assert first == Row("m:1", str(tmp_path / "wav/a.wav"), 0.5, 2.0, "en", "hello", {"de": "hallo"})
+    assert first == Row("m:1", str(tmp_path / "wav/a.wav"), 0.5, 2.0, "en", "hello",
+                        {"de": "hallo"})
     assert (second.asr, second.st) == (None, {"fr": "salut"})
-    assert command("--from", "nemo", path, "--strict", "-o", tmp_path / "no.jsonl")[0] == 1
+    assert command("--from", "nemo", path, "--strict", "-o", tmp_path / "no.jsonl")[0] == 2
     assert not (tmp_path / "no.jsonl").exists()
 
 
@@ -534,7 +622,464 @@ def test_griko():
     if not path.exists():
         pytest.skip(f"needs the Griko-Italian corpus in {path.parent}")
     rows = read_manifest(path, strict=True)
-    late = {mode: [delay for row in rows for delay in manifests.delays(row, interleave(row, mode))]
+    late = {mode: [delay for row in rows for delay in module.delays(row, interleave(row, mode))]
             for mode in ["align", "ratio:0"]}
     assert all(words >= 0 for delays in late.values() for words, _ in delays)  # neither guesses
     assert sum(s for _, s in late["align"]) < 0.05 * sum(s for _, s in late["ratio:0"])
+
+
+# ---- Words of scripts without spaces -------------------------------------------------------------
+
+HAN_WORDS = some.sampled_from(["我", "語", "か", "か\u3099", "ガ", "ー", "々", "𠀋", "葛\U000e0100"])
+OTHER_WORDS = some.sampled_from(["Python", "。", "a。", "\u3099", "é", "한국어", "ไทย", "\u0301x"])
+UNITS = some.lists(some.one_of(HAN_WORDS, OTHER_WORDS), max_size=8)
+
+
+@given(UNITS)
+def test_join_is_undone_by_units(words):
+    assert units(join(words)) == words
+    pairs = [(ASR, word) for word in words]
+    assert parse(serialize(pairs, TRAINED), TRAINED) == pairs
+    assert TRAINED.decode(TRAINED.encode(join(words))) == join(words)
+
+
+@given(some.text(max_size=20))
+def test_any_text_has_units_that_join(text):
+    words = units(text)
+    assert units(join(words)) == words and join(units(join(words))) == join(words)
+    assert "".join(words) == "".join(text.split())
+    if not any(unicodedata.name(c, "").startswith(("CJK", "KANGXI", "HIRAGANA", "KATAKANA"))
+               or "\u2fff" < c < "\u33ff" or c > "\uf8ff" for c in text):
+        assert words == text.split() and join(words) == " ".join(words)
+
+
+def test_units_of_chinese_japanese_and_others():
+    assert units("我爱 Python 语言。") == ["我", "爱", "Python", "语", "言", "。"]
+    assert join(["我", "爱", "Python", "语", "言", "。"]) == "我爱Python语言。"
+    assert units("か\u3099っこう, ガス") == ["か\u3099", "っ", "こ", "う", ",", "ガ", "ス"]
+    assert join(["か", "\u3099"]) == "か \u3099"  # beside each other they would be one character
+    assert units("나는 집에 ไทยไทย a-b") == ["나는", "집에", "ไทยไทย", "a-b"]
+    assert join(["a", "b"]) == "a b" and join(["。", "b"]) == "。 b" and join([]) == ""
+    assert units("".join(["我", "a", "b"])) != ["我", "a", "b"]  # without any space the law breaks
+
+
+def test_normalising_changes_no_unit():
+    """NFC of a character has as many units, so links and times counted before still fit."""
+    for code in range(sys.maxunicode):
+        if not unicodedata.is_normalized("NFC", chr(code)):
+            composed = unicodedata.normalize("NFC", chr(code))
+            assert len(units("我" + composed)) == len(units("我" + chr(code))), hex(code)
+
+
+def test_links_and_times_of_a_longer_word_pass_to_its_characters(tmp_path):
+    row = {"audio": "a.wav", "asr": "你好 world 再见", "times": [1.0, 2.0, None],
+           "st": {"en": "hello world bye", "ja": "今日は"}, "st_times": {"ja": [0.5, 0.7, 0.9]},
+           "links": {"en": "0-0 1-1 2-2", "ja": "0-0"}}
+    first, = read_manifest(manifest(tmp_path, row), strict=True)
+    assert first.asr == "你好world再见" and first.times == [1.0, 1.0, 2.0, None, None]
+    assert first.links["en"] == [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2)]
+    assert first.links["ja"] == [(i, j) for i in (0, 1) for j in (0, 1, 2)]
+    assert first.st_times == {"ja": [0.5, 0.7, 0.9]}  # as many as characters: they count them
+    assert join(word for tag, word in interleave(first, "align") if tag == "<st:ja>") == "今日は"
+    assert [word for _, word in interleave(first, "align")][:3] == ["你", "好", "hello"]
+    write_manifest(tmp_path / "again.jsonl", [first])
+    assert "你 好 world 再 见" in (tmp_path / "again.jsonl").read_text(encoding="utf-8")
+    assert read_manifest(tmp_path / "again.jsonl", strict=True) == [first]
+    plain = Row("1", str(tmp_path / "a.wav"), asr="你好")
+    write_manifest(tmp_path / "plain.jsonl", [plain])
+    assert '"你好"' in (tmp_path / "plain.jsonl").read_text(encoding="utf-8")
+    for wrong in [{"times": [1.0]}, {"links": {"en": "3-0"}}]:  # a link counts words in the file
+        with pytest.raises(InputError, match="m.jsonl:1: .*(1 times for 3 words|outside 3 source)"):
+            read_manifest(manifest(tmp_path, row | wrong), strict=True)
+
+
+def test_texts_are_composed_on_reading_and_nowhere_else(tmp_path):
+    loose = "e\u0301te\u0301"
+    told = []
+    path = manifest(tmp_path, {"audio": "a", "asr": loose, "st": {"fr": "x"}},
+                    {"audio": "b", "asr": "x", "st": {"fr": loose}}, {"audio": "c", "asr": "été"})
+    rows = read_manifest(path, on_bad=told.append)
+    assert [rows[0].asr, rows[1].st["fr"], rows[2].asr] == ["été"] * 3
+    assert told == [f"{path}: text of 2 rows brought to NFC"]
+    assert units(loose) == [loose] and join([loose]) == loose
+    assert parse(serialize([(ASR, loose)], PLAIN), PLAIN) == [(ASR, loose)] != [(ASR, "été")]
+
+
+def test_scripts_without_spaces_are_told(tmp_path):
+    told = []
+    texts = ["สวัสดี", "ສະບາຍດີ", "សួស្តី", "မင်္ဂလာပါ", "plain", "Ελλάδα हिन्दी 你好 안녕"]
+    path = manifest(tmp_path, *({"audio": "a", "asr": text} for text in texts))
+    read_manifest(path, on_bad=told.append)
+    assert len(told) == 1 and told[0].startswith(f"{path}: 4 rows hold a script without spaces")
+
+
+# ---- Rows come back as they were written ---------------------------------------------------------
+
+SECONDS = some.one_of(some.just(0), some.just(0.0), some.floats(0, 1e6))
+TEXT = some.one_of(some.just(""), some.just("0"), UNITS.map(join), WORDS.map(" ".join)).map(
+    lambda text: join(units(unicodedata.normalize("NFC", text))))
+JSON = some.recursive(
+    some.one_of(some.none(), some.booleans(), some.integers(-9, 9), some.just(""), some.just(0.0)),
+    lambda inner: some.lists(inner, max_size=2) | some.dictionaries(some.sampled_from("ab"), inner))
+
+
+@some.composite
+def rows_of_a_manifest(draw):
+    asr = draw(some.one_of(some.none(), TEXT))
+    st = draw(some.dictionaries(some.sampled_from(["", "fr", "de"]), TEXT))
+    if not units(asr or "") and not any(units(text) for text in st.values()):
+        asr = "a"
+    timed = some.one_of(some.none(), SECONDS)
+    n = len(units(asr or ""))
+    times = draw(some.one_of(some.none(), some.lists(timed, min_size=n, max_size=n)))
+    links, st_times = {}, {}
+    timed_langs = some.lists(some.sampled_from(sorted(st)), unique=True) if st else some.just([])
+    for lang in draw(timed_langs):
+        m = len(units(st[lang]))
+        st_times[lang] = draw(some.lists(timed, min_size=m, max_size=m))
+        pairs = some.tuples(some.integers(0, max(0, n - 1)), some.integers(0, max(0, m - 1)))
+        links[lang] = draw(some.lists(pairs, max_size=4)) if n and m else []
+    name = some.sampled_from(["", "0", "s/1", "id"])
+    other = some.dictionaries(some.sampled_from(["", "x", "where", "other"]), JSON, max_size=2)
+    return Row(draw(name), "a.wav", draw(SECONDS), draw(some.one_of(some.none(), SECONDS)),
+               draw(name), asr, st, links, times, st_times, draw(name), draw(other))
+
+
+@given(rows_of_a_manifest())
+def test_what_is_written_is_read(tmp_path_factory, row):
+    folder = tmp_path_factory.getbasetemp()
+    row.audio = str(folder / row.audio)
+    write_manifest(folder / "law.jsonl", [row])
+    again, = read_manifest(folder / "law.jsonl", strict=True)
+    assert again == row and again.other == row.other
+    assert type(again.duration) is type(row.duration) and repr(again.st) == repr(row.st)
+
+
+def test_zero_seconds_are_not_the_whole_file(tmp_path):
+    path = manifest(tmp_path, {"audio": "a.wav", "asr": "x", "duration": 0, "gain": 0,
+                               "note": None})
+    write_manifest(tmp_path / "again.jsonl", read_manifest(path, strict=True))
+    record = json.loads((tmp_path / "again.jsonl").read_text())
+    assert record == {"id": "m:1", "audio": "a.wav", "asr": "x", "duration": 0, "gain": 0,
+                      "note": None}
+    for wrong in [{"start": True}, {"times": [False]}]:  # true is no number
+        with pytest.raises(InputError, match="cannot be"):
+            read_manifest(manifest(tmp_path, {"audio": "a", "asr": "x"} | wrong), strict=True)
+
+
+def test_no_id_stands_twice(tmp_path):
+    path = manifest(tmp_path, {"id": "a\x1b[2J", "audio": "1", "asr": "x"},
+                    {"audio": "2", "asr": "y"},
+                    {"id": "a\x1b[2J", "audio": "3", "asr": "z"})
+    told = []
+    assert [row.asr for row in read_manifest(path, on_bad=told.append)] == ["x", "y"]
+    assert told == [f"{path}:3: skipped: id 'a\\x1b[2J' stands at {path}:1 already",
+                    f"{path}: 1 of 3 rows skipped"]
+    with pytest.raises(InputError, match=r"m\.jsonl:3: id .* stands at .*m\.jsonl:1 already"):
+        read_manifest(path, strict=True)
+    (tmp_path / "b").mkdir()
+    line = {"audio_filepath": "x.wav", "duration": 1.0, "id": "u", "text": "a"}
+    one = manifest(tmp_path, line, name="1.jsonl")
+    two = manifest(tmp_path / "b", line, name="2.jsonl")
+    code, _, err = command("--from", "nemo", one, two, "--strict", "-o", tmp_path / "out.jsonl")
+    assert code == 2 and f"{two}:1: id 'u' stands at {one}:1 already" in err
+    again = manifest(tmp_path, line | {"text": "b"}, name="3.jsonl")  # other words for one sound
+    code, _, err = command("--from", "nemo", one, again, "--strict", "-o", tmp_path / "out.jsonl")
+    assert code == 2
+    assert f"{again}:1: another text (asr) for the same sound stands at {one}:1" in err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_only_regular_files_are_read_and_replaced(tmp_path, kind):
+    path = {"fifo": tmp_path / "f.a_b.x", "device": Path("/dev/zero"), "folder": tmp_path}[kind]
+    if kind == "fifo":
+        os.mkfifo(path)
+    for call in [read_manifest, module.import_nemo, module.import_mustc]:
+        with pytest.raises(InputError, match="pipe or a device|Is a directory"):
+            call(path)
+    with pytest.raises(InputError, match="not a file that can be replaced"):
+        write_manifest(path, [Row("1", "a", asr="a")])
+    code, out, err = command(path)
+    assert code == 2 and err.count("\n") == 1 and err.startswith("serialize.py: ") and not out
+
+
+def test_no_escape_sequence_reaches_the_terminal(tmp_path):
+    assert module.printable("a\x1b[31m\u202eb\n\ud800é中") == "a\\x1b[31m\\u202eb\\n\\ud800é中"
+    evil = "\x1b]0;gone\x07\u202e"
+    lines = [{"audio": evil + "\0", "asr": "x"}, {"audio": "a", "asr": [evil]}, {evil: evil},
+             {"audio": "a", "asr": "x", "times": [1, 2]},
+             {"audio": "a", "asr": "a", "st": {evil: 3}},
+             {"audio": "a", "asr": "x", "st": {"fr": "y"}, "links": {evil: "0-0"}}]
+    path = manifest(tmp_path, *lines, GOOD, name=f"m{evil[:3]}.jsonl")
+    code, out, err = command(path)
+    assert code == 0 and err.count("\n") == len(lines) + 1
+    assert not {c for c in out + err if not c.isprintable()} - {"\n"}
+    code, out, err = command(path, "--strict")
+    assert code == 2 and err.count("\n") == 1 and "\x1b" not in err and "\\x1b" in err
+
+
+def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "m.jsonl"
+    rows = [Row(str(k), str(tmp_path / "a.wav"), asr="word " * 50) for k in range(200)]
+    write_manifest(path, rows[:1])
+    before = path.read_bytes()
+    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); "
+            "import serialize; rows = [serialize.Row(str(k), 'a.wav', asr='word ' * 50) "
+            "for k in range(200)]\n"
+            "try: serialize.write_manifest(sys.argv[1], rows)\n"
+            "except OSError as error: print(error)")
+    done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert "File too large" in done.stdout and str(path) in done.stdout
+    assert ".tmp" not in done.stdout
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["m.jsonl"]
+    with pytest.raises(OSError, match="No such file"):
+        write_manifest(tmp_path / "none" / "m.jsonl", rows)
+
+
+# ---- Modes by row, utterances in one stream ------------------------------------------------------
+
+def test_a_row_with_one_text_is_written_as_that_text():
+    both, asr = Row("1", "a", asr="a b", st={"fr": "x"}), Row("2", "a", asr="a", st={"fr": " "})
+    st = Row("3", "a", asr="", st={"fr": "", "de": "x"})
+    for mode in ["ratio:0.5", "align", "time"]:
+        assert [mode_of(row, mode) for row in (both, asr, st)] == [mode, "asr", "st"]
+    assert interleave(asr, mode_of(asr, "time")) == [(ASR, "a")]
+    assert interleave(st, mode_of(st, "align")) == [("<st:de>", "x")]
+    with pytest.raises(InputError, match="no links"):  # both texts: the links are needed
+        interleave(both, mode_of(both, "align"))
+    for row, mode, lacking in [(st, "asr", "transcription"), (asr, "st", "translation")]:
+        with pytest.raises(InputError, match=f"no {lacking} for mode '{mode}'"):
+            interleave(row, mode_of(row, mode))
+
+
+def test_joined_utterances_are_written_one_after_the_other():
+    first = Row("1", "a", asr="a b", st={"fr": "x y"}, links={"fr": [(0, 0), (1, 1)]},
+                times=[1.0, 2.0], st_times={"fr": [1.5, 2.5]})
+    second = Row("2", "b", asr="c d", st={"fr": "z"}, links={"fr": [(1, 0)]}, times=[0.5, 1.0],
+                 st_times={"fr": [0.7]})
+    alone = Row("3", "c", asr="e")
+    assert "".join(word for _, word in joined([first, second, alone], "align")) == "axbycdze"
+    assert "".join(word for _, word in joined([first, alone, second], "time")) == "axbyeczd"
+    shifted = Row("1+2", "", asr="a b c d", st={"fr": "x y z"}, times=[1.0, 2.0, 3.5, 4.0],
+                  st_times={"fr": [1.5, 2.5, 3.7]})  # the second begins at 3 s
+    assert joined([first, second], "time") == interleave(shifted, "time")
+    assert joined([first, second], "ratio:1") != interleave(shifted, "ratio:1")
+
+
+# ---- The tokenizer's example and its data --------------------------------------------------------
+
+def test_the_example_in_the_documentation_of_train():
+    trained = Tokenizer.train(["an and", "ant man"], 300)
+    assert [trained.pieces[a] + trained.pieces[b] for a, b in trained.merges] == [b"an", b"an "]
+    x, y = len(PLAIN) - 2, len(PLAIN) - 1  # one tag instead of three
+    assert trained.encode_word("an") == (y,) and trained.encode_word("man")[1:] == (y,)
+    assert trained.encode_word("and")[0] == trained.encode_word("ant")[0] == x
+
+
+@pytest.mark.parametrize("data", [None, {}, [], 7, {"tags": ["a"]}, {"tags": "<asr>"},
+                                  {"tags": [1], "merges": []}, {"tags": ["a"], "merges": [[1, 4]]},
+                                  {"tags": ["a"], "merges": [7]}, {"tags": ["a"], "alphabet": [1]},
+                                  {"tags": ["a"], "merges": [["x", "y"]]},
+                                  {"tags": ["a"], "new": 1}])
+def test_what_is_no_tokenizer_is_refused(data):
+    if data == {"tags": ["a"]}:
+        assert len(Tokenizer.from_dict(data)) == 258
+    else:
+        with pytest.raises(InputError, match="not the data of a tokenizer"):
+            Tokenizer.from_dict(data)
+
+
+# ---- Importers, line by line ---------------------------------------------------------------------
+
+def tsv(path, *rows, end="\n"):
+    """As get_covost_splits.py writes: no quoting, backslash before what would be misread."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\",
+                            lineterminator=end)
+        writer.writerows(rows)
+    return path
+
+
+CELL = some.text(some.sampled_from('ab \t\n\r"\\é中'), max_size=6).map(lambda text: f"x{text}x")
+
+
+@given(some.lists(some.tuples(CELL, CELL), min_size=1, max_size=4),
+       some.sampled_from(["\n", "\r\n"]))
+def test_a_covost_table_is_read_as_it_was_written(tmp_path_factory, texts, end):
+    path = tmp_path_factory.getbasetemp() / "covost_v2.fr_en.law.tsv"
+    rows = [(f"{k}.mp3", asr, st) for k, (asr, st) in enumerate(texts)]
+    tsv(path, ("path", "sentence", "translation"), *rows, end=end)
+    found = module.import_covost(path, strict=True, on_bad=[].append)
+    expected = [(join(units(asr)), join(units(st))) for asr, st in texts]
+    assert [(row.asr, row.st["en"]) for row in found] == expected
+
+
+def test_covost_lines_that_cannot_be_trusted(tmp_path):
+    path = tmp_path / "covost_v2.fr_en.x.tsv"
+    lines = [b"\xef\xbb\xbfpath\tsentence\ttranslation\tage", b"s1/1.mp3\ta\tb\t20",
+             b"s2/1.mp3\ta\tb\t",
+             b"../1.mp3\ta\tb\t", b"/etc/1.mp3\ta\tb\t", b"4.mp3\ta\tb", b"5.mp3\ta\tq\tb\t",
+             b"6.mp3\ta\rq\tb\t", b"7.mp3\t\xff\tb\t", b"\ta\tb\t", b"8.mp3\ta\\\nq\tb\t", b"",
+             b"9.mp3\t\t\t"]
+    path.write_bytes(b"\n".join(lines))
+    told = []
+    rows = module.import_covost(path, on_bad=told.append)
+    assert [(row.id, row.where) for row in rows] == [("s1/1", f"{path}:2"), ("s2/1", f"{path}:3"),
+                                                     ("6", f"{path}:8"), ("8", f"{path}:11")]
+    assert rows[2].asr == "a q" == rows[3].asr  # a CR and an escaped end of line are white space
+    assert rows[0].audio == str(tmp_path / "clips/s1/1.mp3") and rows[0].other == {"age": "20"}
+    wrong = {4: "is no file inside clips", 5: "is no file inside clips",
+             6: "3 cells where the header has 4", 7: "5 cells where the header has 4",
+             9: "byte 0xff .* is not UTF-8", 10: "is no file inside clips",
+             14: "no text"}
+    for message, (number, reason) in zip(told, wrong.items()):
+        assert re.match(f"{re.escape(str(path))}:{number}: skipped: .*{reason}", message), message
+    assert told[len(wrong)] == f"{path}: 7 lines skipped"
+    for header in [b"path\tsentence", b"", b"path\tsentence\ttranslation\tpath", b"path\ra"]:
+        path.write_bytes(header + b"\na\tb\tc\n")
+        with pytest.raises(InputError, match=r"x\.tsv:1: "):
+            module.import_covost(path)
+
+
+def test_any_table_is_imported(tmp_path):
+    path = tsv(tmp_path / "a.tsv", ["file", "fr", "en", "who", "from", "up_votes", "links"],
+               ["a.wav", "un \"mot\"", "a word", "s", "1.5", "2", "x"],
+               ["b.wav", "deux", "", "", "", "", ""],
+               ["../c.wav", "trois", "", "", "", "", ""], ["d.wav", "quatre", "", "", "x", "", ""])
+    columns = "audio=file,asr=fr,st.en=en,speaker=who,start=from"
+    out = tmp_path / "out.jsonl"
+    code, _, err = command("--from", "tsv", path, "--columns", columns, "-o", out)
+    assert code == 0 and "a.tsv:4: skipped: audio '../c.wav' leaves" in err
+    assert "a.tsv:5: skipped: 'x' is not a number" in err
+    first, second = read_manifest(out, strict=True)
+    assert first == Row("a:2", str(tmp_path / "a.wav"), 1.5, asr='un "mot"', st={"en": "a word"},
+                        speaker="s")
+    assert first.other == {"up_votes": "2"} and second.st == {"en": ""}
+    rows = module.import_tsv(path, columns={"audio": "file", "asr": "fr"}, folder="clips",
+                             allow_outside=True, on_bad=[].append)
+    assert [row.audio for row in rows] == [str(tmp_path / name) for name in (
+        "clips/a.wav", "clips/b.wav", "c.wav", "clips/d.wav")]
+    for wrong, message in [("audio=file,ars=fr", "no column 'ars'"), ("asr=fr", "need audio"),
+                           ("audio=file,asr", "should be OURS=THEIRS"), ("", "should be OURS"),
+                           ("audio=file,asr=de", "a.tsv:1: no column 'de' in the header")]:
+        code, _, err = command("--from", "tsv", path, "--columns", wrong, "-o", out)
+        assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_mustc_lines_stay_beside_each_other(tmp_path):
+    folder = tmp_path / "txt"
+    folder.mkdir()
+    mapping = "- {{duration: 2.0, offset: {}, speaker_id: s, wav: {}}}\n".format
+    (folder / "dev.yaml").write_text(
+        mapping(0, "t.wav") + mapping(1, "'a, b.wav'") + mapping(2, "t.wav") + mapping("x", "t.wav")
+        + mapping(3, "../t.wav") + "- {wav: t.wav}\n" + "nothing\n" + mapping(4, "t.wav"))
+    (folder / "dev.en").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rtwo\nthree\n4\n5\n6\n7\n\xff\n")
+    (folder / "dev.de").write_bytes(b"eins\nzwei\n\n\n\n\n\n\n")
+    told = []
+    rows = module.import_mustc(folder / "dev.yaml", on_bad=told.append)
+    texts = [(row.asr, row.st["de"]) for row in rows]
+    assert texts == [("one", "eins"), ("two two", "zwei"), ("three", "")]
+    assert rows[1].audio == str(tmp_path / "wav/a, b.wav") and rows[2].id == "t_3"
+    reasons = ["'x' is not a number", "is no file inside ../wav", "no duration, offset",
+               "not a mapping", f"{folder / 'dev.en'}:8: byte 0xff after 0 others is not UTF-8"]
+    for number, (message, reason) in enumerate(zip(told, reasons), 4):
+        assert f"dev.yaml:{number}: skipped: " in message and reason in message
+    assert told[5].endswith("dev.yaml: 5 lines skipped")
+
+
+def test_the_mustc_case(tmp_path):
+    if not (DATA / "cases" / "mustc").exists():
+        pytest.skip(f"needs {DATA / 'cases' / 'mustc'}")
+    rows = module.import_mustc(DATA / "cases" / "mustc" / "dev.yaml", strict=True)
+    texts = [(row.asr, row.st["de"]) for row in rows]
+    assert texts == [("one", "eins"), ("two", "zw ei"), ("three", "")]
+
+
+def test_the_covost_case():
+    path = DATA / "cases" / "covost_v2.fr_en.train.tsv"
+    if not path.exists():
+        pytest.skip(f"needs {path}")
+    rows = module.import_covost(path, strict=True, on_bad=[].append)
+    assert [row.asr for row in rows] == [
+        "plain words", 'he said "yes" to me', '"Quoted from end to end."',
+        'an unmatched " in the middle',
+        "a back\\slash", "a tab here", "dots … and «guillemets»", "l'été", '""" three', "a | pipe",
+        "tail\\"]
+    assert all(row.st["en"] == row.asr.upper() for row in rows)
+
+
+def test_nemo_lines_of_any_kind(tmp_path):
+    good = {"audio_filepath": str(tmp_path / "a.wav"), "duration": 1.0, "text": "a", "pnc": "yes"}
+    lines = [b"[]", b"3", b"null", b'"a"', b"[" * 100000, b'{"text": "a"}', b"\xff", b"{",
+             *({**good, key: value} for key, value in [
+                 ("audio_filepath", 7), ("audio_filepath", ""), ("text", ["a"]), ("text", None),
+                 ("target_lang", ["de"]), ("source_lang", 7), ("offset", "x"), ("duration", -1),
+                 ("duration", True), ("text", "\ud800"), ("id", [1])])]
+    told = []
+    path = manifest(tmp_path, *lines, good)
+    row, = module.import_nemo(path, on_bad=told.append)
+    assert (row.asr, row.other, row.duration) == ("a", {"pnc": "yes"}, 1.0)
+    assert [message.split(": ")[0] for message in told] == [
+        *(f"{path}:{n}" for n in range(1, len(lines) + 1)), f"{path}"]
+    assert not [message for message in told if "Error" in message]
+
+
+def test_imported_rows_get_the_duration_that_is_sure(tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    (tmp_path / "clips").mkdir()
+    noise = [((k * 7919) % 1000 - 500) / 1000 for k in range(12345)]
+    for name in ["a.wav", "b.flac", "c.ogg", "d.mp3"]:
+        soundfile.write(tmp_path / "clips" / name, noise, 16000)
+        whole = (tmp_path / "clips" / name).read_bytes()
+        (tmp_path / "clips" / f"cut_{name}").write_bytes(whole[:len(whole) * 2 // 3])
+    os.mkfifo(tmp_path / "clips" / "pipe.wav")
+    names = ["a.wav", "b.flac", "c.ogg", "d.mp3", "cut_a.wav", "cut_b.flac", "cut_c.ogg",
+             "cut_d.mp3", "none.wav", "pipe.wav"]
+    path = tsv(tmp_path / "covost_v2.fr_en.x.tsv", ("path", "sentence", "translation"),
+               *((name, "a", "b") for name in names))
+    told = []
+    seconds = {}
+    for row in module.import_covost(path, on_bad=told.append):
+        seconds[Path(row.audio).name] = row.duration
+    assert [seconds[name] for name in names[:4]] == [12345 / 16000] * 4
+    assert [seconds[name] for name in names[4:]] == [None] * 6
+    assert told == ["6 rows get no duration: their sound is missing or not surely whole"]
+    path = tsv(tmp_path / "t.tsv", ("a", "b", "c"), ("a.wav", "x", "0.5"), ("a.wav", "y", "9"))
+    columns = {"audio": "a", "asr": "b", "start": "c"}
+    first, second = module.import_tsv(path, columns=columns, folder="clips", on_bad=[].append)
+    assert (first.duration, second.duration) == (12345 / 16000 - 0.5, None)
+
+
+@pytest.mark.parametrize("name", [
+    "vbr_no_xing_6s.mp3", "two_mp3_3s_and_3s.mp3", "cut_at_two_thirds.au",
+    "cut_at_two_thirds.aiff", "flac_length_unknown.flac"])
+def test_no_duration_is_guessed(name):
+    pytest.importorskip("soundfile")
+    if not (DATA / "cases" / name).exists():
+        pytest.skip(f"needs {DATA / 'cases' / name}")
+    assert module.sound_seconds(DATA / "cases" / name) is None
+
+
+def test_it_works_alone_in_an_empty_folder(tmp_path):
+    """-S leaves only the standard library: no sibling and no package is needed."""
+    shutil.copy(ROOT / "serialize.py", tmp_path)
+    tsv(tmp_path / "covost_v2.fr_en.x.tsv", ("path", "sentence", "translation"),
+        ("a.mp3", "b", "c"))
+    tsv(tmp_path / "a.tsv", ("a", "b"), ("a.wav", "b"))
+    manifest(tmp_path, {"audio_filepath": "a.wav", "text": "a"}, name="n.jsonl")
+    (tmp_path / "dev.yaml").write_text("- {duration: 1, offset: 0, wav: a.wav}\n")
+    (tmp_path / "dev.en").write_text("a\n")
+    calls = [[], ["--from", "covost", "covost_v2.fr_en.x.tsv", "-o", "out.jsonl"], ["out.jsonl"],
+             ["--from", "tsv", "a.tsv", "--columns", "audio=a,asr=b", "-o", "t.jsonl"],
+             ["--from", "nemo", "n.jsonl", "-o", "o.jsonl"],
+             ["--from", "mustc", "dev.yaml", "-o", "m.jsonl"]]
+    for call in calls:
+        done = subprocess.run([sys.executable, "-S", "-E", "serialize.py", *call], cwd=tmp_path,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        has_no_duration = call[1:2] in (["covost"], ["tsv"], ["nemo"])
+        assert ("pip install soundfile" in done.stderr) == has_no_duration
+    assert {path.name for path in tmp_path.glob("*.jsonl")} == {
+        "n.jsonl", "out.jsonl", "t.jsonl", "o.jsonl", "m.jsonl"}

@@ -26,8 +26,7 @@ import train
 from model import PRESETS, Transducer, load, log_mel, pad_samples, save
 from rnnt_loss import rnnt_loss_reference
 from serialize import Row, Tokenizer
-from stream import (AudioError, Streamer, Word, advance, edit_distance, evaluate, greedy_batch, latency,
-                    read_audio, resample)
+from stream import Streamer, Word, advance, edit_distance, evaluate, greedy_batch, latency
 
 TOKENIZER = Tokenizer.train(["la le li lo lu"] * 3, 270, tags=("<asr>", "<st:en>"))
 
@@ -35,9 +34,9 @@ TOKENIZER = Tokenizer.train(["la le li lo lu"] * 3, 270, tags=("<asr>", "<st:en>
 @lru_cache(maxsize=None)
 def lively(seed=0, dtype=torch.float32, **options):
     """Random weights, made decided, with the blank just so likely that about ten labels a second come out."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + 12)
     options = {"vocab": len(TOKENIZER), "layers": 2, "dropout": 0.0, "left_frames": 16, "label_layers": 1,
-               "label_context": 16, "joint_dim": 160, **options}
+               "label_context": 16, "joint_dim": 160, "chunks": (8, 4, 16, 32), **options}
     model = Transducer(replace(PRESETS["tiny"], **options)).eval().to(dtype)
     mel = log_mel(pad_samples(torch.from_numpy(noise(64000)).to(dtype), 4))[None]
     bias, low, high = model.joint.output.bias, -30.0, 30.0
@@ -58,6 +57,11 @@ def noise(n, seed=0):
     return (rng.normal(size=n) * level).astype(np.float32)
 
 
+def close_to(words):
+    """Words without the clock, probabilities to nine digits: for sums in another order."""
+    return [replace(word, elapsed_ms=0, confidence=round(word.confidence, 9)) for word in words]
+
+
 def run(model, samples, packets=None, **options):
     """Everything a stream gives but the clock: words, exact score, capped."""
     streamer, words, start = Streamer(model, TOKENIZER, **options), [], 0
@@ -65,7 +69,7 @@ def run(model, samples, packets=None, **options):
         words += streamer.accept(samples[start:start + packet])
         start += packet
     words += streamer.accept(samples[start:]) + streamer.flush()
-    return [(w.stream, w.text, w.delay_ms, w.frame_s) for w in words], streamer.search.score, streamer.search.capped
+    return [replace(w, elapsed_ms=0) for w in words], streamer.search.score, streamer.search.capped
 
 
 # ---- Exactness ------------------------------------------------------------------------------------------------------
@@ -145,7 +149,7 @@ def test_batch_equals_single():
     _, single = evaluate(model, TOKENIZER, items, batch_size=1)
     assert sum(len(row["words"]) for row in many) > 10
     for a, b in zip(many, single):
-        assert [replace(w, elapsed_ms=0) for w in a["words"]] == [replace(w, elapsed_ms=0) for w in b["words"]]
+        assert close_to(a["words"]) == close_to(b["words"])
 
 
 def test_many_streams_in_one_batch():
@@ -167,7 +171,7 @@ def test_many_streams_in_one_batch():
     for streamer, mine in zip(streamers, words):
         mine += streamer.flush()
     for (expected, score, _), mine, streamer in zip(alone, words, streamers):
-        assert [(w.stream, w.text, w.delay_ms, w.frame_s) for w in mine] == expected
+        assert close_to(mine) == close_to(expected)
         assert streamer.search.score == pytest.approx(score, abs=1e-9)
 
 
@@ -202,9 +206,9 @@ def tokens_of(model, samples, beam=None, **options):
     """What the search wrote, as ids and frames from the start of the stream."""
     streamer, found = Streamer(model, TOKENIZER, **options), []
     streamer.search = beam or streamer.search
-    streamer.words = lambda tokens, last, began: found.extend(tokens) or []
+    streamer.events = lambda tokens, final, began: found.extend(tokens) or []
     streamer.accept(samples), streamer.flush()
-    return streamer.search, found
+    return streamer.search, [(written.token, written.frame) for written in found]
 
 
 @pytest.mark.parametrize("label_encoder", ["transformer", "lstm"])
@@ -252,7 +256,7 @@ def test_exhaustive_beam_equals_brute_force():
     with torch.no_grad():
         model.joint.output.weight *= 8
     frames, longest = torch.randn(1, 3, 144, dtype=torch.float64), 3
-    beam = stream.Beam(model, 2000, (longest, longest), hold=10**6)
+    beam = stream.Beam(model, 2000, (longest, longest), hold=None)
     with torch.inference_mode():
         for frame in model.joint.encoder_proj(frames[0]):
             beam.one_frame(frame, longest)
@@ -299,7 +303,8 @@ def test_a_word_is_delayed_by_the_audio_it_needs():
             for word in streamer.accept(samples[k:k + 1]):  # it comes with exactly the sample that completes the chunk
                 written += 1
                 assert word.delay_ms == (k + 1) / 16 == (used + chunk * 640 + 240) / 16
-                assert word.frame_s * 1000 <= word.delay_ms <= word.elapsed_ms
+                assert word.start_s < word.end_s <= word.delay_ms / 1000
+                assert word.delay_ms <= word.elapsed_ms
             if k + 1 == used + chunk * 640 + 240:
                 used += chunk * 640
         for word in streamer.flush():
@@ -331,7 +336,7 @@ PLANTED = [  # source ms, delays, elapsed, reference; scored by SimulEval 1.1.4 
 def planted_records():
     return [{"id": str(k), "audio": f"{k}.wav", "duration_ms": source, "seconds": 0.1,
              "references": {"<asr>": ref.split()},
-             "words": [Word("<asr>", "abcdef"[i], d, 0.0, e) for i, (d, e) in enumerate(zip(delays, elapsed))]}
+             "words": [Word("<asr>", "abcdef"[i], d, 0.0, 0.0, e) for i, (d, e) in enumerate(zip(delays, elapsed))]}
             for k, (source, delays, elapsed, ref) in enumerate(PLANTED)]
 
 
@@ -383,7 +388,7 @@ def test_scores_and_intervals():
     """10 wrong words of 40 in every second utterance: 12.5 % overall, and an interval of the right width."""
     def record(k):
         wrong = 10 * (k % 2)
-        words = [Word("<st:en>", f"no{i}" if i < wrong else f"W{i},", 100.0, 0.1, 120.0) for i in range(40)]
+        words = [Word("<st:en>", f"no{i}" if i < wrong else f"W{i},", 100.0, 0.0, 0.1, 120.0) for i in range(40)]
         return {"references": {"<st:en>": [f"W{i}," for i in range(40)]}, "words": words, "duration_ms": 1000.0,
                 "seconds": 0.02}
     figures = stream.summarise([record(k) for k in range(100)], ["<asr>", "<st:en>"], bootstrap=1000)["<st:en>"]
@@ -393,81 +398,9 @@ def test_scores_and_intervals():
     assert figures["bleu_95"][0] < figures["bleu"] < figures["bleu_95"][1] and "nrefs:1" in figures["bleu_signature"]
     assert figures["real_time_factor"] == pytest.approx(0.02)
     clean = [{"references": {"<asr>": ["Ja,", "-", "GUT."]}, "duration_ms": 9.0, "seconds": 0.1,
-              "words": [Word("<asr>", w, 1, 1, 1) for w in ("ja", "gut")]}]
+              "words": [Word("<asr>", w, 1, 1, 1, 1) for w in ("ja", "gut")]}]
     figures = stream.summarise(clean, ["<asr>"])["<asr>"]
     assert figures["wer"] == 100 and figures["wer_norm"] == 0 == figures["cer_norm"]
-
-
-# ---- Audio ----------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000])
-def test_resampling(rate):
-    """A tone below half of both rates keeps its shape; one above half of the new rate is gone."""
-    t = np.arange(rate) / rate
-    out = resample(np.sin(2 * np.pi * 1234 * t).astype(np.float32), rate, 16000)
-    assert len(out) == 16000
-    inner = slice(200, -200)  # the ends miss their neighbours
-    assert np.abs(out - np.sin(2 * np.pi * 1234 * np.arange(16000) / 16000))[inner].max() < 1e-3
-    if rate > 16000:
-        gone = resample(np.sin(2 * np.pi * 9500 * t).astype(np.float32), rate, 16000) if rate > 19000 else out * 0
-        assert np.abs(gone[inner]).max() < 1e-3
-
-
-def test_read_audio(tmp_path):
-    x = noise(32000) * 0.5
-    soundfile.write(tmp_path / "mono.flac", x, 16000)
-    assert np.abs(read_audio(tmp_path / "mono.flac") - x).max() < 1e-4
-    assert np.array_equal(read_audio(tmp_path / "mono.flac", 0.5, 1.0), read_audio(tmp_path / "mono.flac")[8000:24000])
-    soundfile.write(tmp_path / "stereo.wav", np.stack([x, np.zeros_like(x)], 1), 16000)
-    assert np.abs(read_audio(tmp_path / "stereo.wav") - x / 2).max() < 1e-4
-    soundfile.write(tmp_path / "fast.ogg", x, 48000)
-    assert len(read_audio(tmp_path / "fast.ogg")) == 10667
-
-
-def broken_audio(folder):
-    """name -> (path, what the message must say)"""
-    x = noise(16000)
-    bad = {"nan": (np.where(np.arange(16000) == 5, np.nan, x), "1 of 16000 samples are NaN"),
-           "silent": (x * 0, "silent"), "clipped": (np.clip(x * 100, -1, 1), "clipped"),
-           "empty": (x[:0], "0.00 s long")}
-    for name, (samples, message) in bad.items():
-        soundfile.write(folder / f"{name}.wav", samples, 16000, subtype="FLOAT")
-        yield folder / f"{name}.wav", message
-    (folder / "text.wav").write_text("this is no audio")
-    yield folder / "text.wav", "not a readable audio file"
-    (folder / "zero.wav").write_bytes(b"")
-    yield folder / "zero.wav", "not a readable audio file"
-    for kind in ("wav", "flac", "ogg"):
-        soundfile.write(folder / f"cut.{kind}", np.tile(x, 2), 16000)
-        whole = (folder / f"cut.{kind}").read_bytes()
-        (folder / f"cut.{kind}").write_bytes(whole[:len(whole) * 2 // 3])
-        yield folder / f"cut.{kind}", "lost sync" if kind == "flac" else "cut off"
-    yield folder / "missing.wav", "No such file"
-    yield folder, "not a readable audio file"
-
-
-def test_bad_audio_names_the_file(tmp_path):
-    for path, message in broken_audio(tmp_path):
-        with pytest.raises(AudioError, match=message) as caught:
-            read_audio(path)
-        assert str(path) in str(caught.value)
-    soundfile.write(tmp_path / "short.wav", noise(16000), 16000)
-    with pytest.raises(AudioError, match="1.00 s long"):
-        read_audio(tmp_path / "short.wav", 0.5, 2.0)
-    with pytest.raises(AudioError, match="1.00 s long"):
-        read_audio(tmp_path / "short.wav", 1.5)
-
-
-def test_bad_samples_are_refused():
-    streamer = Streamer(lively(), TOKENIZER, limits=LIMITS)
-    for bad in (np.array([0.1, np.nan]), np.zeros((2, 2)), np.array([np.inf])):
-        with pytest.raises(ValueError, match="finite numbers in one dimension"):
-            streamer.accept(bad)
-    streamer.flush()
-    with pytest.raises(ValueError, match="was flushed"):
-        streamer.accept(np.zeros(1))
-    with pytest.raises(ValueError, match="tokens"):
-        Streamer(lively(), Tokenizer(["<asr>"]))
 
 
 # ---- The command ----------------------------------------------------------------------------------------------------
@@ -508,9 +441,9 @@ def test_captions(folder, capsys, monkeypatch):
     assert code == 0 and len(lines.splitlines()) > 3 and "<asr>" in lines and "\x1b" not in lines
     assert captions(folder, capsys, monkeypatch, "-", data=pcm(folder) + b"\x01")[:2] == (0, lines)
     code, events, _ = captions(folder, capsys, monkeypatch, str(folder / "2.wav"), "--json")
-    words = [json.loads(line) for line in events.splitlines()]
+    words = [json.loads(line) for line in events.splitlines() if '"event": "word"' in line]
     assert code == 0 and sum(len(line.split()) - 3 for line in lines.splitlines()) == len(words)
-    assert set(words[0]) == set(asdict(Word("", "", 0, 0, 0)))
+    assert set(words[0]) == {"event", *asdict(Word("", "", 0, 0, 0, 0))}
 
 
 def test_captions_grow_in_place(monkeypatch, capsys):
@@ -518,7 +451,7 @@ def test_captions_grow_in_place(monkeypatch, capsys):
     monkeypatch.setattr(stream.os, "get_terminal_size", lambda: os.terminal_size((30, 24)))
     terminal = stream.Terminal(["<asr>", "<st:en>"])
     for k, text in enumerate(["ich", "habe", "e\u0301te\u0301", "gekauft\x1b[2J", "was?"]):
-        terminal([Word("<asr>", text, 0, 0, 0)] + [Word("<st:en>", "I", 0, 0, 0)] * (k == 0))
+        terminal([Word("<asr>", text, 0, 0, 0, 0)] + [Word("<st:en>", "I", 0, 0, 0, 0)] * (k == 0))
     screen, row = {}, 0
     for part in re.split(r"(\x1b\[\d+F|\n)", capsys.readouterr().out):
         if re.fullmatch(r"\x1b\[\d+F", part):
@@ -527,9 +460,9 @@ def test_captions_grow_in_place(monkeypatch, capsys):
             row += 1
         elif part:
             assert part.startswith("\x1b[2K")
-            screen[row] = re.sub(r"\x1b\[\d*[Km]", "", part)
+            screen[row] = re.sub(r"\x1b\[\d*[Km]", "", part).rstrip()
     assert screen == {0: "<asr>    ich habe e\u0301te\u0301", 1: "<st:en>  I",
-                      2: "<asr>    gekauft\ufffd[2J was?", 3: "<st:en> "}
+                      2: "<asr>    gekauft\ufffd[2J was?", 3: "<st:en>"}
 
 
 def test_realtime_keeps_the_pace(folder, capsys, monkeypatch):
@@ -551,12 +484,6 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, monkeypatch, tmp_
         assert stream.main([str(checkpoint), audio]) == 2
         out, err = capsys.readouterr()
         assert not out and err.startswith(f"stream.py: {checkpoint}: ") and message in err
-    for path, message in broken_audio(tmp_path):
-        code, out, err = captions(folder, capsys, monkeypatch, str(path))
-        assert code == 2 and not out and str(path) in err and message in err and err.count("\n") == 1
-    for data, count in ((b"", 0), (b"\x01", 0), (bytes(2000), 1000)):
-        code, out, err = captions(folder, capsys, monkeypatch, "-", data=data)
-        assert code == 2 and f"no sound, {count} samples" in err
     assert stream.main([str(folder / "model.pt"), "--eval", str(folder / "missing.jsonl")]) == 2
     assert captions(folder, capsys, monkeypatch, audio, "--beam", "0")[0] == 2
     with pytest.raises(SystemExit) as caught:
@@ -607,8 +534,8 @@ def test_joined_streams_are_cut_back():
     singles = [{"references": {"<asr>": text.split()}, "duration_ms": 1000.0, "id": str(k)}
                for k, text in enumerate(texts)]
     written = [("a", 400.0), ("x", 900.0), ("d", 1500.0), ("e", 1600.0), ("g", 3400.0), ("h", 3500.0), ("h", 4000.0)]
-    whole = {"seconds": 4.0, "words": [Word("<asr>", text, ms, 0.0, ms) for text, ms in written]}
-    parts = [[(word.text, word.delay_ms) for word in part["words"]] for part in long_streams.cut(whole, singles)]
+    whole = {"seconds": 4.0, "words": [Word("<asr>", text, ms, 0.0, 0.0, ms) for text, ms in written]}
+    parts = [[(word.text, word.delay_ms) for word in part["words"]] for part in stream.resegment(whole, singles)]
     assert parts == [[("a", 400.0), ("x", 900.0)], [("d", 500.0), ("e", 600.0)], [],
                      [("g", 400.0), ("h", 500.0), ("h", 1000.0)]]
     items = [(Row(id="x", audio="x"), np.zeros(16000 * n)) for n in (1, 2, 3, 1, 1)]
