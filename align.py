@@ -604,12 +604,12 @@ def viterbi_times(rows, path):
     """When each word of a row is complete on the best path (Viterbi) of a trained transducer that
     writes what it was trained to write. Yields (row, {tag: [end in s]}); a row that lacks texts,
     links or sound is named and left out."""
-    serialize, load_run, readable = run_tools()
-    model, tokenizer, beside = load_run(path)
+    serialize, stream = needed("serialize", "--times"), needed("stream", "--times")
+    model, tokenizer, beside = stream.load_run(path)
     ready = []
-    for row, samples in readable(rows):
+    for row, samples in stream.readable(rows):
         try:
-            pairs = serialize.interleave(row, beside["mode"])
+            pairs = serialize.interleave(row, str(beside.get("mode")))
             ids = serialize.serialize(pairs, tokenizer)
         except ValueError as error:
             warn(f"{row.where}: no times: {error}")
@@ -621,26 +621,6 @@ def viterbi_times(rows, path):
         ready.append((row, samples, pairs, ids))
     if ready:
         yield from batch_times(model, tokenizer, serialize, ready)
-
-
-def run_tools():
-    """-> serialize.py, load_run(path) and readable(rows), both of stream.py"""
-    serialize, stream = needed("serialize", "--times"), needed("stream", "--times")
-    if hasattr(stream, "readable"):
-        return serialize, stream.load_run, stream.readable
-    models = needed("model", "--times")
-
-    def load_run(path):
-        model, beside = models.load(path)
-        return model, serialize.Tokenizer.from_dict(beside["tokenizer"]), beside
-
-    def readable(rows):
-        for row in rows:
-            try:
-                yield row, stream.read_audio(row.audio, row.start, row.duration)
-            except ValueError as error:
-                warn(f"{row.where}: no times: {error}")
-    return serialize, load_run, readable
 
 
 def batch_times(model, tokenizer, serialize, ready):
@@ -666,10 +646,9 @@ def best_path(model, samples, ids):
     torch, models = needed("torch", "--times"), needed("model", "--times")
     rnnt_loss = needed("rnnt_loss", "--times")
     config, pad = model.config, partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    floor = {"floor": config.floor} if hasattr(config, "floor") else {}
     with torch.inference_mode():
         mels = [models.log_mel(models.pad_samples(torch.from_numpy(x), config.subsampling),
-                               config.n_mels, **floor) for x in samples]
+                               config.n_mels, config.floor) for x in samples]
         mel_lengths = torch.tensor([len(mel) for mel in mels])
         frames, _ = model.encoder(pad(mels), mel_lengths)
         targets = pad([torch.tensor(line, dtype=torch.long) for line in ids])
@@ -935,6 +914,8 @@ def write_lines(path, lines):
     try:
         Path(temporary).write_bytes(content)
         os.replace(temporary, target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # not the temporary name
     finally:
         Path(temporary).unlink(missing_ok=True)
 
@@ -954,8 +935,8 @@ def needed(name, purpose):
 
 def input_errors():
     """What is told in one line. Each file stands alone and so has an InputError of its own."""
-    files = [sys.modules.get(name) for name in ("model", "serialize", "stream")]
-    return OSError, InputError, *(getattr(file, "InputError", ValueError) for file in files if file)
+    files = [sys.modules.get(name) for name in ("model", "serialize")]
+    return OSError, InputError, *(file.InputError for file in files if file)
 
 
 def demonstrate():
