@@ -174,9 +174,9 @@ def running_sums(values, below, above):
 def hmm_sentence(emission, null, jump, posterior, jump_counts):
     """Forward-backward (Baum-Welch), in I * J * WIDTH steps. State p is one more than the position
     linked most recently (0: none yet); NULL keeps it. From p to word i is a jump of i + 1 - p.
-    jump (2 WIDTH + 1,): at [d] the probability of a jump of d - WIDTH; its ends stand for all jumps
-    at least so long, for which two running sums serve. What falls outside the sentence is lost, not
-    redistributed, so that the counts added to jump_counts make an exact M-step."""
+    jump (2 WIDTH + 1,): at [d] P(jump of d - WIDTH); its ends stand for all jumps at least so long,
+    for which two running sums serve. What falls outside the sentence is lost, not redistributed, so
+    that what is added to jump_counts makes an exact M-step."""
     J, I = emission.shape
     near = jump.astype(np.float32)
     down, up = near[0], near[2 * WIDTH]  # the long jumps, which are seen to apart
@@ -208,8 +208,7 @@ def hmm_sentence(emission, null, jump, posterior, jump_counts):
             posterior[j, i] *= scale[j]
             state[j + 1, i + 1] = state[j, i + 1] * null[j] + posterior[j, i]
     future = np.ones(I + 1, np.float32)  # P(the words after j | p) / P(the words after j)
-    moved = np.zeros(2 * WIDTH + 1, np.float32)
-    log_likelihood = 0.0
+    moved, log_likelihood = np.zeros(2 * WIDTH + 1, np.float32), 0.0
     for j in range(J - 1, -1, -1):
         for i in range(I):
             posterior[j, i] *= future[i + 1]
