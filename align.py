@@ -172,14 +172,11 @@ def running_sums(values, below, above):
 
 @njit(cache=True, fastmath=REORDER)
 def hmm_sentence(emission, null, jump, posterior, jump_counts):
-    """Forward-backward (Baum-Welch). State p is one more than the position linked most recently (0:
-    none yet); a word emitted by NULL keeps it. From state p to word i is a jump of i + 1 - p.
-
-    jump (2 WIDTH + 1,): the probability of a jump of d - WIDTH at [d]; its two ends stand for all
-    jumps at least so long. What falls outside the sentence is lost, not redistributed, so that the
-    counts added to jump_counts make an exact M-step. Since all long jumps are equally probable, two
-    running sums serve for them, and a sentence takes I * J * WIDTH steps instead of I * I * J.
-    """
+    """Forward-backward (Baum-Welch), in I * J * WIDTH steps. State p is one more than the position
+    linked most recently (0: none yet); NULL keeps it. From p to word i is a jump of i + 1 - p.
+    jump (2 WIDTH + 1,): at [d] P(jump of d - WIDTH); its ends stand for all jumps at least so long,
+    for which two running sums serve. What falls outside the sentence is lost, not redistributed, so
+    that what is added to jump_counts makes an exact M-step."""
     J, I = emission.shape
     near = jump.astype(np.float32)
     down, up = near[0], near[2 * WIDTH]  # the long jumps, which are seen to apart
@@ -211,8 +208,7 @@ def hmm_sentence(emission, null, jump, posterior, jump_counts):
             posterior[j, i] *= scale[j]
             state[j + 1, i + 1] = state[j, i + 1] * null[j] + posterior[j, i]
     future = np.ones(I + 1, np.float32)  # P(the words after j | p) / P(the words after j)
-    moved = np.zeros(2 * WIDTH + 1, np.float32)
-    log_likelihood = 0.0
+    moved, log_likelihood = np.zeros(2 * WIDTH + 1, np.float32), 0.0
     for j in range(J - 1, -1, -1):
         for i in range(I):
             posterior[j, i] *= future[i + 1]
@@ -279,11 +275,10 @@ def in_parallel(function, n, block):
 # ---- M-step: expected counts -> tables -----------------------------------------------------------
 
 @njit(cache=True)
-def add_up(index, values, others, total):
-    """total[index[k]] += values[k] * others[k]; by one thread, so that the order of the sum is
-    always the same. others: (1,) for all k, or one for each."""
+def add_up(index, values, total):
+    """total[index[k]] += values[k]; by one thread, so that sums are always taken in one order."""
     for k in range(len(index)):
-        total[index[k]] += values[k] * others[k % len(others)]
+        total[index[k]] += values[k]
 
 
 def exp_digamma(x):
@@ -338,8 +333,8 @@ class Direction:
     def expected_counts(self, other=None):
         """Expected counts of the entries, each posterior times that of the other direction."""
         counts = np.zeros(len(self.table))
-        others = np.ones(1, np.float32) if other is None else other.posterior
-        add_up(self.bitext.entry, self.posterior, others, counts)
+        posterior = self.posterior if other is None else self.posterior * other.posterior
+        add_up(self.bitext.entry, posterior, counts)
         return counts
 
     def m_step(self, counts, prior, stems, recipe):
@@ -351,7 +346,7 @@ class Direction:
             prior = prior + recipe.stems * by_stem[stem_entry]
         self.table = divide(counts + prior, self.given, recipe.variational)
         null = np.full(len(self.null_table), float(recipe.null))
-        add_up(self.words, self.null_posterior, np.ones(1, np.float32), null)
+        add_up(self.words, self.null_posterior, null)
         self.null_table = (null / null.sum()).astype(np.float32)
         if self.jump_counts.any():
             self.jump = np.maximum(self.jump_counts / self.jump_counts.sum(), 1e-6)
@@ -446,44 +441,55 @@ def align_bitext(pairs, recipe=Recipe()):
     Case is ignored.
 
     Time and memory grow with I * J of a pair, and its tables are not made smaller by a long one: so
-    one of more than CELLS cells is learned from, and linked, window by window. See windows().
+    one of more than CELLS cells is learned from, and linked, window by window (see windows).
     """
     if not any(a and b for a, b in pairs):
         return [[] for _ in pairs]
     pieces = [(s, *window) for s, (a, b) in enumerate(pairs) for window in windows(len(a), len(b))]
-    texts = [(pairs[s][0][i0:i1], pairs[s][1][j0:j1]) for s, _, (i0, i1), (j0, j1) in pieces]
+    texts = [(pairs[s][0][i0:i1], pairs[s][1][j0:j1]) for s, _, i0, i1, j0, j1 in pieces]
     bitext, directions, _ = train(texts, recipe)
-    links = [[] for _ in pairs]
-    for n, (s, owns, (i0, i1), (j0, j1)) in enumerate(pieces):
+    links, long = [[] for _ in pairs], set()
+    for n, (s, k, i0, i1, j0, j1) in enumerate(pieces):
         cells = slice(bitext.cell_start[n], bitext.cell_start[n + 1])
         both = [direction.posterior[cells].reshape(i1 - i0, j1 - j0) for direction in directions]
-        found = ((i0 + i, j0 + j) for i, j in choose_links(*both, recipe))
-        links[s] += [link for link in found if owns(*link)]
-    if long := sum(len(a) * len(b) > CELLS for a, b in pairs):
-        warn(f"align.py: {long} pairs of more than {CELLS} cells (words times words) were aligned "
-             f"in windows along the diagonal")
+        found = choose_links(*both, recipe)
+        I, J = len(pairs[s][0]), len(pairs[s][1])
+        if I * J <= CELLS:
+            links[s] = found
+        else:
+            found = [(i0 + i, j0 + j) for i, j in found]
+            links[s] += [link for link in found if deciding_window(*link, I, J) == k]
+            long.add(s)
+    if long:
+        warn(f"align.py: {len(long)} pairs of more than {CELLS} cells (words times words) were "
+             f"aligned in windows along the diagonal")
     return [sorted(line) for line in links]
 
 
+def window_parts(I, J):
+    return math.ceil(2 * math.sqrt(I * J / CELLS))
+
+
 def windows(I, J):
-    """Stretches of a pair of I and J words: [(owns, (i0, i1), (j0, j1))].
+    """Stretches of a pair of I and J words: [(k, i0, i1, j0, j1)], k = 0, 1, ...
 
     A pair of CELLS cells or less is one. A longer one is cut into n parts, on both sides alike, and
-    a window is two neighbouring parts, so that windows overlap by half and hold CELLS cells at most
-    (or rows of single words). owns(i, j): whether this window decides about that link, the one in
-    whose middle it lies. A link further from the diagonal than a part, I / n words, is not found.
+    a window is two neighbouring parts, so that windows overlap by half and hold CELLS cells (or, of
+    a side with less than n words, one or two words).
     """
     if I * J <= CELLS:
-        return [(lambda i, j: True, (0, I), (0, J))]
-    n = math.ceil(2 * math.sqrt(I * J / CELLS))
-    found = []
-    for k in range(n - 1):
-        def owns(i, j, k=k):
-            place = n * ((i + 0.5) / I + (j + 0.5) / J) / 2  # in parts
-            return k == min(max(math.floor(place - 0.5), 0), n - 2)
-        ends = [(k * size // n, -(-(k + 2) * size // n)) for size in (I, J)]
-        found.append((owns, *ends))
-    return found
+        return [(0, 0, I, 0, J)]
+    n = window_parts(I, J)
+    return [(k, k * I // n, -(-(k + 2) * I // n), k * J // n, -(-(k + 2) * J // n))
+            for k in range(n - 1)]
+
+
+def deciding_window(i, j, I, J):
+    """Which window of a long pair decides about link i-j: the one that has it nearest its middle. A
+    link further from the diagonal than a part, I / n words, lies in no window and is not found."""
+    n = window_parts(I, J)
+    place = n * ((i + 0.5) / I + (j + 0.5) / J) / 2  # along the diagonal, in parts
+    return min(max(math.floor(place - 0.5), 0), n - 2)
 
 
 def choose_links(forward, backward, recipe):
@@ -604,12 +610,12 @@ def viterbi_times(rows, path):
     """When each word of a row is complete on the best path (Viterbi) of a trained transducer that
     writes what it was trained to write. Yields (row, {tag: [end in s]}); a row that lacks texts,
     links or sound is named and left out."""
-    serialize, load_run, readable = run_tools()
-    model, tokenizer, beside = load_run(path)
+    serialize, stream = needed("serialize", "--times"), needed("stream", "--times")
+    model, tokenizer, beside = stream.load_run(path)
     ready = []
-    for row, samples in readable(rows):
+    for row, samples in stream.readable(rows):
         try:
-            pairs = serialize.interleave(row, beside["mode"])
+            pairs = serialize.interleave(row, str(beside.get("mode")))
             ids = serialize.serialize(pairs, tokenizer)
         except ValueError as error:
             warn(f"{row.where}: no times: {error}")
@@ -621,26 +627,6 @@ def viterbi_times(rows, path):
         ready.append((row, samples, pairs, ids))
     if ready:
         yield from batch_times(model, tokenizer, serialize, ready)
-
-
-def run_tools():
-    """-> serialize.py, load_run(path) and readable(rows), both of stream.py"""
-    serialize, stream = needed("serialize", "--times"), needed("stream", "--times")
-    if hasattr(stream, "readable"):
-        return serialize, stream.load_run, stream.readable
-    models = needed("model", "--times")
-
-    def load_run(path):
-        model, beside = models.load(path)
-        return model, serialize.Tokenizer.from_dict(beside["tokenizer"]), beside
-
-    def readable(rows):
-        for row in rows:
-            try:
-                yield row, stream.read_audio(row.audio, row.start, row.duration)
-            except ValueError as error:
-                warn(f"{row.where}: no times: {error}")
-    return serialize, load_run, readable
 
 
 def batch_times(model, tokenizer, serialize, ready):
@@ -666,10 +652,9 @@ def best_path(model, samples, ids):
     torch, models = needed("torch", "--times"), needed("model", "--times")
     rnnt_loss = needed("rnnt_loss", "--times")
     config, pad = model.config, partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    floor = {"floor": config.floor} if hasattr(config, "floor") else {}
     with torch.inference_mode():
         mels = [models.log_mel(models.pad_samples(torch.from_numpy(x), config.subsampling),
-                               config.n_mels, **floor) for x in samples]
+                               config.n_mels, config.floor) for x in samples]
         mel_lengths = torch.tensor([len(mel) for mel in mels])
         frames, _ = model.encoder(pad(mels), mel_lengths)
         targets = pad([torch.tensor(line, dtype=torch.long) for line in ids])
@@ -935,6 +920,8 @@ def write_lines(path, lines):
     try:
         Path(temporary).write_bytes(content)
         os.replace(temporary, target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # not the temporary name
     finally:
         Path(temporary).unlink(missing_ok=True)
 
@@ -954,8 +941,8 @@ def needed(name, purpose):
 
 def input_errors():
     """What is told in one line. Each file stands alone and so has an InputError of its own."""
-    files = [sys.modules.get(name) for name in ("model", "serialize", "stream")]
-    return OSError, InputError, *(getattr(file, "InputError", ValueError) for file in files if file)
+    files = [sys.modules.get(name) for name in ("model", "serialize")]
+    return OSError, InputError, *(file.InputError for file in files if file)
 
 
 def demonstrate():
@@ -972,12 +959,12 @@ def demonstrate():
 
 def align_pairs(options, align):
     pairs = read_pairs(options.input)
+    sure, possible = read_gold(options.gold, pairs) if options.gold else (None, None)
     links = align(pairs)
     write_lines(options.out, (" ".join(f"{i}-{j}" for i, j in line) for line in links))
     count = sum(map(len, links))
     warn(f"{options.out or 'standard output'}: {len(links)} lines, {count} links written")
     if options.gold:
-        sure, possible = read_gold(options.gold, pairs)
         warn(f"AER {100 * aer(links[:len(sure)], sure, possible):.1f}")
 
 

@@ -1,7 +1,7 @@
-"""What each step of align.py brings, in alignment error rate and seconds, and eflomal on the same lines.
+"""What each step of align.py brings, in alignment error rate and seconds; eflomal beside it.
 
     python tests/align_steps.py FILE.pairs --gold FILE.gold --train MORE.pairs ...
-    python tests/align_steps.py ... --eflomal VENV/bin/eflomal-align     its own environment: pip install eflomal
+    python tests/align_steps.py ... --eflomal VENV/bin/eflomal-align    (pip install eflomal there)
 """
 import argparse
 import statistics
@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from align import METHODS, Recipe, aer, align_bitext, read_gold, read_lines, read_pairs, symmetrise
 
 STEPS = [  # each line adds to the one above
-    ("IBM-1, target given source", dict(ibm1=9, hmm=0, variational=False, prior=0, spelling=0, stems=0, diagonal=0,
-                                        agree=False, method="forward")),
+    ("IBM-1, target given source", dict(ibm1=9, hmm=0, variational=False, prior=0, spelling=0,
+                                        stems=0, diagonal=0, agree=False, method="forward")),
     ("+ prior near the diagonal", dict(diagonal=4.0)),
     ("+ both directions, grow-diag-final-and", dict(method="grow-diag-final-and")),
     ("+ HMM (4 iterations of IBM-1, 5 of HMM)", dict(ibm1=4, hmm=5)),
@@ -41,11 +41,19 @@ def eflomal(program, pairs, folder):
     text, forward, backward = (Path(folder) / name for name in ("text", "forward", "backward"))
     text.write_text("".join(f"{' '.join(a).lower()} ||| {' '.join(b).lower()}\n" for a, b in pairs))
     began = time.perf_counter()
-    subprocess.run([program, "-i", text, "-f", forward, "-r", backward], check=True, capture_output=True)
+    command = [program, "-i", text, "-f", forward, "-r", backward]
+    subprocess.run(command, check=True, capture_output=True)
     seconds = time.perf_counter() - began
-    links = [[{tuple(map(int, link.split("-"))) for link in line.split()} for line in read_lines(path)]
-             for path in (forward, backward)]
-    return seconds, *links
+    return seconds, read_links(forward), read_links(backward)
+
+
+def read_links(path):
+    return [{tuple(map(int, link.split("-"))) for link in line.split()}
+            for line in read_lines(path)]
+
+
+def report(name, error_rate, seconds):
+    print(f"{name:<48} {100 * error_rate:5.1f} {seconds:7.2f} s", flush=True)
 
 
 def main():
@@ -69,21 +77,21 @@ def main():
         recipe = replace(recipe, **changes)
         began = time.perf_counter()
         links = align_bitext(text, recipe)[:len(sure)]
-        print(f"{name:<48} {100 * aer(links, sure, possible):5.1f} {time.perf_counter() - began:7.2f} s", flush=True)
+        report(name, aer(links, sure, possible), time.perf_counter() - began)
     seconds = []
     for _ in range(max(1, options.runs)):
         began = time.perf_counter()
         links = align_bitext(text)[:len(sure)]
         seconds.append(time.perf_counter() - began)
-    print(f"{'align.py':<48} {100 * aer(links, sure, possible):5.1f} {statistics.median(seconds):7.2f} s")
+    report("align.py", aer(links, sure, possible), statistics.median(seconds))
     if options.eflomal:
         with tempfile.TemporaryDirectory() as folder:
             runs = [eflomal(options.eflomal, text, folder) for _ in range(max(1, options.runs))]
         took, forward, backward = runs[0]
         for method in METHODS[1:5]:
             links = [symmetrise(f, b, method) for f, b in zip(forward[:len(sure)], backward)]
-            print(f"{'eflomal, ' + method:<48} {100 * aer(links, sure, possible):5.1f} "
-                  f"{statistics.median(run[0] for run in runs):7.2f} s")
+            report(f"eflomal, {method}", aer(links, sure, possible),
+                   statistics.median(run[0] for run in runs))
 
 
 if __name__ == "__main__":
