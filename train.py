@@ -649,13 +649,15 @@ def requests(corpus, run, options, ranks):
     (epoch, first), count, begun = run.position, 0, run.step
     while True:
         batches = epoch_batches(corpus, epoch, options)
+        # A step ends with the last process's batch, in this epoch or the next: its end is saved.
+        others = ranks.world - 1 - ranks.rank
         for k in range(first, len(batches)):
             step = begun + count // (ranks.world * options.accumulate)
             holes = options.augment and step >= options.warm_steps // 2
             if count % ranks.world == ranks.rank:
-                yield Request(batches[k], epoch, (epoch, k + 1), holes)
+                yield Request(batches[k], epoch, (epoch, k + 1 + others), holes)
             count += 1
-        epoch, first = epoch + 1, 0
+        epoch, first = epoch + 1, max(0, first - len(batches))
 
 
 class Source(torch.utils.data.Dataset):
