@@ -1,6 +1,9 @@
 """model.py: what each part promises, and above all that streaming is the offline computation and nothing else."""
 
+import errno
+import io
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -17,7 +20,8 @@ import model as m  # noqa: E402
 
 SMALL = m.Config(vocab=40, dim=32, heads=4, layers=3, ff=48, subsampling=4, chunks=(4, 1, 16), left_frames=10,
                  dropout=0.1, label_encoder="transformer", label_layers=2, label_context=5, joint_dim=24, ctc_vocab=7)
-KINDS = [SMALL, replace(SMALL, label_encoder="lstm", subsampling=8), replace(SMALL, subsampling=2, max_distance=3)]
+KINDS = [SMALL, replace(SMALL, label_encoder="lstm", subsampling=8),
+         replace(SMALL, subsampling=2, max_distance=3), replace(SMALL, kernel=15)]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
@@ -100,7 +104,20 @@ def test_every_band_hears_its_tone():
         assert abs(m.log_mel(tone)[0].argmax().item() - expected) <= 1.5
     click = torch.zeros(400, dtype=torch.float64)
     click[200] = 1
-    assert m.log_mel(click).min() > -3  # the floor is log(1e-8)
+    assert m.log_mel(click).min() > -3  # the floor is log(1e-5)
+
+
+def test_the_floor_of_the_features():
+    """Digital silence is the floor, as is noise of half a step of 16-bit sound; louder sound does
+    not feel it."""
+    silence = torch.zeros(3200, dtype=torch.float64)
+    quiet = silence + torch.randn(3200, dtype=torch.float64) / 65536
+    assert torch.allclose(m.log_mel(silence), torch.tensor(1e-5, dtype=torch.float64).log())
+    assert torch.equal(m.log_mel(quiet), m.log_mel(silence))
+    assert m.log_mel(quiet, floor=1e-12).max() > m.log_mel(silence, floor=1e-12).max() + 1
+    loud = 0.1 * torch.randn(3200, dtype=torch.float64)
+    assert torch.equal(m.log_mel(loud), m.log_mel(loud, floor=1e-12))
+    assert torch.equal(m.log_mel(silence, floor=0.5).exp(), torch.full((18, 80), 0.5).double())
 
 
 @pytest.mark.parametrize("subsampling", [2, 4, 8])
@@ -116,7 +133,7 @@ def test_padding_gives_whole_frames(n, subsampling):
 
 # ---------------------------------------------------------------------------------------------------------- encoder
 
-@pytest.mark.parametrize("config", KINDS[:2])
+@pytest.mark.parametrize("config", KINDS[:2], ids=["x4", "x8"])
 @pytest.mark.parametrize("chunk", [1, 4, 0])
 def test_what_a_frame_depends_on(config, chunk):
     """By derivative: frame t needs no mel frame after its own chunk, in spite of three layers, and none from before
@@ -154,7 +171,7 @@ def test_attention_against_loops():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("config", KINDS, ids=["x4", "x8", "x2"])
+@pytest.mark.parametrize("config", KINDS, ids=["x4", "x8", "x2", "kernel 15"])
 @torch.no_grad()
 def test_streaming_is_the_offline_forward(config, dtype):
     model = make(config, dtype)
@@ -190,11 +207,12 @@ def test_a_wrong_context_is_noticed():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kernel", [0, 15])
 @pytest.mark.parametrize("chunk", [1, 4, 16, 0])
 @torch.no_grad()
-def test_batch_is_single(dtype, chunk):
+def test_batch_is_single(dtype, kernel, chunk):
     """Ragged utterances padded with garbage, each equal to itself alone."""
-    model = make(dtype=dtype)
+    model = make(replace(SMALL, kernel=kernel), dtype)
     mels = [mel_of(SMALL, n, dtype, seed=n) for n in (20000, 700, 31000, 16001)]
     lengths = torch.tensor([len(mel) for mel in mels])
     batch = torch.full((4, int(lengths.max()), 80), 1e3, dtype=dtype)
@@ -206,11 +224,12 @@ def test_batch_is_single(dtype, chunk):
         assert (row[:alone.shape[1]] - alone[0]).abs().max() < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("kernel", [0, 15])
 @torch.no_grad()
-def test_streams_of_different_age_in_one_batch():
+def test_streams_of_different_age_in_one_batch(kernel):
     """Streams that began at different times are joined, stepped together, one is taken out, the others go on;
     the last chunks, of different length, are stepped together too."""
-    model, step = make(), 16
+    model, step = make(replace(SMALL, kernel=kernel)), 16
     mels = [mel_of(SMALL, n, seed=n) for n in (26000, 30000, 31900)]
     alone = [stream(model, mel[None], 4)[0][0] for mel in mels]
     states, parts, at = [], [[], [], []], [0, 2 * step, 5 * step]
@@ -235,22 +254,103 @@ def test_streams_of_different_age_in_one_batch():
         assert (torch.cat(part) - whole).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("kernel", [0, 15])
 @torch.no_grad()
-def test_state_keeps_its_shape():
+def test_state_keeps_its_shape(kernel):
     """... and its memory: a view into something that grows would keep the shape."""
-    model = make()
+    model = make(replace(SMALL, kernel=kernel))
     for chunk in (1, 4, 16):
         state, memory = model.encoder.initial_state(2, chunk), set()
         shapes = {name: x.shape for name, x in state.tensors().items()}
         past = -(-10 // chunk) * chunk
         assert shapes["keys"] == shapes["values"] == (2, 3, 4, past, 8)
         assert shapes["bias"] == (2, 4, chunk, past + chunk)
-        assert shapes.keys() == {"keys", "values", "filled", "bias", "tails"}
+        names = {"keys", "values", "filled", "bias", "tails"}
+        assert shapes.keys() == (names | {"inputs"} if kernel else names)
+        assert not kernel or shapes["inputs"] == (2, 3, 14, 32)
         for _ in range(40):
             _, state = model.encoder(torch.randn(2, chunk * 4, 80, dtype=torch.float64), state=state)
             assert {name: x.shape for name, x in state.tensors().items()} == shapes and state.chunk == chunk
             memory.add(sum(x.untyped_storage().nbytes() for x in state.tensors().values()))
         assert len(memory) == 1
+
+
+# ---- Convolution ---------------------------------------------------------------------------------
+
+def convolution(kernel=5, dim=6):
+    torch.manual_seed(0)
+    return m.Convolution(dim, kernel, 0.0).double().eval()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 20])
+@pytest.mark.parametrize("kernel", [1, 5, 15])
+@torch.no_grad()
+def test_convolution_against_loops(kernel, chunk):
+    """One frame, channel and tap at a time: causal in the first half of the channels, centred in
+    the second and zero beyond the chunk."""
+    layer, T, D = convolution(kernel), 13, 6
+    x = torch.randn(1, T, D, dtype=torch.float64)
+    inputs = torch.nn.functional.glu(layer.gate(layer.norm(x)))[0]
+    weight, y = layer.depthwise.weight[:, 0, 0], torch.zeros(T, D, dtype=torch.float64)
+    for t in range(T):
+        end = min(T, (t // chunk + 1) * chunk)
+        for d in range(D):
+            first = t - (kernel - 1 if d < 3 else kernel // 2)
+            y[t, d] = layer.depthwise.bias[d] + sum(
+                weight[d, k] * inputs[first + k, d] for k in range(kernel) if 0 <= first + k < end)
+    expected = x[0] + layer.out(torch.nn.functional.silu(layer.middle_norm(y)))
+    out, kept = layer(x, chunk)
+    assert (out[0] - expected).abs().max() < 1e-12
+    padded = torch.nn.functional.pad(inputs, (0, 0, kernel - 1, 0))
+    assert torch.equal(kept[0], padded[len(padded) - kernel + 1:])
+
+
+@pytest.mark.parametrize("chunk", [4, 0])
+def test_convolution_hears_the_chunk_and_nothing_after_it(chunk):
+    """By derivative, without attention: t hears from 14 frames before it in each of three layers
+    to the end of its chunk, or 7 frames ahead a layer where the chunk is the whole utterance."""
+    encoder, T, t = make(replace(SMALL, kernel=15)).encoder, 60, 49
+    for block in encoder.stack.blocks:
+        torch.nn.init.zeros_(block.out.weight)
+    mel = torch.randn(1, T * 4, 80, dtype=torch.float64, requires_grad=True)
+    frames, _ = encoder(mel, chunk=chunk)
+    gradient, = torch.autograd.grad(frames[0, t].square().sum(), mel)
+    used = gradient[0].abs().sum(1).nonzero()[:, 0]
+    last = min(T - 1, t + 3 * 7) if chunk == 0 else (t // chunk + 1) * chunk - 1
+    assert (used.min(), used.max()) == ((t - 3 * 14) * 4 - 3, last * 4 + 3)
+
+
+@pytest.mark.parametrize("kernel", [0, 15])
+@torch.no_grad()
+def test_a_last_chunk_of_one_frame(kernel):
+    """Streaming, offline and in a batch beside a longer one: the same frame."""
+    config = replace(SMALL, kernel=kernel)
+    model = make(config)
+    mel = mel_of(config, 640 * 8 + 1)[None]  # two chunks of four frames, and one sample
+    offline, _ = model.encoder(mel, chunk=4)
+    assert offline.shape[1] == 9
+    assert (stream(model, mel, 4)[0] - offline).abs().max() < 1e-10
+    longer = torch.full((1, 80, 80), 1e3, dtype=torch.float64)
+    longer[:, :36] = mel
+    ragged, _ = model.encoder(longer, torch.tensor([36]), chunk=4)
+    assert (ragged[:, :9] - offline).abs().max() < 1e-10
+    wrong, _ = model.encoder(longer, torch.tensor([37]), chunk=4)  # the control: one frame too many
+    assert (wrong[:, :9] - offline).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_a_wrong_cache_of_the_convolution_is_noticed():
+    """The negative control: a stream that forgets its convolutions' inputs, or keeps them from one
+    frame earlier, is not within the tolerance."""
+    model = make(replace(SMALL, kernel=15))
+    mel = mel_of(SMALL, 640 * 12)[None]
+    offline, _ = model.encoder(mel, chunk=4)
+    _, state = model.encoder(mel[:, :16], state=model.encoder.initial_state(1, 4))
+    for inputs in (torch.zeros_like(state.inputs), state.inputs.roll(1, 2)):
+        frames, _ = model.encoder(mel[:, 16:32], state=replace(state, inputs=inputs))
+        assert (frames - offline[:, 4:8]).abs().max() > 1e-4
+    frames, _ = model.encoder(mel[:, 16:32], state=state)
+    assert (frames - offline[:, 4:8]).abs().max() < 1e-10
 
 
 def test_encoder_refuses_what_it_cannot_take():
@@ -261,8 +361,11 @@ def test_encoder_refuses_what_it_cannot_take():
         model.encoder(torch.zeros(1, 0, 80, dtype=torch.float64))
     with pytest.raises(ValueError, match="16 mel frames, not 20"):
         model.encoder(torch.zeros(1, 20, 80, dtype=torch.float64), state=model.encoder.initial_state(1, 4))
-    with pytest.raises(ValueError, match="-3"):
-        model.encoder(torch.zeros(1, 8, 80, dtype=torch.float64), chunk=-3)
+    for chunk in (-3, 10 ** 8):  # memory for the last chunk of 10^8 frames would be 57 GB
+        with pytest.raises(m.InputError, match=str(chunk)):
+            model.encoder(torch.zeros(1, 8, 80, dtype=torch.float64), chunk=chunk)
+        with pytest.raises(m.InputError, match=str(chunk)):
+            model.encoder.initial_state(1, chunk)
 
 
 # ---------------------------------------------------------------------------------------------------- label encoder
@@ -325,9 +428,35 @@ def test_joint_against_loops():
     assert model.ctc(frames).shape == (2, 5, 7) and make(replace(SMALL, ctc_vocab=0)).ctc is None
 
 
+@pytest.mark.parametrize("kernel", [0, 15])
+@torch.no_grad()
+def test_forward_is_the_whole_model(kernel):
+    """Encoder, label encoder and joint; ragged utterances as alone; the chunk is passed on."""
+    model, labels = make(replace(SMALL, kernel=kernel)), torch.randint(1, 40, (2, 6))
+    mel, lengths = torch.randn(2, 120, 80, dtype=torch.float64), torch.tensor([120, 36])
+    logits = model(mel, labels, lengths, chunk=4)
+    assert logits.shape == (2, 30, 7, 40)
+    alone = model(mel[1:, :36], labels[1:], chunk=4)
+    assert (logits[1:, :9] - alone).abs().max() < 1e-10
+    frames, _ = model.encoder(mel, lengths, chunk=4)
+    a, b = model.joint.encoder_proj(frames), model.joint.label_proj(model.label_encoder(labels)[0])
+    assert (logits[:, 3, 2] - model.joint.combine(a[:, 3], b[:, 2])).abs().max() < 1e-12
+    assert (logits - model(mel, labels, lengths, chunk=5)).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_the_forgotten_label_is_none_of_the_vocabulary():
+    encoder = make().label_encoder
+    assert encoder.embedding.weight.shape == (41, 32)
+    hidden = encoder(torch.full((1, 1), 40))[0][0, 1]
+    shown = encoder(torch.arange(40)[:, None])[0][:, 1]
+    assert (shown - hidden).abs().amax(1).min() > 1e-3
+
+
 @pytest.mark.parametrize("kind", ["transformer", "lstm"])
-def test_gradients_reach_every_parameter_and_padding_none(kind):
-    model = make(replace(SMALL, label_encoder=kind)).train()
+@pytest.mark.parametrize("kernel", [0, 15])
+def test_gradients_reach_every_parameter_and_padding_none(kind, kernel):
+    model = make(replace(SMALL, label_encoder=kind, kernel=kernel)).train()
     mel = torch.randn(2, 120, 80, dtype=torch.float64, requires_grad=True)
     lengths = torch.tensor([120, 16])  # whole chunks of the second utterance are padding, and see padding only
     frames, _ = model.encoder(mel, lengths, chunk=4)
@@ -340,8 +469,9 @@ def test_gradients_reach_every_parameter_and_padding_none(kind):
     assert not mel.grad[1, 16:].any() and mel.grad[1, :16].any(1).all()
 
 
-def test_half_precision_stays_finite():
-    model = make(dtype=torch.float32).train()
+@pytest.mark.parametrize("kernel", [0, 15])
+def test_half_precision_stays_finite(kernel):
+    model = make(replace(SMALL, kernel=kernel), torch.float32).train()
     with torch.autocast("cpu", torch.bfloat16):
         frames, _ = model.encoder(torch.randn(2, 120, 80), torch.tensor([120, 16]))
         logits = model.joint(frames, model.label_encoder(torch.randint(1, 40, (2, 6)))[0])
@@ -364,7 +494,7 @@ def test_the_planted_model_of_the_bench_hears_its_tones():
         _, new = bench.planted_streamer(preset, chunk=8)
         _, words = bench.stream_chunks(new(), bench.tones(0, 3))
         assert [word.text for word in words] == ["ab"] * 10
-        assert all(abs(word.frame_s - 0.1 * (3 * k + 2)) < 0.1 for k, word in enumerate(words))
+        assert all(abs(word.end_s - 0.1 * (3 * k + 2)) < 0.1 for k, word in enumerate(words))
 
 
 def test_timeline_is_drawn(tmp_path):
@@ -390,9 +520,13 @@ def test_timeline_is_drawn(tmp_path):
     ({"subsampling": 3}, "subsampling .* 3"), ({"chunks": ()}, r"chunks .* \(\)"),
     ({"chunks": (4, -1)}, "chunks .* -1"),
     ({"left_frames": -5}, "left_frames -5"), ({"dropout": 1.0}, r"dropout .* 1\.0"),
-    ({"label_encoder": "gru"}, "label_encoder .* 'gru'"), ({"ctc_vocab": -1}, "ctc_vocab -1")])
+    ({"label_encoder": "gru"}, "label_encoder .* 'gru'"), ({"ctc_vocab": -1}, "ctc_vocab -1"),
+    ({"kernel": 4}, "kernel .* 4"), ({"kernel": -1}, "kernel -1"), ({"floor": 0.0}, r"floor .* 0\.0"),
+    ({"floor": float("nan")}, "floor .* nan"), ({"layers": True}, "layers .* True"),
+    ({"dropout": "0.1"}, "dropout .* '0.1'"), ({"chunks": [4]}, r"chunks .* \[4\]"),
+    ({"chunks": (10 ** 8,)}, "chunks .*100000000")])
 def test_options_are_validated(wrong, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(m.InputError, match=words):
         replace(SMALL, **wrong)
 
 
@@ -418,6 +552,29 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
     assert m.load(path)[1] == {"step": 1} and [file.name for file in tmp_path.iterdir()] == ["model.pt"]
 
 
+@pytest.mark.parametrize("room", [0, 5_000, 60_000])
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, room):
+    """A stand-in for a file on a disk with so many bytes left."""
+    class Full(io.FileIO):
+        written = 0
+
+        def write(self, data):
+            self.written += len(data)
+            if self.written > room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    path, model = tmp_path / "model.pt", make(dtype=torch.float32)
+    m.save(path, model, step=1)
+    assert path.stat().st_size > 60_000
+    monkeypatch.setattr(m, "open", lambda name, mode: Full(name, mode), raising=False)
+    with pytest.raises(OSError, match="untouched: No space left on device.*model.pt") as caught:
+        m.save(path, model, step=2)
+    assert caught.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    assert m.load(path)[1] == {"step": 1} and os.listdir(tmp_path) == ["model.pt"]
+
+
 class Code:
     def __reduce__(self):
         return (Path.touch, (Path(self.path),))
@@ -431,9 +588,9 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path):
     code.path = str(ran)
 
     def refused(words):
-        with pytest.raises(ValueError, match=words) as caught:
+        with pytest.raises(m.InputError, match=words) as caught:
             m.load(path)
-        assert str(path) in str(caught.value)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
     refused("no such file")
     path.write_text("hello")
@@ -457,6 +614,68 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path):
     refused("damaged")
     torch.save({key: value for key, value in content.items() if key != "model"}, path)
     refused("damaged.*model")
+    torch.save({**content, "version": 1}, path)
+    refused("version 1, this code reads version 2")
+
+
+def damages(content):
+    """(what is put in the place of a part, words of the message)"""
+    weights, name = content["model"], "joint.output.weight"
+    whole = weights[name]
+    def weight(tensor):
+        return {"model": {**weights, name: tensor}}
+    def option(**wrong):
+        return {"config": {**content["config"], **wrong}}
+    return [
+        (weight(torch.full_like(whole, math.nan)), f"{name} holds numbers that are NaN"),
+        (weight(whole.index_fill(0, torch.tensor(3), -math.inf)), f"{name} holds .* infinite"),
+        ({"model": {**weights, "encoder.std": weights["encoder.std"] * math.inf}}, "encoder.std"),
+        (weight(whole[1:].clone()), f"{name} must have the shape"),
+        (weight(whole.tolist()), f"{name} must have the shape"),
+        (weight(None), f"{name} must have the shape"),
+        (weight(whole.long()), f"{name} must be plain floating-point"),
+        (weight(whole[:1, :1].expand(whole.shape)), f"{name} must be plain"),
+        (weight(torch.empty(whole.shape, device="meta")), f"{name} must be plain"),
+        ({"model": {k: w for k, w in weights.items() if k != name}}, f"{name} is missing"),
+        ({"model": {**weights, "wings": whole}}, "wings is no weight"),
+        ({"model": list(weights.values())}, "model is no dict"), ({"model": {}}, "layers 3"),
+        ({"config": [1, 2]}, "config is no dict"), ({"config": None}, "config is no dict"),
+        ({"config": {}}, "lacks 'chunks'"), ({"beside": [1]}, "beside is no dict"),
+        (option(layers=10 ** 9), "layers 1000000000"),
+        (option(label_layers=10 ** 9), "label_layers 1000000000"),
+        (option(layers=10 ** 9, label_encoder="lstm"), "layers 1000000000"),
+        (option(ff=10 ** 12), "damaged"), (option(dim=4 * 10 ** 18), "damaged"),
+        (option(vocab=10 ** 9), "damaged"), (option(max_distance=10 ** 18), "damaged"),
+        (option(n_mels=10 ** 9), "damaged"), (option(chunks=4), "damaged"),
+        (option(chunks="44"), "chunks"), (option(chunks=(10 ** 9,)), "chunks .*1000000000"),
+        (option(layers="3"), "layers"), (option(dropout=[]), "dropout"), (option(kernel=15), "conv")]
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path):
+    """... at once, and before memory is taken for what its config claims."""
+    path = tmp_path / "model.pt"
+    m.save(path, make(dtype=torch.float32), step=1)
+    content = torch.load(path)
+    for damage, words in damages(content):
+        torch.save({**content, **damage}, path)
+        with pytest.raises(m.InputError, match=words) as caught:
+            m.load(path)
+        message = str(caught.value)
+        assert str(path) in message and "\n" not in message and len(message) < len(str(path)) + 400
+    torch.save(content, path)
+    assert m.load(path)[1] == {"step": 1}
+
+
+def test_what_is_no_regular_file_and_a_device_that_is_not_there(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for place in (tmp_path / "fifo", tmp_path, Path(os.devnull)):
+        with pytest.raises(m.InputError, match=f"{place}: not a regular file"):
+            m.load(place)
+    m.save(tmp_path / "model.pt", make())
+    for device in ["wings"] + ["cuda"] * (not torch.cuda.is_available()):
+        with pytest.raises(m.InputError, match=f"model.pt: cannot be .* device {device}") as caught:
+            m.load(tmp_path / "model.pt", device)
+        assert "not a checkpoint" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 @torch.no_grad()
