@@ -129,7 +129,8 @@ now = time.perf_counter
 
 
 def stream_chunks(streamer, audio):
-    """One chunk of audio per call -> seconds of every call, and the words."""
+    """One chunk of audio per call, then the flush -> seconds of every call, and the words. The flush
+    is a call of its own: added to the last chunk's, it was the 99th percentile of a short run."""
     step = streamer.chunk * 160 * streamer.model.config.subsampling
     words, times = [], []
     for start in range(0, len(audio) + 1, step):
@@ -138,7 +139,7 @@ def stream_chunks(streamer, audio):
         times.append(now() - began)
     began = now()
     words += streamer.flush()
-    times[-1] += now() - began
+    times.append(now() - began)
     return times, words
 
 

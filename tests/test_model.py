@@ -1,6 +1,9 @@
-"""model.py: what each part promises, and above all that streaming is the offline computation and nothing else."""
+"""model.py: what each part promises, and above all that streaming is the offline computation."""
 
+import errno
+import io
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -15,16 +18,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import model as m  # noqa: E402
 
-SMALL = m.Config(vocab=40, dim=32, heads=4, layers=3, ff=48, subsampling=4, chunks=(4, 1, 16), left_frames=10,
-                 dropout=0.1, label_encoder="transformer", label_layers=2, label_context=5, joint_dim=24, ctc_vocab=7)
-KINDS = [SMALL, replace(SMALL, label_encoder="lstm", subsampling=8), replace(SMALL, subsampling=2, max_distance=3)]
+SMALL = m.Config(vocab=40, dim=32, heads=4, layers=3, ff=48, subsampling=4, chunks=(4, 1, 16),
+                 left_frames=10, dropout=0.1, label_encoder="transformer", label_layers=2,
+                 label_context=5, joint_dim=24, ctc_vocab=7)
+KINDS = [SMALL, replace(SMALL, label_encoder="lstm", subsampling=8),
+         replace(SMALL, subsampling=2, max_distance=3), replace(SMALL, kernel=15)]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
 def make(config=SMALL, dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
     model = m.Transducer(config).to(dtype).eval()
-    model.encoder.set_statistics(torch.full((config.n_mels,), -8.0), torch.full((config.n_mels,), 3.0))
+    mean, std = torch.full((config.n_mels,), -8.0), torch.full((config.n_mels,), 3.0)
+    model.encoder.set_statistics(mean, std)
     with torch.no_grad():  # steeper than the initial values: every distance tells
         model.encoder.stack.distance_bias.normal_(std=2.0)
     return model
@@ -33,7 +39,8 @@ def make(config=SMALL, dtype=torch.float64, seed=0):
 def speech(n, dtype=torch.float64, seed=0):
     """Not speech, but as uneven: noise whose level changes every 20 ms."""
     generator = torch.Generator().manual_seed(seed)
-    level = torch.randn(n // 320 + 1, generator=generator, dtype=dtype).exp().repeat_interleave(320)[:n]
+    level = torch.randn(n // 320 + 1, generator=generator, dtype=dtype).exp()
+    level = level.repeat_interleave(320)[:n]
     return 0.1 * level * torch.randn(n, generator=generator, dtype=dtype)
 
 
@@ -52,10 +59,10 @@ def stream(model, mel, chunk, **options):
     return torch.cat(frames, 1), state
 
 
-# --------------------------------------------------------------------------------------------------------- features
+# ---- Features ----------------------------------------------------------------------------------
 
 def test_mel_frame_against_the_definition():
-    """Frame 3 from its own 400 samples, with a sum over cosines and sines instead of a fast transform."""
+    """Frame 3 from its own 400 samples, summed over cosines and sines: no fast transform."""
     samples = speech(1600)
     piece = samples[480:880] * torch.hann_window(400, periodic=False, dtype=torch.float64)
     angle = torch.arange(257, dtype=torch.float64)[:, None] * torch.arange(400) * 2 * torch.pi / 512
@@ -80,13 +87,15 @@ def test_mel_frame_is_made_of_its_own_samples_only():
     other[:480] = 0.3
     other[880:] = -0.2
     assert torch.equal(m.log_mel(other)[3], mel[3])
-    assert not torch.equal(m.log_mel(other)[2], mel[2]) and not torch.equal(m.log_mel(other)[4], mel[4])
+    assert not torch.equal(m.log_mel(other)[2], mel[2])
+    assert not torch.equal(m.log_mel(other)[4], mel[4])
 
 
 def test_mel_of_batches_short_and_silent_input():
     both = torch.stack([speech(2000, seed=1), speech(2000, seed=2)])
     assert torch.allclose(m.log_mel(both)[1], m.log_mel(both[1]), atol=1e-12)
-    assert m.log_mel(torch.zeros(399)).shape == (0, 80) and m.log_mel(torch.zeros(2, 0)).shape == (2, 0, 80)
+    assert m.log_mel(torch.zeros(399)).shape == (0, 80)
+    assert m.log_mel(torch.zeros(2, 0)).shape == (2, 0, 80)
     assert m.log_mel(torch.zeros(400)).isfinite().all()
     assert m.log_mel(torch.ones(400)).dtype == torch.float32
 
@@ -100,7 +109,20 @@ def test_every_band_hears_its_tone():
         assert abs(m.log_mel(tone)[0].argmax().item() - expected) <= 1.5
     click = torch.zeros(400, dtype=torch.float64)
     click[200] = 1
-    assert m.log_mel(click).min() > -3  # the floor is log(1e-8)
+    assert m.log_mel(click).min() > -3  # the floor is log(1e-5)
+
+
+def test_the_floor_of_the_features():
+    """Digital silence is the floor, as is noise of half a step of 16-bit sound; louder sound does
+    not feel it."""
+    silence = torch.zeros(3200, dtype=torch.float64)
+    quiet = silence + torch.randn(3200, dtype=torch.float64) / 65536
+    assert torch.allclose(m.log_mel(silence), torch.tensor(1e-5, dtype=torch.float64).log())
+    assert torch.equal(m.log_mel(quiet), m.log_mel(silence))
+    assert m.log_mel(quiet, floor=1e-12).max() > m.log_mel(silence, floor=1e-12).max() + 1
+    loud = 0.1 * torch.randn(3200, dtype=torch.float64)
+    assert torch.equal(m.log_mel(loud), m.log_mel(loud, floor=1e-12))
+    assert torch.equal(m.log_mel(silence, floor=0.5).exp(), torch.full((18, 80), 0.5).double())
 
 
 @pytest.mark.parametrize("subsampling", [2, 4, 8])
@@ -110,21 +132,23 @@ def test_padding_gives_whole_frames(n, subsampling):
     T = max(1, -(-n // (160 * subsampling)))
     padded = m.pad_samples(torch.ones(n), subsampling)
     assert config.frames(n) == T and m.log_mel(padded).shape == (T * subsampling, 80)
-    assert padded.shape == (160 * T * subsampling + 240,) and padded[:n].all() and not padded[n:].any()
+    assert padded.shape == (160 * T * subsampling + 240,)
+    assert padded[:n].all() and not padded[n:].any()
     assert config.frame_s == 0.01 * subsampling
 
 
-# ---------------------------------------------------------------------------------------------------------- encoder
+# ---- Encoder -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("config", KINDS[:2])
+@pytest.mark.parametrize("config", KINDS[:2], ids=["x4", "x8"])
 @pytest.mark.parametrize("chunk", [1, 4, 0])
 def test_what_a_frame_depends_on(config, chunk):
-    """By derivative: frame t needs no mel frame after its own chunk, in spite of three layers, and none from before
-    what `left` chunks in each layer and the convolutions reach."""
+    """By derivative: frame t needs no mel frame after its own chunk, in spite of three layers, and
+    none from before what `left` chunks in each layer and the convolutions reach."""
     model, s, T, t = make(config), config.subsampling, 40, 26
     mel = torch.randn(1, T * s, 80, dtype=torch.float64, requires_grad=True)
     frames, _ = model.encoder(mel, chunk=chunk)
-    gradient, = torch.autograd.grad((frames[0, t] * torch.randn(config.dim, dtype=torch.float64)).sum(), mel)
+    some = frames[0, t] @ torch.randn(config.dim, dtype=torch.float64)
+    gradient, = torch.autograd.grad(some, mel)
     used = gradient[0].abs().sum(1).nonzero()[:, 0]
     if chunk == 0:
         assert used.min() == 0 and used.max() == T * s - 1
@@ -135,7 +159,7 @@ def test_what_a_frame_depends_on(config, chunk):
 
 
 def test_attention_against_loops():
-    """One layer, one query and one head at a time, looking at exactly the frames that it is meant to see."""
+    """One layer, one query and one head at a time, looking at exactly the frames it may see."""
     config = replace(SMALL, layers=1, max_distance=6)
     encoder, T, chunk = make(config).encoder, 19, 4
     block, left = encoder.stack.blocks[0], 3  # ceil(10 / 4) chunks
@@ -146,7 +170,8 @@ def test_attention_against_loops():
         keys = [j for j in range(T) if t // chunk - left <= j // chunk <= t // chunk]
         for head in range(4):
             distance = torch.tensor([max(-6, min(6, t - j)) + 6 for j in keys])
-            score = k[keys, head] @ q[t, head] / 8 ** 0.5 + encoder.stack.distance_bias[head, distance]
+            score = k[keys, head] @ q[t, head] / 8 ** 0.5
+            score = score + encoder.stack.distance_bias[head, distance]
             seen[t, head] = score.softmax(0) @ v[keys, head]
     y = x + block.out(seen.reshape(1, T, -1))
     y = y + block.ff2(torch.relu(block.ff1(block.norm2(y))))
@@ -154,7 +179,7 @@ def test_attention_against_loops():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("config", KINDS, ids=["x4", "x8", "x2"])
+@pytest.mark.parametrize("config", KINDS, ids=["x4", "x8", "x2", "kernel 15"])
 @torch.no_grad()
 def test_streaming_is_the_offline_forward(config, dtype):
     model = make(config, dtype)
@@ -180,7 +205,8 @@ def test_streaming_is_the_offline_forward_for_the_presets(name):
 
 @torch.no_grad()
 def test_a_wrong_context_is_noticed():
-    """The negative control: one frame more to the left, or chunks one frame longer, is not within the tolerance."""
+    """The negative control: one frame more to the left, or chunks one frame longer, is not within
+    the tolerance."""
     model = make()
     mel = mel_of(SMALL, 40000)[None]
     for chunk, other, left in ((1, 1, 11), (4, 5, 10), (4, 4, 13)):
@@ -190,11 +216,12 @@ def test_a_wrong_context_is_noticed():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kernel", [0, 15])
 @pytest.mark.parametrize("chunk", [1, 4, 16, 0])
 @torch.no_grad()
-def test_batch_is_single(dtype, chunk):
+def test_batch_is_single(dtype, kernel, chunk):
     """Ragged utterances padded with garbage, each equal to itself alone."""
-    model = make(dtype=dtype)
+    model = make(replace(SMALL, kernel=kernel), dtype)
     mels = [mel_of(SMALL, n, dtype, seed=n) for n in (20000, 700, 31000, 16001)]
     lengths = torch.tensor([len(mel) for mel in mels])
     batch = torch.full((4, int(lengths.max()), 80), 1e3, dtype=dtype)
@@ -206,11 +233,12 @@ def test_batch_is_single(dtype, chunk):
         assert (row[:alone.shape[1]] - alone[0]).abs().max() < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("kernel", [0, 15])
 @torch.no_grad()
-def test_streams_of_different_age_in_one_batch():
-    """Streams that began at different times are joined, stepped together, one is taken out, the others go on;
-    the last chunks, of different length, are stepped together too."""
-    model, step = make(), 16
+def test_streams_of_different_age_in_one_batch(kernel):
+    """Streams that began at different times are joined, stepped together, one is taken out, the
+    others go on; the last chunks, of different length, are stepped together too."""
+    model, step = make(replace(SMALL, kernel=kernel)), 16
     mels = [mel_of(SMALL, n, seed=n) for n in (26000, 30000, 31900)]
     alone = [stream(model, mel[None], 4)[0][0] for mel in mels]
     states, parts, at = [], [[], [], []], [0, 2 * step, 5 * step]
@@ -235,22 +263,105 @@ def test_streams_of_different_age_in_one_batch():
         assert (torch.cat(part) - whole).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("kernel", [0, 15])
 @torch.no_grad()
-def test_state_keeps_its_shape():
+def test_state_keeps_its_shape(kernel):
     """... and its memory: a view into something that grows would keep the shape."""
-    model = make()
+    model = make(replace(SMALL, kernel=kernel))
     for chunk in (1, 4, 16):
         state, memory = model.encoder.initial_state(2, chunk), set()
         shapes = {name: x.shape for name, x in state.tensors().items()}
         past = -(-10 // chunk) * chunk
         assert shapes["keys"] == shapes["values"] == (2, 3, 4, past, 8)
         assert shapes["bias"] == (2, 4, chunk, past + chunk)
-        assert shapes.keys() == {"keys", "values", "filled", "bias", "tails"}
+        names = {"keys", "values", "filled", "bias", "tails"}
+        assert shapes.keys() == (names | {"inputs"} if kernel else names)
+        assert not kernel or shapes["inputs"] == (2, 3, 14, 32)
         for _ in range(40):
-            _, state = model.encoder(torch.randn(2, chunk * 4, 80, dtype=torch.float64), state=state)
-            assert {name: x.shape for name, x in state.tensors().items()} == shapes and state.chunk == chunk
+            mel = torch.randn(2, chunk * 4, 80, dtype=torch.float64)
+            _, state = model.encoder(mel, state=state)
+            assert {name: x.shape for name, x in state.tensors().items()} == shapes
+            assert state.chunk == chunk
             memory.add(sum(x.untyped_storage().nbytes() for x in state.tensors().values()))
         assert len(memory) == 1
+
+
+# ---- Convolution ---------------------------------------------------------------------------------
+
+def convolution(kernel=5, dim=6):
+    torch.manual_seed(0)
+    return m.Convolution(dim, kernel, 0.0).double().eval()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 20])
+@pytest.mark.parametrize("kernel", [1, 5, 15])
+@torch.no_grad()
+def test_convolution_against_loops(kernel, chunk):
+    """One frame, channel and tap at a time: causal in the first half of the channels, centred in
+    the second and zero beyond the chunk."""
+    layer, T, D = convolution(kernel), 13, 6
+    x = torch.randn(1, T, D, dtype=torch.float64)
+    inputs = torch.nn.functional.glu(layer.gate(layer.norm(x)))[0]
+    weight, y = layer.depthwise.weight[:, 0, 0], torch.zeros(T, D, dtype=torch.float64)
+    for t in range(T):
+        end = min(T, (t // chunk + 1) * chunk)
+        for d in range(D):
+            first = t - (kernel - 1 if d < 3 else kernel // 2)
+            y[t, d] = layer.depthwise.bias[d] + sum(
+                weight[d, k] * inputs[first + k, d] for k in range(kernel) if 0 <= first + k < end)
+    expected = x[0] + layer.out(torch.nn.functional.silu(layer.middle_norm(y)))
+    out, kept = layer(x, chunk)
+    assert (out[0] - expected).abs().max() < 1e-12
+    padded = torch.nn.functional.pad(inputs, (0, 0, kernel - 1, 0))
+    assert torch.equal(kept[0], padded[len(padded) - kernel + 1:])
+
+
+@pytest.mark.parametrize("chunk", [4, 0])
+def test_convolution_hears_the_chunk_and_nothing_after_it(chunk):
+    """By derivative, without attention: t hears from 14 frames before it in each of three layers
+    to the end of its chunk, or 7 frames ahead a layer where the chunk is the whole utterance."""
+    encoder, T, t = make(replace(SMALL, kernel=15)).encoder, 60, 49
+    for block in encoder.stack.blocks:
+        torch.nn.init.zeros_(block.out.weight)
+    mel = torch.randn(1, T * 4, 80, dtype=torch.float64, requires_grad=True)
+    frames, _ = encoder(mel, chunk=chunk)
+    gradient, = torch.autograd.grad(frames[0, t].square().sum(), mel)
+    used = gradient[0].abs().sum(1).nonzero()[:, 0]
+    last = min(T - 1, t + 3 * 7) if chunk == 0 else (t // chunk + 1) * chunk - 1
+    assert (used.min(), used.max()) == ((t - 3 * 14) * 4 - 3, last * 4 + 3)
+
+
+@pytest.mark.parametrize("kernel", [0, 15])
+@torch.no_grad()
+def test_a_last_chunk_of_one_frame(kernel):
+    """Streaming, offline and in a batch beside a longer one: the same frame."""
+    config = replace(SMALL, kernel=kernel)
+    model = make(config)
+    mel = mel_of(config, 640 * 8 + 1)[None]  # two chunks of four frames, and one sample
+    offline, _ = model.encoder(mel, chunk=4)
+    assert offline.shape[1] == 9
+    assert (stream(model, mel, 4)[0] - offline).abs().max() < 1e-10
+    longer = torch.full((1, 80, 80), 1e3, dtype=torch.float64)
+    longer[:, :36] = mel
+    ragged, _ = model.encoder(longer, torch.tensor([36]), chunk=4)
+    assert (ragged[:, :9] - offline).abs().max() < 1e-10
+    wrong, _ = model.encoder(longer, torch.tensor([37]), chunk=4)  # the control: one frame too many
+    assert (wrong[:, :9] - offline).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_a_wrong_cache_of_the_convolution_is_noticed():
+    """The negative control: a stream that forgets its convolutions' inputs, or keeps them from one
+    frame earlier, is not within the tolerance."""
+    model = make(replace(SMALL, kernel=15))
+    mel = mel_of(SMALL, 640 * 12)[None]
+    offline, _ = model.encoder(mel, chunk=4)
+    _, state = model.encoder(mel[:, :16], state=model.encoder.initial_state(1, 4))
+    for inputs in (torch.zeros_like(state.inputs), state.inputs.roll(1, 2)):
+        frames, _ = model.encoder(mel[:, 16:32], state=replace(state, inputs=inputs))
+        assert (frames - offline[:, 4:8]).abs().max() > 1e-4
+    frames, _ = model.encoder(mel[:, 16:32], state=state)
+    assert (frames - offline[:, 4:8]).abs().max() < 1e-10
 
 
 def test_encoder_refuses_what_it_cannot_take():
@@ -260,12 +371,16 @@ def test_encoder_refuses_what_it_cannot_take():
     with pytest.raises(ValueError, match="0 mel frames"):
         model.encoder(torch.zeros(1, 0, 80, dtype=torch.float64))
     with pytest.raises(ValueError, match="16 mel frames, not 20"):
-        model.encoder(torch.zeros(1, 20, 80, dtype=torch.float64), state=model.encoder.initial_state(1, 4))
-    with pytest.raises(ValueError, match="-3"):
-        model.encoder(torch.zeros(1, 8, 80, dtype=torch.float64), chunk=-3)
+        mel = torch.zeros(1, 20, 80, dtype=torch.float64)
+        model.encoder(mel, state=model.encoder.initial_state(1, 4))
+    for chunk in (-3, 10 ** 8):  # memory for the last chunk of 10^8 frames would be 57 GB
+        with pytest.raises(m.InputError, match=str(chunk)):
+            model.encoder(torch.zeros(1, 8, 80, dtype=torch.float64), chunk=chunk)
+        with pytest.raises(m.InputError, match=str(chunk)):
+            model.encoder.initial_state(1, chunk)
 
 
-# ---------------------------------------------------------------------------------------------------- label encoder
+# ---- Label encoder -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["transformer", "lstm"])
 @torch.no_grad()
@@ -287,7 +402,7 @@ def test_labels_in_any_pieces(kind):
 
 @torch.no_grad()
 def test_label_context_is_bounded():
-    """Two layers that see 5 labels each: the output moves with the last 9 labels and with no other."""
+    """Two layers that see 5 labels each: the output moves with the last 9 labels and no other."""
     encoder = make().label_encoder
     labels = torch.randint(1, 40, (1, 25))
     whole, state = encoder(labels)
@@ -295,7 +410,8 @@ def test_label_context_is_bounded():
     for u in range(25):
         other = labels.clone()
         other[0, u] = labels[0, u] % 39 + 1
-        changed = (encoder(other)[0] - whole)[0].abs().amax(1) > 0  # output u + 1 is the first that has read label u
+        changed = (encoder(other)[0] - whole)[0].abs().amax(1) > 0
+        # output u + 1 is the first that has read label u
         assert changed.nonzero()[:, 0].tolist() == list(range(u + 1, min(26, u + 1 + 9)))
 
 
@@ -311,12 +427,13 @@ def test_hypotheses_part_and_meet(kind):
     assert (out[:, 0] - expected[:, -1]).abs().max() < 1e-10
 
 
-# ------------------------------------------------------------------------------------------------- joint and training
+# ---- Joint and training ------------------------------------------------------------------------
 
 @torch.no_grad()
 def test_joint_against_loops():
     model = make()
-    frames, labels = torch.randn(2, 5, 32, dtype=torch.float64), torch.randn(2, 3, 32, dtype=torch.float64)
+    frames = torch.randn(2, 5, 32, dtype=torch.float64)
+    labels = torch.randn(2, 3, 32, dtype=torch.float64)
     logits, joint = model.joint(frames, labels), model.joint
     assert logits.shape == (2, 5, 3, 40)
     for b, t, u in [(0, 0, 0), (1, 4, 2), (0, 3, 1)]:
@@ -325,23 +442,51 @@ def test_joint_against_loops():
     assert model.ctc(frames).shape == (2, 5, 7) and make(replace(SMALL, ctc_vocab=0)).ctc is None
 
 
+@pytest.mark.parametrize("kernel", [0, 15])
+@torch.no_grad()
+def test_forward_is_the_whole_model(kernel):
+    """Encoder, label encoder and joint; ragged utterances as alone; the chunk is passed on."""
+    model, labels = make(replace(SMALL, kernel=kernel)), torch.randint(1, 40, (2, 6))
+    mel, lengths = torch.randn(2, 120, 80, dtype=torch.float64), torch.tensor([120, 36])
+    logits = model(mel, labels, lengths, chunk=4)
+    assert logits.shape == (2, 30, 7, 40)
+    alone = model(mel[1:, :36], labels[1:], chunk=4)
+    assert (logits[1:, :9] - alone).abs().max() < 1e-10
+    frames, _ = model.encoder(mel, lengths, chunk=4)
+    a, b = model.joint.encoder_proj(frames), model.joint.label_proj(model.label_encoder(labels)[0])
+    assert (logits[:, 3, 2] - model.joint.combine(a[:, 3], b[:, 2])).abs().max() < 1e-12
+    assert (logits - model(mel, labels, lengths, chunk=5)).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_the_forgotten_label_is_none_of_the_vocabulary():
+    encoder = make().label_encoder
+    assert encoder.embedding.weight.shape == (41, 32)
+    hidden = encoder(torch.full((1, 1), 40))[0][0, 1]
+    shown = encoder(torch.arange(40)[:, None])[0][:, 1]
+    assert (shown - hidden).abs().amax(1).min() > 1e-3
+
+
 @pytest.mark.parametrize("kind", ["transformer", "lstm"])
-def test_gradients_reach_every_parameter_and_padding_none(kind):
-    model = make(replace(SMALL, label_encoder=kind)).train()
+@pytest.mark.parametrize("kernel", [0, 15])
+def test_gradients_reach_every_parameter_and_padding_none(kind, kernel):
+    model = make(replace(SMALL, label_encoder=kind, kernel=kernel)).train()
     mel = torch.randn(2, 120, 80, dtype=torch.float64, requires_grad=True)
-    lengths = torch.tensor([120, 16])  # whole chunks of the second utterance are padding, and see padding only
+    lengths = torch.tensor([120, 16])  # whole chunks of the second are padding and see nothing else
     frames, _ = model.encoder(mel, lengths, chunk=4)
     labels, _ = model.label_encoder(torch.randint(1, 40, (2, 6)))
     logits = model.joint(frames, labels)
-    (logits[0].square().sum() + logits[1, :4].square().sum() + model.ctc(frames[1, :4]).sum()).backward()
+    written = logits[0].square().sum() + logits[1, :4].square().sum()
+    (written + model.ctc(frames[1, :4]).sum()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert parameter.grad.any(), name
     assert not mel.grad[1, 16:].any() and mel.grad[1, :16].any(1).all()
 
 
-def test_half_precision_stays_finite():
-    model = make(dtype=torch.float32).train()
+@pytest.mark.parametrize("kernel", [0, 15])
+def test_half_precision_stays_finite(kernel):
+    model = make(replace(SMALL, kernel=kernel), torch.float32).train()
     with torch.autocast("cpu", torch.bfloat16):
         frames, _ = model.encoder(torch.randn(2, 120, 80), torch.tensor([120, 16]))
         logits = model.joint(frames, model.label_encoder(torch.randint(1, 40, (2, 6)))[0])
@@ -352,19 +497,20 @@ def test_half_precision_stays_finite():
 def test_random_numbers_are_those_of_the_seed():
     a, b, c = make(seed=1), make(seed=1), make(seed=2)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
-    assert not torch.equal(a.joint.output.weight, c.joint.output.weight) and not a.joint.output.bias.any()
+    assert not torch.equal(a.joint.output.weight, c.joint.output.weight)
+    assert not a.joint.output.bias.any()
 
 
-# ------------------------------------------------------------------------------------------ the bench and the picture
+# ---- The bench and the picture -----------------------------------------------------------------
 
 def test_the_planted_model_of_the_bench_hears_its_tones():
-    """Random weights but for three units: one label for every tone, in every preset that a test can afford."""
+    """Random weights but for three units: one label for every tone, in the smaller presets."""
     bench = pytest.importorskip("bench")
     for preset in ("tiny", "small"):
         _, new = bench.planted_streamer(preset, chunk=8)
         _, words = bench.stream_chunks(new(), bench.tones(0, 3))
         assert [word.text for word in words] == ["ab"] * 10
-        assert all(abs(word.frame_s - 0.1 * (3 * k + 2)) < 0.1 for k, word in enumerate(words))
+        assert all(abs(word.end_s - 0.1 * (3 * k + 2)) < 0.1 for k, word in enumerate(words))
 
 
 def test_timeline_is_drawn(tmp_path):
@@ -372,27 +518,35 @@ def test_timeline_is_drawn(tmp_path):
     soundfile, bench = pytest.importorskip("soundfile"), pytest.importorskip("bench")
     from serialize import Tokenizer
     tokenizer = Tokenizer(("<asr>", "<st:en>"))
-    labels = [tokenizer.tag_id["<st:en>"], tokenizer.first_byte + ord("a"), tokenizer.first_byte + ord(" ")]
+    first = tokenizer.first_byte
+    labels = [tokenizer.tag_id["<st:en>"], first + ord("a"), first + ord(" ")]
     config = replace(m.PRESETS["tiny"], vocab=len(tokenizer))
     m.save(tmp_path / "model.pt", bench.planted(config, labels), tokenizer=tokenizer.to_dict())
     soundfile.write(tmp_path / "tones.wav", bench.tones(0, 2), 16000)
-    subprocess.run([sys.executable, ROOT / "tests" / "figures.py", "timeline", tmp_path / "model.pt",
-                    tmp_path / "tones.wav", "-o", tmp_path / "timeline.png"], check=True)
+    command = [sys.executable, ROOT / "tests" / "figures.py", "timeline", tmp_path / "model.pt"]
+    command += [tmp_path / "tones.wav", "-o", tmp_path / "timeline.png"]
+    subprocess.run(command, check=True)
     from matplotlib import image
     height, width, _ = image.imread(tmp_path / "timeline.png").shape
     assert width > 1000 and height > 300
 
 
-# ------------------------------------------------------------------------------------------------ options and files
+# ---- Options and files -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("wrong, words", [
-    ({"dim": 30}, "dim 30 .* heads 4"), ({"layers": 0}, "layers .* 0"), ({"vocab": "9"}, "vocab .* '9'"),
+    ({"dim": 30}, "dim 30 .* heads 4"), ({"layers": 0}, "layers .* 0"),
+    ({"vocab": "9"}, "vocab .* '9'"),
     ({"subsampling": 3}, "subsampling .* 3"), ({"chunks": ()}, r"chunks .* \(\)"),
     ({"chunks": (4, -1)}, "chunks .* -1"),
     ({"left_frames": -5}, "left_frames -5"), ({"dropout": 1.0}, r"dropout .* 1\.0"),
-    ({"label_encoder": "gru"}, "label_encoder .* 'gru'"), ({"ctc_vocab": -1}, "ctc_vocab -1")])
+    ({"label_encoder": "gru"}, "label_encoder .* 'gru'"), ({"ctc_vocab": -1}, "ctc_vocab -1"),
+    ({"kernel": 4}, "kernel .* 4"), ({"kernel": -1}, "kernel -1"),
+    ({"floor": 0.0}, r"floor .* 0\.0"),
+    ({"floor": float("nan")}, "floor .* nan"), ({"layers": True}, "layers .* True"),
+    ({"dropout": "0.1"}, "dropout .* '0.1'"), ({"chunks": [4]}, r"chunks .* \[4\]"),
+    ({"chunks": (10 ** 8,)}, "chunks .*100000000")])
 def test_options_are_validated(wrong, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(m.InputError, match=words):
         replace(SMALL, **wrong)
 
 
@@ -415,7 +569,30 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
     m.save(path, make(), step=1)
     with pytest.raises(Exception, match="pickle"):
         m.save(path, make(), step=2, bad=lambda: None)
-    assert m.load(path)[1] == {"step": 1} and [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+    assert m.load(path)[1] == {"step": 1} and os.listdir(tmp_path) == ["model.pt"]
+
+
+@pytest.mark.parametrize("room", [0, 5_000, 60_000])
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, room):
+    """A stand-in for a file on a disk with so many bytes left."""
+    class Full(io.FileIO):
+        written = 0
+
+        def write(self, data):
+            self.written += len(data)
+            if self.written > room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    path, model = tmp_path / "model.pt", make(dtype=torch.float32)
+    m.save(path, model, step=1)
+    assert path.stat().st_size > 60_000
+    monkeypatch.setattr(m, "open", lambda name, mode: Full(name, mode), raising=False)
+    with pytest.raises(OSError, match="untouched: No space left on device.*model.pt") as caught:
+        m.save(path, model, step=2)
+    assert caught.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    assert m.load(path)[1] == {"step": 1} and os.listdir(tmp_path) == ["model.pt"]
 
 
 class Code:
@@ -431,9 +608,9 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path):
     code.path = str(ran)
 
     def refused(words):
-        with pytest.raises(ValueError, match=words) as caught:
+        with pytest.raises(m.InputError, match=words) as caught:
             m.load(path)
-        assert str(path) in str(caught.value)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
     refused("no such file")
     path.write_text("hello")
@@ -457,6 +634,69 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path):
     refused("damaged")
     torch.save({key: value for key, value in content.items() if key != "model"}, path)
     refused("damaged.*model")
+    torch.save({**content, "version": 1}, path)
+    refused("version 1, this code reads version 2")
+
+
+def damages(content):
+    """(what is put in the place of a part, words of the message)"""
+    weights, name = content["model"], "joint.output.weight"
+    whole = weights[name]
+    def weight(tensor):
+        return {"model": {**weights, name: tensor}}
+    def option(**wrong):
+        return {"config": {**content["config"], **wrong}}
+    return [
+        (weight(torch.full_like(whole, math.nan)), f"{name} holds numbers that are NaN"),
+        (weight(whole.index_fill(0, torch.tensor(3), -math.inf)), f"{name} holds .* infinite"),
+        ({"model": {**weights, "encoder.std": weights["encoder.std"] * math.inf}}, "encoder.std"),
+        (weight(whole[1:].clone()), f"{name} must have the shape"),
+        (weight(whole.tolist()), f"{name} must have the shape"),
+        (weight(None), f"{name} must have the shape"),
+        (weight(whole.long()), f"{name} must be plain floating-point"),
+        (weight(whole[:1, :1].expand(whole.shape)), f"{name} must be plain"),
+        (weight(torch.empty(whole.shape, device="meta")), f"{name} must be plain"),
+        ({"model": {k: w for k, w in weights.items() if k != name}}, f"{name} is missing"),
+        ({"model": {**weights, "wings": whole}}, "wings is no weight"),
+        ({"model": list(weights.values())}, "model is no dict"), ({"model": {}}, "layers 3"),
+        ({"config": [1, 2]}, "config is no dict"), ({"config": None}, "config is no dict"),
+        ({"config": {}}, "lacks 'chunks'"), ({"beside": [1]}, "beside is no dict"),
+        (option(layers=10 ** 9), "layers 1000000000"),
+        (option(label_layers=10 ** 9), "label_layers 1000000000"),
+        (option(layers=10 ** 9, label_encoder="lstm"), "layers 1000000000"),
+        (option(ff=10 ** 12), "damaged"), (option(dim=4 * 10 ** 18), "damaged"),
+        (option(vocab=10 ** 9), "damaged"), (option(max_distance=10 ** 18), "damaged"),
+        (option(n_mels=10 ** 9), "damaged"), (option(chunks=4), "damaged"),
+        (option(chunks="44"), "chunks"), (option(chunks=(10 ** 9,)), "chunks .*1000000000"),
+        (option(layers="3"), "layers"), (option(dropout=[]), "dropout"),
+        (option(kernel=15), "conv")]
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path):
+    """... at once, and before memory is taken for what its config claims."""
+    path = tmp_path / "model.pt"
+    m.save(path, make(dtype=torch.float32), step=1)
+    content = torch.load(path)
+    for damage, words in damages(content):
+        torch.save({**content, **damage}, path)
+        with pytest.raises(m.InputError, match=words) as caught:
+            m.load(path)
+        message = str(caught.value)
+        assert str(path) in message and "\n" not in message and len(message) < len(str(path)) + 400
+    torch.save(content, path)
+    assert m.load(path)[1] == {"step": 1}
+
+
+def test_what_is_no_regular_file_and_a_device_that_is_not_there(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for place in (tmp_path / "fifo", tmp_path, Path(os.devnull)):
+        with pytest.raises(m.InputError, match=f"{place}: not a regular file"):
+            m.load(place)
+    m.save(tmp_path / "model.pt", make())
+    for device in ["wings"] + ["cuda"] * (not torch.cuda.is_available()):
+        with pytest.raises(m.InputError, match=f"model.pt: cannot be .* device {device}") as caught:
+            m.load(tmp_path / "model.pt", device)
+        assert "not a checkpoint" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 @torch.no_grad()
@@ -475,7 +715,8 @@ def test_a_stream_keeps_its_position_bias():
 
 
 def test_the_demonstration_prints_the_mask_it_uses():
-    out = subprocess.run([sys.executable, ROOT / "model.py"], capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, ROOT / "model.py"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert all(name in out for name in m.PRESETS) and "320 (280) ms" in out
     rows = [line.split() for line in out.splitlines() if line.strip() and set(line) <= set(" .#")]
     assert len(rows) == 16
