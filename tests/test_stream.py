@@ -1,4 +1,5 @@
 """stream.py: the same words however the audio comes, the scores that training would give, the delays of SimulEval."""
+import fcntl
 import io
 import itertools
 import json
@@ -8,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import types
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -552,6 +554,8 @@ def test_closed_pipe_and_interrupt(folder):
     lines = [microphone.stdout.readline().decode()]
     while float(lines[-1].split()[0]) < 1.5:
         lines.append(microphone.stdout.readline().decode())
+    while int.from_bytes(fcntl.ioctl(microphone.stdin, termios.FIONREAD, bytes(4)), sys.byteorder):
+        pass                                                   # all was heard, so that the end is always the same
     microphone.send_signal(signal.SIGINT)
     out, err = microphone.communicate(timeout=60)
     assert microphone.returncode == 0 and b"Traceback" not in err
