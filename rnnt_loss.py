@@ -316,10 +316,13 @@ def _array(a):
 def _run(kernel, grid, *args):
     """Run a kernel: on as many threads as torch uses, or with a grid (blocks, threads) on the GPU's present stream."""
     if grid is None:
-        threads = torch.get_num_threads()
+        threads, before = torch.get_num_threads(), numba.get_num_threads()
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-        kernel(*map(_array, args))
-        torch.set_num_threads(threads)                     # if both share one OpenMP, numba has just changed torch's
+        try:
+            kernel(*map(_array, args))
+        finally:
+            numba.set_num_threads(before)                  # the caller's own choice
+            torch.set_num_threads(threads)  # if both share one OpenMP, numba has changed torch's
     elif grid[0]:                                          # an empty batch has nothing to launch
         with torch.cuda.device_of(args[-1]):               # numba launches on the current device
             stream = torch.cuda.current_stream().cuda_stream if args[-1].is_cuda else 0  # 0 in the simulator

@@ -841,3 +841,19 @@ def test_cuda_fused_equals_cpu(tile_bytes):
     assert abs(ours - theirs.cpu()) < 1e-4
     for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, there)):
         assert (a - b.cpu()).abs().max() < 1e-4
+
+
+def test_numbas_thread_count_is_given_back(monkeypatch):
+    """Recorded, not run: so it holds on a machine of one core too."""
+    counts = [3]
+    monkeypatch.setattr(module.numba, "get_num_threads", lambda: counts[-1])
+    monkeypatch.setattr(module.numba, "set_num_threads", counts.append)
+    monkeypatch.setattr(module.torch, "get_num_threads", lambda: 1)
+    module._run(lambda: None, None)
+    assert counts == [3, 1, 3]
+
+    def fails():
+        raise RuntimeError("in the kernel")
+    with pytest.raises(RuntimeError, match="in the kernel"):
+        module._run(fails, None)
+    assert counts == [3, 1, 3, 1, 3]
