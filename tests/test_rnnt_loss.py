@@ -688,9 +688,9 @@ def test_viterbi_of_the_joint_and_without_a_path():
 
 
 @pytest.mark.parametrize("right,wrong", [
-    ("out[i, y[i]] += up", "out[i, y[i]] -= up"),
+    ("out[i, y[i]] += arc_grads[i, LABEL]", "out[i, y[i]] -= arc_grads[i, LABEL]"),
     ("arcs[t, u, BLANK] *= arcs[t + 1, u, BLANK] + arcs[t + 1, u, LABEL]", "arcs[t, u, BLANK] *= 1"),
-    ("norms[i], -(on + up), out[i]", "norms[i], -on, out[i]")])
+    ("32(x[i], norms[i], -(by_blank + by_label)", "32(x[i], norms[i], -by_blank")])
 def test_negative_control_a_broken_gradient_is_seen(right, wrong, tmp_path):
     source = (ROOT / "rnnt_loss.py").read_text()
     assert source.count(right) == 1
@@ -780,7 +780,7 @@ paths = []
 for gpu in (False, True):
     m.runs_on_gpu = lambda device, dtype: gpu
     paths.append(m.rnnt_align(logits, *rest, blank=0))
-    batch = m._batch(logits.shape, logits.device, logits.dtype, *rest, 0)
+    batch = m.check_arguments(logits, *rest, 0)
     for a, nothing in ((batch.frames, 0), (batch.counts, 0), (batch.y, m.PADDING)):
         a[1] = nothing                                     # as where a length is wrong and a GPU does not show it
     x = logits.clone().requires_grad_()
@@ -849,11 +849,160 @@ def test_numbas_thread_count_is_given_back(monkeypatch):
     monkeypatch.setattr(module.numba, "get_num_threads", lambda: counts[-1])
     monkeypatch.setattr(module.numba, "set_num_threads", counts.append)
     monkeypatch.setattr(module.torch, "get_num_threads", lambda: 1)
-    module._run(lambda: None, None)
+    module._run_cpu(lambda: None)
     assert counts == [3, 1, 3]
 
     def fails():
         raise RuntimeError("in the kernel")
     with pytest.raises(RuntimeError, match="in the kernel"):
-        module._run(fails, None)
+        module._run_cpu(fails)
     assert counts == [3, 1, 3, 1, 3]
+
+
+def plain_of(logits, targets, frames, counts):
+    """Costs and gradient by the plain numpy version, an utterance at a time."""
+    costs, grad = [], torch.zeros_like(logits)
+    for b in range(len(logits)):
+        T, U = int(frames[b]), int(counts[b])
+        own = logits[b, :T, :U + 1].detach().numpy()
+        cost, of_logits = module.plain_rnnt_loss(own, targets[b, :U].tolist(), 0)
+        costs.append(cost)
+        grad[b, :T, :U + 1] = torch.from_numpy(of_logits)
+    return torch.tensor(costs), grad
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_plain_numpy_steps_are_the_definition(seed):
+    logits, *rest = batch(seed=seed)
+    want = rnnt_loss_reference(logits, *rest, blank=0)
+    costs, grad = plain_of(logits, *rest)
+    assert (costs - want).abs().max() < 1e-12
+    assert (grad - grad_of(want.sum(), logits)).abs().max() < 1e-13
+
+
+def test_a_wrong_share_is_seen(monkeypatch):
+    """Negative control: posteriors that forget from where a path came."""
+    logits, *rest = batch()
+    want = grad_of(rnnt_loss_reference(logits, *rest, blank=0).sum(), logits)
+    lattice = module.plain_lattice
+
+    def forgets(arcs):
+        logp, posteriors = lattice(arcs)
+        return logp, (posteriors > 0) * posteriors.sum(-1, keepdims=True) / 2
+    monkeypatch.setattr(module, "plain_lattice", forgets)
+    assert (plain_of(logits, *rest)[1] - want).abs().max() > 0.1
+
+
+def test_plain_posteriors_are_those_of_the_enumerated_paths():
+    logits, targets, *_ = batch(B=1, T=4, U=3)
+    arcs = module.plain_log_probs(logits[0].detach().numpy(), targets[0].tolist(), 0)
+    logp, posteriors = module.plain_lattice(arcs)
+    log_softmax, found = logits[0].detach().log_softmax(-1), torch.zeros(4, 4, dtype=F64)
+    for path in paths(4, 3):
+        share = math.exp(path_logp(log_softmax, targets[0], path, 0) - logp)
+        for t, u in nodes_of(4, 3, path):
+            found[t, u] += share
+    assert (torch.from_numpy(posteriors.sum(-1)) - found).abs().max() < 1e-12
+    drawn = module.draw_lattice(posteriors, [7, 8, 9]).splitlines()
+    for row, u in zip(drawn[0:7:2], (3, 2, 1, 0)):                       # rows of labels, top down
+        percent = [int(word) for word in row[10:].replace("-->", "").split("--")]
+        assert percent == [round(100 * float(found[t, u])) for t in range(4)]
+
+
+def test_every_version_shows_the_same_numbers():
+    run = subprocess.run([sys.executable, str(ROOT / "rnnt_loss.py")], capture_output=True,
+                         text=True)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert [line[:24].strip() for line in lines[:5]] == [
+        "reference", "plain numpy", "kernels cpu float64", "kernels cpu float32",
+        "fused with the joint"]
+    assert all(line[24:32] == "4.495667" for line in lines[:4])
+    costs = [[float(x) for x in line[33:].split()[:3]] for line in lines[:5]]
+    assert max(abs(a - b) for row in costs for a, b in zip(row, costs[0])) < 2e-5
+    assert [float(line.split()[-1]) < 1e-6 for line in lines[1:4]] == [True] * 3
+    assert lines[-1].split()[0] == "t=0" and "100" in lines[-2]
+
+
+# ---- what users of other implementations met -----------------------------------------------------
+
+def test_lengths_and_targets_may_be_lists_and_arrays():
+    logits, targets, frames, counts = batch()
+    inputs = joint_inputs()
+    simple = torch.randn(3, 6, 9, dtype=F64), torch.randn(3, 5, 9, dtype=F64)
+    kinds = [
+        (targets, frames, counts),
+        (targets.tolist(), frames.tolist(), counts.tolist()),
+        (targets.numpy(), frames.numpy().astype("uint8"), tuple(counts.tolist())),
+        (targets.int(), frames.numpy().astype("int16"), counts.to(torch.uint8)),
+    ]
+    seen = []
+    for rest in kinds:
+        cost, posteriors = simple_rnnt_loss(*simple, *rest, blank=0)
+        seen.append([
+            rnnt_loss(logits, *rest, blank=0, reduction="none"),
+            joint_rnnt_loss(*inputs, *rest, blank=0),
+            joint_rnnt_loss(*inputs, *rest, blank=0, reduction="none"),
+            rnnt_align(logits, *rest, blank=0),
+            joint_rnnt_align(*inputs, *rest, blank=0),
+            cost, posteriors,
+            prune_band(posteriors, *rest[1:], 3)])
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other))
+    assert rnnt_loss(logits[:0], [], [], [], blank=0) == 0
+    assert rnnt_loss(logits[:, :, :1], [[], [], []], frames.tolist(), [0, 0, 0], blank=0) > 0
+
+
+@pytest.mark.parametrize("place,value,message", [
+    (0, [[1, 2], [3]], "targets must be integers in a tensor, array or list: expected sequence"),
+    (0, None, "targets must be integers in a tensor, array or list"),
+    (1, ["6", "1", "1"], "logit_lengths must be integers in a tensor, array or list"),
+    (1, [6.0, 1.0, 1.0], "logit_lengths must be 1-dimensional integers for 3 utterances, not"),
+    (1, 6, r"logit_lengths must be 1-dimensional integers .* of shape \(\)"),
+    (1, [6, 1], r"logit_lengths must be 1-dimensional integers for 3 .* of shape \(2,\)"),
+    (2, [True, False, True], "target_lengths must be .* not torch.bool"),
+    (2, [4, 0, 9], r"target_lengths\[2\] is 9, not in 0..4"),
+    (1, [6, 0, 1], r"logit_lengths\[1\] is 0, not in 1..6"),
+    (0, [[1, 2, 3, 99]] * 3, r"targets\[0, 3\] is 99, not in 0..6 without the blank, 0")])
+def test_what_is_no_length_is_named(place, value, message):
+    logits, targets, frames, counts = batch()
+    rest = [targets, frames, [4, 0, 0]]
+    rest[place] = value
+    with pytest.raises(ValueError, match=message):
+        rnnt_loss(logits, *rest, blank=0)
+    with pytest.raises(ValueError, match=message):
+        joint_rnnt_loss(*joint_inputs(), *rest, blank=0, reduction="none")
+
+
+IN_A_WORKER = """
+import sys, torch
+sys.path[:0] = sys.argv[1:2]
+from rnnt_loss import rnnt_loss
+class Costs(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+    def __getitem__(self, k):
+        return rnnt_loss(torch.zeros(1, 10, 3, 4), [[1, 1]], [10], [2], blank=0)
+if __name__ == "__main__":
+    mine = Costs()[0]                                      # the parent's threads are running now
+    options = dict(num_workers=1, batch_size=None, multiprocessing_context=sys.argv[2])
+    try:
+        costs = torch.utils.data.DataLoader(Costs(), **options)
+        print(*(cost.item() == mine.item() for cost in costs))
+    except RuntimeError as error:
+        print("RuntimeError", " ".join(str(error).split()))
+"""
+
+
+@pytest.mark.parametrize("context", ["spawn", "fork"])
+def test_a_spawned_worker_computes_it_and_a_forked_one_says_why_not(context, tmp_path):
+    """GNU's OpenMP would kill the forked one without a word; other layers survive a fork."""
+    script = tmp_path / "worker.py"
+    script.write_text(IN_A_WORKER)
+    run = subprocess.run([sys.executable, str(script), str(ROOT), context], capture_output=True,
+                         text=True)
+    assert run.returncode == 0, run.stderr
+    right = run.stdout.split() == ["True", "True"]
+    if context == "spawn":
+        assert right, run.stdout
+    else:
+        assert right or "spawn workers (multiprocessing_context='spawn')" in run.stdout
