@@ -1,0 +1,94 @@
+"""The exercises tell right from wrong, and wrong from wrong."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import exercises  # noqa: E402
+
+NAMES = [exercise.title for exercise in exercises.EXERCISES]
+
+
+@pytest.mark.parametrize("exercise", exercises.EXERCISES, ids=NAMES)
+def test_the_projects_own_answer_is_right(exercise):
+    right, message = exercises.check(exercise, exercise.right)
+    assert right and message.startswith("right on all")
+
+
+@pytest.mark.parametrize("exercise,hint", [
+    (exercise, hint) for exercise in exercises.EXERCISES for hint in exercise.mistakes])
+def test_a_usual_mistake_is_told(exercise, hint):
+    """And no other: each mistake is told from the right answer and from the other two."""
+    assert exercises.check(exercise, exercise.mistakes[hint]) == (False, hint)
+
+
+@pytest.mark.parametrize("exercise", exercises.EXERCISES, ids=NAMES)
+def test_there_are_three_mistakes_and_any_other_is_shown(exercise):
+    assert len(exercise.mistakes) == 3
+    right, message = exercises.check(exercise, lambda *given: None)
+    assert not right and "returned None" in message
+    right, message = exercises.check(exercise, lambda *given: "?")
+    assert not right and "is not\n?\nbut" in message
+    right, message = exercises.check(exercise, lambda *given: 1 / 0)
+    assert not right and f"{exercise.name}(" in message and "ZeroDivisionError" in message
+
+
+def test_the_texts_state_true_numbers():
+    import numpy as np
+    half = np.full((2, 1), np.log(0.5))
+    assert exercises.forward_right(half, half) == pytest.approx(1.386294, abs=1e-6)
+    assert exercises.posteriors_right(half, half)[-1, -1, 0] == 1
+    assert exercises.mask_right(4, 2, 0).tolist() == [[1, 1, 0, 0]] * 2 + [[0, 0, 1, 1]] * 2
+    assert exercises.laal_right([1000, 2000, 3000], 3000, 3) == 1000
+    words = [word for _, word in exercises.align_right(*exercises.sentences()[0])]
+    assert words == ("ieri yesterday ho comprato I bought una a macchina rossa red car".split())
+
+
+def test_greedy_is_the_search_of_the_program():
+    """The toy as a network would do: stream.py's own greedy search over the same logits."""
+    import torch
+    from dataclasses import replace
+    from model import PRESETS, Transducer
+    from stream import greedy_batch
+    torch.manual_seed(0)
+    config = replace(PRESETS["tiny"], layers=1, label_layers=1, dim=16, ff=16, heads=2,
+                     joint_dim=16, vocab=9, ctc_vocab=2)
+    model, mel = Transducer(config).eval(), torch.randn(1, 160, config.n_mels)
+
+    class Network:
+        blank, T = 0, 160 // config.subsampling
+
+        def logits(self, t, labels):
+            given = torch.tensor([labels], dtype=torch.long)
+            return model(mel, given, chunk=4)[0, t, len(labels)].numpy()
+    with torch.no_grad():
+        model.joint.output.bias[0] += 0.2                      # some frames without a label
+        written, _ = greedy_batch(model, mel, torch.tensor([160]), 4, (3, 3))[0]
+        assert 5 < len(written) < 3 * Network.T
+        assert exercises.greedy_right(Network(), 3) == written
+        assert exercises.moves_on_labels(Network(), 3) != written
+
+
+def run(*arguments):
+    command = [sys.executable, str(Path(exercises.__file__)), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_command(tmp_path):
+    listed = run()
+    assert listed.returncode == 0 and all(name in listed.stdout for name in NAMES)
+    assert "define laal(delays, source_ms, n_reference)" in run(6).stdout
+    answer = tmp_path / "my.py"
+    answer.write_text("def mask(n, chunk, left):\n    import numpy as np\n"
+                      "    c = np.arange(n) // chunk\n    back = c[:, None] - c\n"
+                      "    return (back >= 0) & (back <= left)\n")
+    done = run(4, answer)
+    assert done.returncode == 0 and done.stdout.startswith("right: right on all 6 inputs")
+    answer.write_text(answer.read_text().replace("back <= left", "True"))
+    done = run(4, answer)
+    assert done.returncode == 1 and "the past has no end in yours" in done.stdout
+    assert "defines no function laal" in run(6, answer).stderr
+    assert "no such file" in run(6, tmp_path / "none.py").stderr
+    assert run(7).returncode == 2 and "exercises 1 to 6" in run(7).stderr
