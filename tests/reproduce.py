@@ -1,54 +1,110 @@
 """Run the experiments of the README again, one name at a time, and print their tables.
 
-    python tests/reproduce.py builtin            de -> en on the built-in corpus, and the same without each ingredient
-    python tests/reproduce.py languages          de, es, it -> en and en -> de, es, it
-    python tests/reproduce.py mboshi DATA        Mboshi -> French; DATA holds train.jsonl and dev.jsonl
-    python tests/reproduce.py search RUN/model.pt   the run's unseen utterances by every beam and chunk size
-    python tests/reproduce.py sound RUN/model.pt    its unseen utterances as telephones, codecs and rooms give them
+    python tests/reproduce.py builtin               de -> en on the built-in corpus, and the same
+                                                    without each ingredient
+    python tests/reproduce.py languages             de, es, it -> en and en -> de, es, it
+    python tests/reproduce.py mboshi DATA           Mboshi -> French; DATA holds train.jsonl and
+                                                    dev.jsonl
+    python tests/reproduce.py papers de-en          the papers' comparison: each stream alone and
+                                                    both in every order
+    python tests/reproduce.py search RUN/model.pt   the run's unseen utterances by every beam and
+                                                    chunk size
+    python tests/reproduce.py sound RUN/model.pt    its unseen utterances as telephones, codecs and
+                                                    rooms give them
+    python tests/reproduce.py table                 tests/results/README.md from the result files
 
-A training is `python train.py` with the options printed above it; its folder is runs/reproduce/NAME.
+A training is `python train.py` with the options printed above it; its folder is
+runs/reproduce/NAME. One that is done is not done again, one that was stopped goes on. `papers` and
+`sound` write what they measured to tests/results/, from which `table` makes the tables.
 """
 import json
+import os
+import platform
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 
-RATE = 16000
-
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "tests" / "results"
+RATE = 16000
 EXPERIMENTS = {
-    "builtin": {"all ingredients": [], "no CTC start": ["--warm-steps", "0"], "whole words": ["--merges", "1000"],
-                "single clean utterances": ["--join", "1", "--no-augment"]},
-    "languages": {"de,es,it -> en": ["--corpus", "de,es,it-en"], "en -> de,es,it": ["--corpus", "en-de,es,it"]},
+    "builtin": {
+        "all ingredients": [],
+        "no CTC start": ["--warm-steps", "0"],
+        "whole words": ["--merges", "1000"],
+        "single clean utterances": ["--join", "1", "--no-augment"],
+    },
+    "languages": {
+        "de,es,it -> en": ["--corpus", "de,es,it-en"],
+        "en -> de,es,it": ["--corpus", "en-de,es,it"],
+    },
     "mboshi": {"Mboshi -> French": ["DATA/train.jsonl", "--dev", "DATA/dev.jsonl"]},
 }
+HEAD = (f"\n{'run':24} {'steps':>6}  {'stream':14} {'WER':>6} {'CER':>6} {'BLEU':>6} {'chrF':>6} "
+        f"{'LAAL':>8}")
 
 
 def run(name, options):
-    folder = ROOT / "runs" / "reproduce" / name.replace(" ", "_").replace(">", "").replace(",", "_")
-    command = [sys.executable, str(ROOT / "train.py"), *options, "--out", str(folder)]
-    print("+", " ".join(["python train.py", *options]), flush=True)
-    subprocess.run(command, check=True)
+    """One training, unless it is done; -> its last metrics."""
+    folder = train_in("".join(c if c.isalnum() else "_" for c in name), options)
     return json.loads((folder / "metrics.json").read_text())[-1]
+
+
+def train_in(name, options):
+    """`train.py` with these options in runs/reproduce/NAME, from where it stands -> its folder."""
+    from model import load
+    folder = ROOT / "runs" / "reproduce" / name
+    given, began = [*options, "--out", str(folder)], time.perf_counter()
+    if (folder / "done.json").exists():
+        return folder
+    if (folder / "resume.pt").exists():
+        given = ["--resume", str(folder)]
+    print("+", " ".join(["python train.py", *given]), flush=True)
+    subprocess.run([sys.executable, str(ROOT / "train.py"), *given], check=True)
+    beside = load(folder / "resume.pt")[1]
+    if beside["step"] < beside["options"]["steps"]:
+        sys.exit(f"{folder} was stopped; the same command goes on")
+    seconds = None if given[0] == "--resume" else round(time.perf_counter() - began)
+    done = {"steps": beside["step"], "seconds": seconds}
+    (folder / "done.json").write_text(json.dumps(done))
+    return folder
 
 
 def show(name, steps, streams, more=""):
     for tag, m in streams.items():
         scores = [m["wer"], m["cer"], m["bleu"], m["chrf"], m["laal_ms"]]
-        print(f"{name:24} {steps:6}  {tag:14}", *("     -" if x is None else f"{x:6.1f}" for x in scores), "ms", more,
-              flush=True)
+        print(f"{name:24} {steps:6}  {tag:14}",
+              *("     -" if x is None else f"{x:6.1f}" for x in scores), "ms", more, flush=True)
+
+
+def write_result(name, result):
+    """A small file with what was measured, when, and on what."""
+    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
+                            capture_output=True, text=True).stdout.strip()
+    about = {"date": str(date.today()), "commit": commit, "machine": machine()}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(about | result, indent=1) + "\n")
+
+
+def machine():
+    import torch
+    kind = torch.backends.cpu.get_cpu_capability()
+    return f"{os.cpu_count()} cores, {kind}, {platform.machine()}, torch {torch.__version__}"
 
 
 def search(path):
-    """Beams 1 to 8 at the chunk size that the model prefers, and the other chunk sizes. The score of an utterance is
-    the log-probability of what was written: of one path for beam 1, of all paths that were met for larger ones."""
+    """Beams 1 to 8 at the chunk size that the model prefers, and the other chunk sizes. The score
+    of an utterance is the log-probability of what was written: of one path for beam 1, of all paths
+    that were met for larger ones."""
     import train
-    from stream import evaluate, load_run, readable
     from serialize import read_manifest
+    from stream import evaluate, load_run, readable
     model, tokenizer, beside = load_run(path)
     options = train.resumed_options({"resume": path, "steps": beside["step"] + 1})
     if options.manifest and not options.dev:
@@ -57,15 +113,20 @@ def search(path):
         dev = list(readable(read_manifest(options.dev)))
     else:
         dev = train.BuiltIn(options.corpus, options.seed).unseen(train.TEST_SIZE)
-    chunks = model.config.chunks
-    for chunk, beam in [(chunks[0], beam) for beam in (1, 2, 4, 8)] + [(chunk, 1) for chunk in (*chunks[1:], 0)]:
+    chunks, rows = model.config.chunks, {}
+    pairs = [(chunks[0], beam) for beam in (1, 2, 4, 8)]
+    for chunk, beam in pairs + [(chunk, 1) for chunk in (*chunks[1:], 0)]:
         metrics, records = evaluate(model, tokenizer, dev, chunk=chunk, beam=beam)
         ms = f"{1000 * chunk * model.config.frame_s:.0f} ms" if chunk else "whole utterance"
         score = sum(record["score"] for record in records) / len(records)
         show(f"{ms}, beam {beam}", beside["step"], metrics, f"score {score:.2f}")
+        rows[f"{ms}, beam {beam}"] = {
+            tag: {"wer": m["wer"], "laal_ms": m["laal_ms"], "score": score}
+            for tag, m in metrics.items()}
+    write_result("search", {"steps": beside["step"], "utterances": len(dev), "rows": rows})
 
 
-# ---- Sound as people have it -----------------------------------------------------------------------------------
+# ---- Sound as people have it ---------------------------------------------------------------------
 
 def through_file(samples, suffix, *ffmpeg, **soundfile_options):
     """Written to a file of this kind, and read again as a user's file is."""
@@ -76,7 +137,8 @@ def through_file(samples, suffix, *ffmpeg, **soundfile_options):
         samples = samples * (0.5 / np.abs(samples).max())
         if ffmpeg:
             soundfile.write(source, samples, RATE)
-            subprocess.run(["ffmpeg", "-loglevel", "error", "-i", source, *ffmpeg, target], check=True)
+            subprocess.run(["ffmpeg", "-loglevel", "error", "-i", source, *ffmpeg, target],
+                           check=True)
         else:
             soundfile.write(target, resample(samples, RATE, 8000), 8000, **soundfile_options)
         return read_audio(str(target))
@@ -94,12 +156,14 @@ def pink(n, rng):
 
 def babble(n, voices, rng):
     chosen = [voices[k] for k in rng.integers(len(voices), size=5)]
-    return sum(np.resize(np.roll(v, rng.integers(len(v))), n) / np.sqrt(np.mean(v ** 2)) for v in chosen)
+    return sum(np.resize(np.roll(v, rng.integers(len(v))), n) / np.sqrt(np.mean(v ** 2))
+               for v in chosen)
 
 
 def joined(items, pause_s, rng):
     """Many rows as one: their sound with pauses between, their texts one after the other."""
-    parts = [part for _, samples in items for part in (samples, np.zeros(round(pause_s * RATE), np.float32))]
+    pause = np.zeros(round(pause_s * RATE), np.float32)
+    parts = [part for _, samples in items for part in (samples, pause)]
     row = items[0][0]
     st = {lang: " ".join(other.st[lang] for other, _ in items) for lang in row.st}
     return replace(row, asr=" ".join(other.asr for other, _ in items), st=st), np.concatenate(parts)
@@ -107,18 +171,22 @@ def joined(items, pause_s, rng):
 
 def conditions(items):
     rng = np.random.default_rng(0)
-    each = lambda change: [(row, change(samples)) for row, samples in items]
+
+    def each(change):
+        return [(row, change(samples)) for row, samples in items]
     voices = [samples for _, samples in items]
     yield "clean", items
     yield "WAV, 8 kHz", each(lambda x: through_file(x, ".wav"))
     yield "mu-law, 8 kHz", each(lambda x: through_file(x, ".wav", subtype="ULAW"))
     for codec, suffix in (("libmp3lame", ".mp3"), ("libopus", ".ogg")):
         for kbit in (16, 32, 64):
-            yield f"{codec} {kbit} kb/s", each(lambda x: through_file(x, suffix, "-c:a", codec, "-b:a", f"{kbit}k"))
+            how = "-c:a", codec, "-b:a", f"{kbit}k"
+            yield f"{codec} {kbit} kb/s", each(lambda x: through_file(x, suffix, *how))
     yield "white noise, 10 dB", each(lambda x: noisy(x, rng.standard_normal(len(x))))
     yield "pink noise, 10 dB", each(lambda x: noisy(x, pink(len(x), rng)))
     yield "five voices, 10 dB", each(lambda x: noisy(x, babble(len(x), voices, rng)))
-    yield "5 s of silence before", each(lambda x: np.concatenate([np.zeros(5 * RATE, np.float32), x]))
+    silence = np.zeros(5 * RATE, np.float32)
+    yield "5 s of silence before", each(lambda x: np.concatenate([silence, x]))
     yield "ten sentences", [joined(items[k:k + 10], 0.5, rng) for k in range(0, len(items), 10)]
     yield "five minutes", [joined(items, 0.5, rng)]
     yield "noise for sound", each(lambda x: rng.normal(0, 0.05, len(x)).astype(np.float32))
@@ -129,22 +197,266 @@ def sound(path, n=60):
     import train
     from stream import evaluate, load_run
     model, tokenizer, beside = load_run(path)
+    print(HEAD)
+    rows = {}
     for name, items in conditions(train.BuiltIn("de-en", 0).unseen(n)):
-        show(name, beside["step"], evaluate(model, tokenizer, items)[0])
+        streams = evaluate(model, tokenizer, items)[0]
+        rows[name] = {tag: {"wer": m["wer"], "laal_ms": m["laal_ms"]}
+                      for tag, m in streams.items()}
+        show(name, beside["step"], streams)
+    write_result("sound", {"steps": beside["step"], "utterances": n, "rows": rows})
+
+
+# ---- The papers' comparison ----------------------------------------------------------------------
+# All rows of a table learn from one written manifest, for the same number of steps, with the full
+# lattice (a band would favour the orders without bursts). The recognition model is trained first;
+# all others start from its weights, as the papers' do from a recogniser. TIME's times come from
+# trained models: of the transcription by Viterbi under "ASR", of the translation under "ST".
+
+TRAINING_ROWS = 6400
+TEST_ROWS = 500
+FIRST = ["--steps", "900", "--warm-steps", "300"]
+NEXT = ["--steps", "900", "--warm-steps", "200"]
+SHARED = ["--merges", "100", "--label-dropout", "0.1", "--join", "1", "--no-augment",
+          "--prune", "0", "--eval-every", "450"]
+ORDERS = {"INTER 0.0": "ratio:0", "INTER 0.5": "ratio:0.5", "ALIGN": "align", "TIME": "time"}
+NOISES_DB = 30, 25, 20, 15, 10, 5
+DRAWS = 1000
+
+
+def papers(corpus):
+    import train
+    made = train.BuiltIn(corpus, 0)
+    data = ROOT / "runs" / "reproduce" / f"papers-{corpus}-data"
+    if not (data / "manifest.jsonl").exists():
+        subprocess.run([sys.executable, str(ROOT / "train.py"), "--corpus", corpus,
+                        "--write-corpus", str(data), str(TRAINING_ROWS)], check=True)
+    manifest = str(data / "manifest.jsonl")
+    asr = train_in(f"papers-{corpus}-asr", [manifest, "--interleave", "asr", *FIRST, *SHARED])
+    runs = {"ASR": asr}
+    start = ["--init", str(asr / "model.pt"), *NEXT, *SHARED]
+    for lang in made.targets:
+        own = one_translation(manifest, lang) if len(made.targets) > 1 else manifest
+        runs[f"ST {lang}"] = train_in(f"papers-{corpus}-st-{lang}",
+                                      [own, "--interleave", "st", *start])
+    for name, mode in ORDERS.items():
+        rows = manifest if mode != "time" else timed(data, runs)
+        folder = f"papers-{corpus}-{mode.replace(':', '-')}"
+        runs[name] = train_in(folder, [rows, "--interleave", mode, *start])
+    score(corpus, made, runs)
+
+
+def one_translation(manifest, lang):
+    """The manifest with this translation alone."""
+    from serialize import read_manifest, write_manifest
+    rows = read_manifest(manifest)
+    for row in rows:
+        row.st, row.links = {lang: row.st[lang]}, {lang: row.links[lang]}
+        row.st_times = {lang: row.st_times[lang]} if lang in row.st_times else {}
+    path = Path(manifest).with_name(f"{lang}.jsonl")
+    write_manifest(path, rows)
+    return str(path)
+
+
+def timed(data, runs):
+    """The manifest with the times of words as trained transducers emit them."""
+    path = data / "manifest.jsonl"
+    for name, folder in runs.items():
+        if name == "ASR" or name.startswith("ST"):
+            target = data / f"timed-{len(name)}-{name.replace(' ', '-')}.jsonl"
+            if not target.exists():
+                subprocess.run([sys.executable, str(ROOT / "align.py"), str(path), "--times",
+                                str(folder / "model.pt"), "-o", str(target)], check=True)
+            path = target
+    return str(path)
+
+
+def score(corpus, made, runs):
+    """Every model on the same unseen utterances, clean and in noise; -> tests/results."""
+    from serialize import interleave, read_manifest
+    from stream import evaluate, load_run
+    models = {name: load_run(folder / "model.pt")[:2] for name, folder in runs.items()}
+    items = made.unseen(TEST_ROWS)
+    ratio_db = choose_noise(models["ALIGN"], made)
+    rng = np.random.default_rng(1)
+    evidence = {row.id: {"<asr>": row.times} | {f"<st:{lang}>": ends
+                                                for lang, ends in row.st_times.items()}
+                for row, _ in items}
+    in_noise = [(row, noisy(x, rng.standard_normal(len(x)), ratio_db)) for row, x in items]
+    print(HEAD)
+    rows = {}
+    for name, (model, tokenizer) in models.items():
+        done = json.loads((runs[name] / "done.json").read_text())
+        rows[name] = {**done, "parameters": sum(p.numel() for p in model.parameters())}
+        for condition, heard in (("clean", items), ("noise", in_noise)):
+            metrics, records = evaluate(model, tokenizer, heard)
+            rows[name][condition] = {tag: figures(tag, m, records, evidence)
+                                     for tag, m in metrics.items() if written_by(tag, name)}
+            show(f"{name}, {condition}", done["steps"], metrics)
+    moved = [interleave(row, "time") != interleave(row, "align")
+             for row in read_manifest(timed_manifest(corpus))]
+    write_result(f"papers-{corpus}", {
+        "training_rows": TRAINING_ROWS, "test_rows": TEST_ROWS, "noise_db": ratio_db,
+        "options": {"ASR": FIRST + SHARED, "others": NEXT + SHARED},
+        "rows_where_time_is_not_align": sum(moved) / len(moved),
+        "differences": differences(rows), "rows": without_counts(rows)})
+
+
+def written_by(tag, name):
+    """Whether this row of the table writes this stream."""
+    if name in ORDERS:
+        return True
+    return tag == ("<asr>" if name == "ASR" else f"<st:{name.removeprefix('ST ')}>")
+
+
+def timed_manifest(corpus):
+    folder = ROOT / "runs" / "reproduce" / f"papers-{corpus}-data"
+    return str(max(folder.glob("timed-*.jsonl"), key=os.path.getmtime))
+
+
+def choose_noise(model_and_tokenizer, made):
+    """The ratio of speech to white noise at which this model makes 5 % errors, on utterances that
+    are not scored."""
+    import train
+    from stream import evaluate
+    rng = np.random.default_rng(2)
+    others = [(row, train.speak_row(row, made.seed)[0])
+              for row in made.rows(1, TEST_ROWS, test=True)[:100]]
+    for ratio_db in NOISES_DB:
+        heard = [(row, noisy(x, rng.standard_normal(len(x)), ratio_db)) for row, x in others]
+        metrics, _ = evaluate(*model_and_tokenizer, heard)
+        if min(m["wer"] for m in metrics.values()) >= 5:
+            return ratio_db
+    return NOISES_DB[-1]
+
+
+def figures(tag, metrics, records, evidence):
+    """What a table shows of one stream, and the errors of every utterance, for pairs. A word is
+    guessed if it is right but was shown before what it says had been heard."""
+    from stream import edit_distance, stands_for
+    errors, words, right, guessed = [], [], 0, 0
+    for record in records:
+        reference = record["references"][tag]
+        written = [word for word in record["words"] if word.stream == tag]
+        texts = [word.text for word in written]
+        errors.append(edit_distance(reference, texts))
+        words.append(len(reference))
+        for word, k in zip(written, stands_for(reference, texts)):
+            if k < len(reference) and reference[k] == word.text:
+                right += 1
+                guessed += word.delay_ms < 1000 * evidence[record["id"]][tag][k]
+    kept = {name: metrics[name] for name in ("wer", "cer", "bleu", "chrf", "laal_ms")}
+    return kept | {"guessed": 100 * guessed / max(1, right), "errors": errors, "words": words}
+
+
+def differences(rows):
+    """WER of every row minus ALIGN's, with the interval that holds 95 % of 1,000 draws of the
+    utterances."""
+    found = {}
+    for name, row in rows.items():
+        for condition in ("clean", "noise"):
+            for tag in row[condition].keys() & rows["ALIGN"][condition].keys():
+                own, align = row[condition][tag], rows["ALIGN"][condition][tag]
+                drawn = np.random.default_rng(0).integers(
+                    len(own["words"]), size=(DRAWS, len(own["words"])))
+                delta = np.array(own["errors"]) - np.array(align["errors"])
+                total = np.array(own["words"])
+                draws = 100 * delta[drawn].sum(1) / total[drawn].sum(1)
+                found.setdefault(name, {}).setdefault(condition, {})[tag] = [
+                    100 * delta.sum() / total.sum(), *np.quantile(draws, [0.025, 0.975])]
+    return found
+
+
+def without_counts(rows):
+    for row in rows.values():
+        for condition in ("clean", "noise"):
+            for own in row[condition].values():
+                del own["errors"], own["words"]
+    return rows
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+def papers_table(result):
+    lines = [
+        f"{result['training_rows']:,} utterances to learn from, {result['test_rows']} unseen ones "
+        f"to score, clean and at {result['noise_db']} dB of white noise. {about(result)}",
+        "",
+        "| row | stream | WER | in noise | minus ALIGN, in noise | BLEU | chrF | LAAL s "
+        "| guessed % | M parameters |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    for name, row in result["rows"].items():
+        for tag, clean in row["clean"].items():
+            noise, delta = row["noise"][tag], result["differences"].get(name, {})
+            delta = delta.get("noise", {}).get(tag)
+            interval = f"{delta[0]:+.1f} ({delta[1]:+.1f} to {delta[2]:+.1f})" if delta else ""
+            bleu = ["", ""] if clean["bleu"] is None else [f"{clean['bleu']:.1f}",
+                                                           f"{clean['chrf']:.1f}"]
+            cells = [name, f"`{tag}`", f"{clean['wer']:.1f}", f"{noise['wer']:.1f}", interval,
+                     *bleu, f"{clean['laal_ms'] / 1000:.2f}", f"{clean['guessed']:.1f}",
+                     f"{row['parameters'] / 1e6:.2f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    separate = [row for name, row in result["rows"].items() if name not in ORDERS]
+    lines += ["", f"The separate models together have "
+              f"{sum(row['parameters'] for row in separate) / 1e6:.2f} M parameters."]
+    share = result["rows_where_time_is_not_align"]
+    return lines + ["", f"TIME differs from ALIGN in {share:.0%} of the training rows."]
+
+
+def sound_table(result):
+    lines = [f"WER after {result['steps']} steps, {result['utterances']} unseen utterances. "
+             f"{about(result)}", ""]
+    tags = list(next(iter(result["rows"].values())))
+    lines += ["| sound | " + " | ".join(f"`{tag}`" for tag in tags) + " |",
+              "|---|" + "--:|" * len(tags)]
+    for name, row in result["rows"].items():
+        cells = " | ".join(f"{row[tag]['wer']:.1f}" for tag in tags)
+        lines.append(f"| {name} | {cells} |")
+    return lines
+
+
+def search_table(result):
+    tags = list(next(iter(result["rows"].values())))
+    lines = [f"After {result['steps']} steps, {result['utterances']} unseen utterances. "
+             f"{about(result)}", "",
+             "| chunk, beam | " + "".join(f"WER `{tag}` | LAAL s | " for tag in tags) + "score |",
+             "|---|" + "--:|" * (2 * len(tags) + 1)]
+    for name, row in result["rows"].items():
+        cells = [f"{row[tag]['wer']:.1f} | {row[tag]['laal_ms'] / 1000:.2f}" for tag in tags]
+        lines.append(f"| {name} | {' | '.join(cells)} | {row[tags[0]]['score']:.2f} |")
+    return lines
+
+
+def about(result):
+    return f"({result['date']}, {result['commit']}; {result['machine']})"
+
+
+def table():
+    """tests/results/README.md from the result files beside it."""
+    text = ["# Results", "", "Made by `python tests/reproduce.py table` from the files beside it."]
+    for path in sorted(RESULTS.glob("*.json")):
+        kind = path.stem.split("-")[0]
+        make = {"papers": papers_table, "sound": sound_table, "search": search_table}[kind]
+        body = make(json.loads(path.read_text()))
+        text += ["", f"## {path.stem}", "", *body]
+    (RESULTS / "README.md").write_text("\n".join(text) + "\n")
+    print("\n".join(text))
 
 
 def main(argv):
     sys.path.insert(0, str(ROOT))
-    needs_more = argv[:1] in (["mboshi"], ["search"], ["sound"])
-    if not argv or argv[0] not in {*EXPERIMENTS, "search", "sound"} or len(argv) != 1 + needs_more:
+    commands = {"search": search, "sound": sound, "papers": papers, "table": table}
+    if not argv or argv[0] not in {*EXPERIMENTS, *commands}:
         sys.exit(__doc__)
-    head = f"\n{'run':24} {'steps':>6}  {'stream':14} {'WER':>6} {'CER':>6} {'BLEU':>6} {'chrF':>6} {'LAAL':>8}"
-    if argv[0] in ("search", "sound"):
-        print(head)
-        return (search if argv[0] == "search" else sound)(argv[1])
+    if len(argv) != 1 + (argv[0] in ("mboshi", "search", "sound", "papers")):
+        sys.exit(__doc__)
+    if argv[0] in commands:
+        if argv[0] == "search":
+            print(HEAD)
+        return commands[argv[0]](*argv[1:])
     results = {name: run(name, [option.replace("DATA", argv[-1]) for option in options])
                for name, options in EXPERIMENTS[argv[0]].items()}
-    print(head)
+    print(HEAD)
     for name, result in results.items():
         show(name, result["step"], result["streams"])
 

@@ -513,24 +513,6 @@ def test_the_planted_model_of_the_bench_hears_its_tones():
         assert all(abs(word.end_s - 0.1 * (3 * k + 2)) < 0.1 for k, word in enumerate(words))
 
 
-def test_timeline_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    soundfile, bench = pytest.importorskip("soundfile"), pytest.importorskip("bench")
-    from serialize import Tokenizer
-    tokenizer = Tokenizer(("<asr>", "<st:en>"))
-    first = tokenizer.first_byte
-    labels = [tokenizer.tag_id["<st:en>"], first + ord("a"), first + ord(" ")]
-    config = replace(m.PRESETS["tiny"], vocab=len(tokenizer))
-    m.save(tmp_path / "model.pt", bench.planted(config, labels), tokenizer=tokenizer.to_dict())
-    soundfile.write(tmp_path / "tones.wav", bench.tones(0, 2), 16000)
-    command = [sys.executable, ROOT / "tests" / "figures.py", "timeline", tmp_path / "model.pt"]
-    command += [tmp_path / "tones.wav", "-o", tmp_path / "timeline.png"]
-    subprocess.run(command, check=True)
-    from matplotlib import image
-    height, width, _ = image.imread(tmp_path / "timeline.png").shape
-    assert width > 1000 and height > 300
-
-
 # ---- Options and files -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("wrong, words", [

@@ -217,7 +217,7 @@ def test_rows_with_one_text_are_learned_as_that_text(small, tmp_path):
     corpus, _ = train.open_corpus(options)
     made = train.new_run(options, corpus)
     source, tokenizer = train.Source(options, made), made.tokenizer
-    batches = [source[train.Request([s], 0, (0, 1), False)] for s in train.epoch_streams(corpus, 0, options)]
+    batches = [source[train.Request([s], 0, (0, 1), True)] for s in train.epoch_streams(corpus, 0, options)]
     texts = {tuple(train.parse(batch["targets"][0].tolist(), tokenizer)) for batch in batches}
     both = (("<asr>", "a"), ("<st:en>", "c"), ("<asr>", "b"), ("<st:en>", "d"))
     assert texts == {both, both[::2], both[1::2]}
@@ -262,7 +262,7 @@ def test_an_example_of_joined_utterances_has_their_words_in_turn_and_a_lattice_o
     options = train.parse_options(["--device", "cpu", "--no-augment"])
     source = train.Source(options, train.new_run(options, corpus))
     s = next(s for s in streams_of(corpus, options) if len(s.rows) == 3)
-    example = source.example(s, train.Request([s], 0, (0, 1), False))
+    example = source.example(s, train.Request([s], 0, (0, 1), True))
     pairs = train.parse(example["targets"], source.tokenizer)
     assert pairs == [pair for row in s.rows for pair in interleave(row, "align")]
     samples, starts = source.sound(s)
@@ -307,17 +307,43 @@ def test_disturbed_sound_is_a_function_of_its_seed_and_has_the_noise_it_claims()
     assert 4 < np.percentile(ratios, 2) < 8 and np.percentile(ratios, 98) < 40
 
 
-def test_holes_take_bands_and_stretches_to_their_mean_or_to_the_floor():
+def test_bands_are_taken_to_their_mean_or_to_the_floor():
     mel, filled = torch.randn(200, 80) + torch.arange(80) / 8, []
-    for seed in range(40):
-        holed = train.with_holes(mel, np.random.default_rng(seed), -11.5)
-        assert torch.equal(holed, train.with_holes(mel, np.random.default_rng(seed), -11.5))
+    for seed in range(60):
+        holed = train.without_bands(mel, np.random.default_rng(seed), -11.5)
+        assert torch.equal(holed, train.without_bands(mel, np.random.default_rng(seed), -11.5))
         changed = holed != mel
-        floor = bool((holed[changed] == -11.5).all())
-        assert floor or torch.allclose(holed[changed], mel.mean(0).expand(200, 80)[changed])
-        filled.append(floor)
-        assert changed.float().mean() < 0.75
-    assert 5 < sum(filled) < 35
+        assert torch.equal(changed, changed[:1].expand(200, 80))           # a band as a whole
+        if changed.any():
+            floor = bool((holed[changed] == -11.5).all())
+            assert floor or torch.allclose(holed[changed], mel.mean(0).expand(200, 80)[changed])
+            filled.append(floor)
+        assert changed[0].sum() <= 32
+    assert 30 < len(filled) < 50 and 5 < sum(filled) < len(filled) - 5
+
+
+def test_stretches_are_taken_to_the_mean_of_their_bands():
+    mel, lengths = torch.randn(400, 80) + torch.arange(80) / 8, []
+    for seed in range(60):
+        holed = train.without_stretches(mel, np.random.default_rng(seed))
+        changed = holed != mel
+        assert torch.equal(changed, changed[:, :1].expand(400, 80))
+        assert torch.allclose(holed[changed], mel.mean(0).expand(400, 80)[changed])
+        lengths.append(int(changed[:, 0].sum()))
+    assert max(lengths) <= 80 and 30 < np.mean(lengths) < 50
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 15, 16, 17, 48017, 100003])
+def test_noise_and_filters_of_any_length_take_a_size_of_small_factors(n):
+    size = train.fast_size(n)
+    assert n <= size <= 1.13 * n + 1
+    for factor in (2, 3, 5, 7, 11, 13):
+        while size % factor == 0:
+            size //= factor
+    assert size == 1
+    noise = train.coloured_noise(n, np.random.default_rng(0))
+    assert noise.shape == (n,) and np.isfinite(noise).all()
+    assert train.low_pass(noise.astype(np.float32), 4000).shape == (n,)
 
 
 def test_a_row_that_turns_out_bad_is_named_once_and_left_out(tmp_path, capsys, small):
@@ -364,7 +390,7 @@ def batch_of_eight():
     corpus = train.BuiltIn("de-en", 0)
     made = train.new_run(options, corpus)
     chosen = [train.Stream([row], [0.0], [], 1.0, 3.0) for row in corpus.rows(0, 8)]
-    return options, made, train.to_device(train.Source(options, made)[train.Request(chosen, 0, (0, 1), False)], "cpu")
+    return options, made, train.to_device(train.Source(options, made)[train.Request(chosen, 0, (0, 1), True)], "cpu")
 
 
 def test_the_transducer_task_is_the_loss_of_the_models_own_logits(batch_of_eight):
@@ -669,7 +695,7 @@ def test_training_hears_the_sound_of_its_manifest(small, tmp_path):
     made = train.new_run(options, rows)
     source = train.Source(options, made)
     for row, own in zip(rows.rows(0), corpus.rows(0, 8)):
-        example = source.example(train.Stream([row], [0.0], [], 1.0, 3.0), train.Request([], 0, (0, 1), False))
+        example = source.example(train.Stream([row], [0.0], [], 1.0, 3.0), train.Request([], 0, (0, 1), True))
         spoken = train.mel_of(train.speak_row(own)[0].clip(-1, 1), made.model.config)
         assert torch.allclose(example["mel"], spoken, atol=0.2) and example["mel"].std() > 1
         assert row.asr == own.asr and row.links == own.links

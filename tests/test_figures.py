@@ -1,0 +1,148 @@
+"""The pictures are drawn, and the replay page shows at every time the words that were out by
+then."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import figures  # noqa: E402
+import model as m  # noqa: E402
+from serialize import Tokenizer  # noqa: E402
+from stream import Word  # noqa: E402
+
+soundfile, bench = pytest.importorskip("soundfile"), pytest.importorskip("bench")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def planted(folder, words, seconds):
+    """A model that writes these words, one a tone, in two streams, and a recording of tones."""
+    tokenizer = Tokenizer(("<asr>", "<st:en>"))
+    labels = []
+    for tag, word in words:
+        labels += [tokenizer.tag_id[tag], *tokenizer.encode_word(word)]
+    config = replace(m.PRESETS["tiny"], vocab=len(tokenizer))
+    m.save(folder / "model.pt", bench.planted(config, labels), tokenizer=tokenizer.to_dict())
+    soundfile.write(folder / "tones.wav", bench.tones(0, seconds), 16000)
+    return folder / "model.pt", folder / "tones.wav"
+
+
+def draw(*arguments):
+    command = [sys.executable, str(ROOT / "tests" / "figures.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def size(path):
+    from matplotlib import image
+    return image.imread(path).shape[:2]
+
+
+def test_a_long_timeline_is_rows_and_not_a_wider_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    model, tones = planted(tmp_path, [("<asr>", "a")], 20)
+    short, long = tmp_path / "short.png", tmp_path / "long.png"
+    assert draw("timeline", model, tones, "--duration", 4, "-o", short).returncode == 0
+    assert draw("timeline", model, tones, "-o", long).returncode == 0
+    assert size(short)[1] == size(long)[1] == 1600
+    assert size(long)[0] > 2.5 * size(short)[0]                # three rows of seven seconds
+
+
+def test_mask_links_and_curves_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "log.csv").write_text("step,letters,transducer\n50,3.1,\n100,2.0,\n150,1.5,4.0\n")
+    for arguments in (["mask"], ["curves", run], ["links"]):
+        done = draw(*arguments, "-o", tmp_path / "a.png")
+        assert done.returncode == 0, done.stderr
+        assert min(size(tmp_path / "a.png")) > 300
+    missing = draw("curves", tmp_path, "-o", tmp_path / "b.png")
+    assert missing.returncode == 1 and "log.csv: no such file" in missing.stderr
+    missing = draw("tradeoff", "--results", tmp_path / "none.json")
+    assert missing.returncode == 1 and "reproduce.py search RUN/model.pt" in missing.stderr
+
+
+# What a page must not take for its own markup, what is written from right to left, and marks that
+# combine with the letter before.
+WORDS = [("<asr>", "<script>x</script>"), ("<st:en>", "שלום"), ("<asr>", "e\u0301te&amp;"),
+         ("<st:en>", '"quoted"'), ("<asr>", "DATA"), ("<st:en>", "SOUND")]
+
+
+def heard(checkpoint, path, start=0.0, duration=None, chunk=None):
+    """As figures.heard would find them: a word every 0.4 s, shown when its chunk is complete."""
+    chunk_s = 0.04 * chunk
+    words = [Word(tag, text, 1000 * chunk_s * np.ceil(0.4 * (k + 1) / chunk_s),
+                  start_s=0.4 * k, end_s=0.4 * (k + 1), elapsed_ms=0.0, confidence=1.0)
+             for k, (tag, text) in enumerate(WORDS)]
+    return bench.tones(0, 4), words, ("<asr>", "<st:en>"), chunk_s
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    path = tmp_path_factory.mktemp("replay") / "page.html"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "heard", heard)
+        figures.replay(SimpleNamespace(checkpoint="", file="a <b>.wav", chunks=[4, 16],
+                                       output=path))
+    return path
+
+
+def data_of(page):
+    text = re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8")).group(1)
+    return json.loads(text)
+
+
+def test_the_page_holds_all_and_no_word_ends_its_script(page):
+    data = data_of(page)
+    for version, chunk in zip(data["versions"], (4, 16)):
+        words = heard("", "", chunk=chunk)[1]
+        assert [w["text"] for w in version["words"]] == [w.text for w in words]
+        assert [w["shown"] for w in version["words"]] == pytest.approx(
+            [w.delay_ms / 1000 for w in words], abs=1e-3)
+    assert data["streams"] == ["asr", "st:en"]
+    text = page.read_text(encoding="utf-8")
+    assert "http" not in text and text.count("</script>") == 2
+
+
+def test_a_page_of_a_real_run(tmp_path):
+    model, tones = planted(tmp_path, [("<st:en>", "a")], 2)
+    done = draw("replay", model, tones, "-o", tmp_path / "page.html")
+    assert done.returncode == 0, done.stderr
+    versions = data_of(tmp_path / "page.html")["versions"]
+    assert len(versions) == len(m.PRESETS["tiny"].chunks)
+    assert all(word["text"] == "a" for word in versions[0]["words"]) and versions[0]["words"]
+
+
+def in_chromium(page, fragment):
+    """The page after its scripts ran at this place, and the errors on its console."""
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+         f"--user-data-dir={page.parent / 'profile'}", "--virtual-time-budget=4000", "--dump-dom",
+         f"{page.as_uri()}#{fragment}"], capture_output=True, text=True, timeout=120)
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return done.stdout, console
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium here")
+@pytest.mark.parametrize("at,version", [(0, 0), (1.0, 0), (2.0, 1), (3.0, 0)])
+def test_the_page_shows_what_was_out_by_then(page, at, version):
+    import html
+    dom, console = in_chromium(page, f"t={at}&chunk={version}")
+    assert not console, console
+    data, wanted = data_of(page), {}
+    for word in sorted(data["versions"][version]["words"], key=lambda word: word["shown"]):
+        if word["shown"] <= at + 1e-3:
+            wanted.setdefault(word["stream"], []).append(word["text"])
+    for stream in (0, 1):
+        caption = re.search(rf'<p dir="auto" id="caption-{stream}">(.*?)</p>', dom, re.S).group(1)
+        words = re.findall(r'<span class="word[^"]*">(.*?)</span>', caption, re.S)
+        assert [html.unescape(word) for word in words] == wanted.get(stream, [])
+    assert at == 0 or wanted                                   # else nothing was compared
