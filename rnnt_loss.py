@@ -42,9 +42,10 @@ before, over two numbers a node.
 
 Processes: numba's OpenMP threads do not survive a fork. Workers that call the loss must be spawned
 (`DataLoader(..., multiprocessing_context="spawn")`); or prepare data in workers and take the loss
-in the parent, as train.py does. After a fork the loss raises RuntimeError instead of dying. Threads:
-the loss runs on as many as torch does and leaves both libraries' counts as it found them; call it
-from one thread at a time unless numba uses TBB or OpenMP (`numba.threading_layer()`).
+in the parent, as train.py does. After a fork the loss raises RuntimeError instead of dying.
+
+Threads: the loss runs on as many as torch does and leaves both libraries' counts as it found them;
+call it from one thread at a time unless numba uses TBB or OpenMP (`numba.threading_layer()`).
 
 `python rnnt_loss.py` draws a lattice and runs every version on one batch.
 """
@@ -178,9 +179,9 @@ def rnnt_loss(logits, targets, logit_lengths, target_lengths, blank=-1, clamp=-1
     logits (B,T,U1,V), float32, float64 (CPU only), float16 or bfloat16; targets (B,U) and both
     lengths (B,), integers in tensors, arrays or lists. clamp > 0 bounds each |dcost/dlogit|.
     fastemit_lambda scales the label arcs' part of the gradient by 1 + lambda, not the cost
-    (FastEmit, arXiv 2010.11148). delay_penalty adds delay_penalty ((T-1)/2 - t), T the utterance's own, to a
-    label's log-probability at frame t, in cost and gradient (arXiv 2211.00490). "mean" is over
-    utterances. Costs are float32, or float64 for such logits.
+    (FastEmit, arXiv 2010.11148). delay_penalty adds delay_penalty ((T-1)/2 - t), T the utterance's
+    own, to a label's log-probability at frame t, in cost and gradient (arXiv 2211.00490). "mean" is
+    over utterances. Costs are float32, or float64 for such logits.
 
     Raises ValueError for what does not fit. Values that lie on a GPU are checked only if validate,
     since that waits for them; else one out of range makes the cost of its utterance NaN.

@@ -121,6 +121,8 @@ class Options:
     strict: bool = option(False, "stop at the first bad row instead of leaving it out")
 
 
+# A voice that never says the same twice cannot be learned by heart.
+BUILT_IN = dict(dropout=0.0)
 REAL = dict(steps=8500, warm_steps=5000, label_dropout=0.25, merges=240, eval_every=1000)
 FIXED = "corpus", "preset", "interleave", "init", "seed", "merges"   # what a checkpoint decides
 
@@ -162,7 +164,7 @@ def parse_options(argv):
             given[name] = os.path.abspath(given[name])  # a run goes on wherever one stands
     if given.get("resume"):
         return resumed_options(given)
-    options = replace(Options(), **(REAL if given.get("manifest") else {}))
+    options = replace(Options(), **(REAL if given.get("manifest") else BUILT_IN))
     return check(replace(options, **given))
 
 
@@ -547,6 +549,7 @@ def learning_rate(step, steps):
 ALONE = 0.4           # share of streams with one utterance; the others have 2 to --join
 BEFORE = 0.25         # share of streams with silence, up to PAUSE, before the first word
 PAUSE = 5.0           # seconds of silence between two utterances, at most; most are far shorter
+AS_IS = 0.25          # share of streams that nothing disturbs
 BABBLE = 0.15         # share of streams with other speakers in the background
 SPEAKERS = 5          # how many
 SPEEDS = 0.9, 1.0, 1.1   # of recorded speech (Ko et al., Interspeech 2015)
@@ -568,7 +571,7 @@ class Request:
     streams: list
     epoch: int
     after: tuple                # (epoch, batch) that follows this one
-    holes: bool                 # SpecAugment: what cannot hear yet learns nothing from holes
+    easy: bool                  # undisturbed: what cannot hear yet learns nothing from noise
 
 
 def random_state(*key):
@@ -653,9 +656,9 @@ def requests(corpus, run, options, ranks):
         others = ranks.world - 1 - ranks.rank
         for k in range(first, len(batches)):
             step = begun + count // (ranks.world * options.accumulate)
-            holes = options.augment and step >= options.warm_steps // 2
+            easy = not options.augment or step < options.warm_steps // 2
             if count % ranks.world == ranks.rank:
-                yield Request(batches[k], epoch, (epoch, k + 1 + others), holes)
+                yield Request(batches[k], epoch, (epoch, k + 1 + others), easy)
             count += 1
         epoch, first = epoch + 1, max(0, first - len(batches))
 
@@ -698,11 +701,15 @@ class Source(torch.utils.data.Dataset):
         hidden; keep, see `blocks`."""
         options, rng = self.options, random_state(self.options.seed, request.epoch, s.rows[0].id)
         samples, starts = self.sound(s)
-        if options.augment:
+        disturbed = not request.easy and rng.random() >= AS_IS
+        if disturbed:
             samples = disturb(samples, self.background(s, len(samples), rng), rng)
         mel = mel_of(samples, self.config)
-        if request.holes:
-            mel = with_holes(mel, rng, math.log(self.config.floor))
+        if disturbed:
+            mel = through_codec(mel, rng, math.log(self.config.floor))
+            mel = without_bands(mel, rng, math.log(self.config.floor))
+        if not request.easy and s.rows[0].audio:               # a voice that never repeats itself
+            mel = without_stretches(mel, rng)                  # needs no such help
         pairs = [interleave(row, mode_of(row, options.interleave)) for row in s.rows]
         targets = serialize([pair for own in pairs for pair in own], self.tokenizer)
         spoken = " ".join(row.asr for row in s.rows if row.asr)
@@ -861,7 +868,7 @@ def disturb(samples, background, rng):
     if background is None and rng.random() < 0.5:
         background = coloured_noise(len(samples), rng)
     if background is not None:
-        ratio = 10 ** (-rng.uniform(5, 30) / 10)               # noise over speech, in power
+        ratio = 10 ** (-rng.uniform(7, 30) / 10)               # noise over speech, in power
         scale = np.sqrt(ratio * power / (np.mean(background ** 2) + 1e-9))
         samples = samples + (scale * background).astype(np.float32)
     if rng.random() < 0.4:
@@ -874,15 +881,25 @@ def disturb(samples, background, rng):
 
 def coloured_noise(n, rng):
     """Noise whose power falls with frequency to the power of 0 (white) to 2 (brown)."""
-    hz = np.fft.rfftfreq(n, 1 / SAMPLE_RATE)
+    size = fast_size(n)
+    hz = np.fft.rfftfreq(size, 1 / SAMPLE_RATE)
     shape = np.maximum(hz, 50) ** (-rng.uniform(0, 2) / 2)
-    return np.fft.irfft(np.fft.rfft(rng.standard_normal(n)) * shape, n)
+    spectrum = np.fft.rfft(rng.standard_normal(size, np.float32))
+    return np.fft.irfft(spectrum * shape.astype(np.float32), size)[:n]
 
 
 def low_pass(samples, hz):
-    spectrum = np.fft.rfft(samples)
-    spectrum[round(hz * len(samples) / SAMPLE_RATE):] = 0
-    return np.fft.irfft(spectrum, len(samples)).astype(np.float32)
+    size = fast_size(len(samples))
+    spectrum = np.fft.rfft(samples, size)
+    spectrum[round(hz * size / SAMPLE_RATE):] = 0
+    return np.fft.irfft(spectrum, size)[:len(samples)].astype(np.float32)
+
+
+def fast_size(n):
+    """The next number whose prime factors are small: a Fourier transform of a prime size takes
+    thirty times as long."""
+    step = 1 << max(0, n.bit_length() - 4)                     # of 8 to 16 steps
+    return -(-n // step) * step
 
 
 def mu_law(samples):
@@ -895,15 +912,33 @@ def mu_law(samples):
     return (peak * np.sign(code) * size / 255).astype(np.float32)
 
 
-def with_holes(mel, rng, floor):
-    """(F,80) -> the same with two bands and two stretches of time gone (SpecAugment,
-    arXiv 1904.08779): each band at its own mean there, or, as codecs leave it, at the floor."""
-    (n_frames, n_mels), mel = mel.shape, mel.clone()
+def through_codec(mel, rng, floor):
+    """(F,80) -> as MP3 of few bits leaves it, now and then: from some band upwards, silence wherever
+    the sound is weak beside the loudest band of its frame."""
+    if rng.random() >= 0.25:
+        return mel
+    weak = mel < mel.amax(1, keepdim=True) - rng.uniform(1, 6)        # nats: 4 to 26 dB
+    weak[:, :rng.integers(30, 70)] = False
+    return mel.masked_fill(weak, floor)
+
+
+def without_bands(mel, rng, floor):
+    """(F,80) -> the same with up to two groups of bands gone (SpecAugment, arXiv 1904.08779): each
+    band at its own mean, or, as codecs leave it, at the floor."""
+    mel, n_mels = mel.clone(), mel.shape[1]
     fill = mel.mean(0) if rng.random() < 0.5 else torch.full((n_mels,), floor)
-    for _ in range(2):
+    for _ in range(rng.integers(0, 3)):
         width = int(rng.integers(0, 17))
         low = int(rng.integers(0, n_mels - width + 1))
         mel[:, low:low + width] = fill[low:low + width]
+    return mel
+
+
+def without_stretches(mel, rng):
+    """(F,80) -> the same with two stretches of time at the mean, of up to 0.4 s."""
+    mel, n_frames = mel.clone(), len(mel)
+    fill = mel.mean(0)
+    for _ in range(2):
         width = int(rng.integers(0, max(1, min(40, n_frames // 8)) + 1))
         start = int(rng.integers(0, n_frames - width + 1))
         mel[start:start + width] = fill
@@ -1227,7 +1262,7 @@ def announce(run, source, corpus, options, folder):
     print(f"{options.preset}, {options.interleave}: {millions:.2f} M parameters, "
           f"{len(run.tokenizer)} tokens, on {options.device}; {told}, {len(batches)} an epoch, "
           f"{1 - seconds / padded:.1%} of it padding; run folder {folder}", flush=True)
-    batch = source[Request(batches[0], 0, (0, 0), False)]
+    batch = source[Request(batches[0], 0, (0, 0), True)]
     half = options.warm_steps // 2
     phases = {
         0: half,

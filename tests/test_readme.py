@@ -4,9 +4,13 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-MAIN, TESTS = "pip install -r requirements.txt && python train.py", "pip install -r requirements.txt && pytest"
+README = (ROOT / "README.md").read_text("utf-8")
+sys.path.insert(0, str(ROOT))
+MAIN = "pip install -r requirements.txt && python train.py"
+TESTS = "pip install -r requirements.txt && pytest"
 
 
 def test_the_two_commands_stand_alone_on_a_line():
@@ -15,7 +19,8 @@ def test_the_two_commands_stand_alone_on_a_line():
 
 
 def test_ci_takes_its_command_from_the_readme():
-    pattern = re.search(r"sed -n 's/(.*)/\\1/p' README.md", (ROOT / ".ci" / "run").read_text()).group(1)
+    script = (ROOT / ".ci" / "run").read_text()
+    pattern = re.search(r"sed -n 's/(.*)/\\1/p' README.md", script).group(1)
     pattern = pattern.replace("\\(", "(").replace("\\)", ")")
     assert [line.strip() for line in README.splitlines() if re.match(pattern, line)] == [TESTS]
 
@@ -23,14 +28,19 @@ def test_ci_takes_its_command_from_the_readme():
 def test_requirements_name_every_package_that_is_imported():
     named = set(re.findall(r"^([a-z]+)", (ROOT / "requirements.txt").read_text(), re.M))
     local = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]}
-    late = {"sounddevice", "transformers", "torchaudio", "warprnnt_numba", "tokenizers"}  # imported only where the user has them
+    # Imported only where the user has them.
+    late = {"sounddevice", "transformers", "torchaudio", "warprnnt_numba", "tokenizers"}
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
-            names = ([a.name for a in node.names] if isinstance(node, ast.Import)
-                     else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else [])
+            names = []
+            if isinstance(node, ast.Import):
+                names = [a.name for a in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
             for name in names:
                 package = name.split(".")[0]
-                assert package in named | local | late | set(sys.stdlib_module_names), f"{path.name} imports {package}"
+                known = named | local | late | set(sys.stdlib_module_names)
+                assert package in known, f"{path.name} imports {package}"
 
 
 def test_files_named_in_the_readme_exist():
@@ -42,5 +52,82 @@ def test_the_house():
     allowed = {"README.md", "requirements.txt", "LICENSE", "tests"} | {
         f"{name}.py" for name in ("model", "rnnt_loss", "align", "serialize", "train", "stream")}
     import subprocess
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    tracked = listed.stdout.split()
     assert {path.split("/")[0] for path in tracked if not path.startswith(".")} <= allowed
+    long = [f"{path}:{n}" for path in tracked if path.endswith((".py", ".html"))
+            for n, line in enumerate((ROOT / path).read_text("utf-8").splitlines(), 1)
+            if len(line) > 100]
+    assert not long, long
+
+
+# ---- commands and snippets -----------------------------------------------------------------------
+
+def commands():
+    """(script, arguments) of every command in the README: a line of code, or one between
+    backticks."""
+    blocks = [line[4:] for line in README.splitlines() if line.startswith("    ")]
+    inline = re.findall(r"`([^`\n]+)`", README)
+    for text in blocks + inline:
+        text = text.split("  #")[0]
+        for part in re.split(r"&&|\|", text):
+            match = re.match(r"\s*(?:python|torchrun \S+) ((?:tests/)?\w+\.py)(?: (.*))?$", part)
+            if match:
+                yield match[1], (match[2] or "").replace("...", "").split()
+
+
+def parse(script, arguments):
+    """With the parser of the script itself; SystemExit where it refuses."""
+    import align
+    import serialize
+    import stream
+    import train
+    sys.path.insert(0, str(ROOT / "tests"))
+    import figures
+    known = {
+        "train.py": lambda a: train.make_parser().parse_args(a),
+        "stream.py": lambda a: stream.arguments().parse_args(a),
+        "align.py": align.parse_options,
+        "serialize.py": serialize.read_arguments,
+        "tests/figures.py": lambda a: a and figures.make_parser().parse_args(a),
+    }
+    if script in known:
+        known[script](arguments)
+
+
+def test_every_command_of_the_readme_is_one():
+    found = list(commands())
+    assert len(found) > 20 and {script for script, _ in found} >= {"train.py", "stream.py"}
+    for script, arguments in found:
+        assert (ROOT / script).is_file(), script
+        parse(script, arguments)
+    with pytest.raises(SystemExit):                            # negative control
+        parse("train.py", ["--no-such-flag", "3"])
+
+
+def test_every_flag_in_the_readmes_tables_is_train_pys():
+    import train
+    cells = re.findall(r"^\| \d+ \|.*?\| `(--[^`]*)`", README, re.M)
+    assert len(cells) == 4
+    for cell in cells:
+        train.make_parser().parse_args(cell.split())
+
+
+def test_the_snippets_run():
+    """The last one reads a model of the main job; here it gets a small one, and tones."""
+    snippets = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(snippets) == 4
+    for snippet in snippets[:3]:
+        exec(compile(snippet, "README.md", "exec"), {})
+    bench = pytest.importorskip("bench")
+    _, new = bench.planted_streamer("tiny", chunk=8)
+    streamer = new()
+
+    class Run:
+        load_run = staticmethod(lambda path: (streamer.model, streamer.tokenizer, {}))
+        Streamer = staticmethod(lambda model, tokenizer: streamer)
+    lines = snippets[3].replace("from stream import Streamer, load_run", "")
+    space = {"packets": bench.tones(0, 2).reshape(-1, 1600), "load_run": Run.load_run,
+             "Streamer": Run.Streamer}
+    exec(compile(lines, "README.md", "exec"), space)
+    assert isinstance(space["words"], list) and streamer.received >= 32000
