@@ -605,7 +605,8 @@ def epoch_streams(corpus, epoch, options):
 
 
 def top_unused(stack, used):
-    """The last entry of the stack that is not used, where it stays; used ones above it are taken off."""
+    """The last entry of the stack that is not used, where it stays; used ones above it are taken
+    off."""
     while stack and used[stack[-1]]:
         stack.pop()
     return stack[-1] if stack else None
@@ -913,8 +914,8 @@ def mu_law(samples):
 
 
 def through_codec(mel, rng, floor):
-    """(F,80) -> as MP3 of few bits leaves it, now and then: from some band upwards, silence wherever
-    the sound is weak beside the loudest band of its frame."""
+    """(F,80) -> as MP3 of few bits leaves it, now and then: from some band upwards, silence
+    wherever the sound is weak beside the loudest band of its frame."""
     if rng.random() >= 0.25:
         return mel
     weak = mel < mel.amax(1, keepdim=True) - rng.uniform(1, 6)        # nats: 4 to 26 dB

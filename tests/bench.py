@@ -1,9 +1,13 @@
-"""Every timing table of the README, each by one command.
+"""Every timing table, each by one command.
 
-    python tests/bench.py loss [--joint]       rnnt_loss beside a copy of the logits, log_softmax and installed peers
-    python tests/bench.py stream               chunks, real-time factors, where the time goes, an hour of audio
-    python tests/bench.py tokenizer FILE...    training and encoding, a sentence a line, .gz or not
+    python tests/bench.py loss [--joint]     rnnt_loss beside a copy of the logits, log_softmax and
+                                             installed peers
+    python tests/bench.py train [FLAGS]      where a training step's time goes, phase by phase
+    python tests/bench.py stream             chunks, real-time factors, where the time goes, an hour
+                                             of audio
+    python tests/bench.py tokenizer FILE...  training and encoding, a sentence a line, .gz or not
 """
+
 import argparse
 import gzip
 import hashlib
@@ -25,15 +29,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def machine():
     """One line for under a table: a figure means nothing without it."""
-    return (f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
-            f"{torch.get_num_threads()} thread(s)")
+    return (
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch "
+        f"{torch.__version__}, "
+        f"{torch.get_num_threads()} thread(s)"
+    )
 
 
-# ---- stream: the network and the search, chunk by chunk --------------------------------------------------------------
+# ---- stream: the network and the search, chunk by chunk ------------------------------------------
 #
-# Random weights write nothing or everything, and then there is no search to time. So three tones, 10 a second, are
-# planted in noise, and three units of every layer on the way are set by hand so that the network hears them: the tone
-# and the label written last decide together what is written next, one label a tone. All else stays random, and every
+# Random weights write nothing or everything, and then there is no search to time. So three tones,
+# 10 a second, are
+# planted in noise, and three units of every layer on the way are set by hand so that the network
+# hears them: the tone
+# and the label written last decide together what is written next, one label a tone. All else stays
+# random, and every
 # product is computed as in a trained network.
 
 TONES = (500.0, 1500.0, 3500.0)
@@ -41,7 +51,8 @@ LABELS_PER_S = 10
 
 
 def tones(start_s, seconds, seed=0):
-    """`seconds` of the planted audio from `start_s` on, the same wherever it is cut at whole seconds."""
+    """`seconds` of the planted audio from `start_s` on, the same wherever it is cut at whole
+    seconds."""
     at = np.arange(round(seconds * 16000)) / 16000
     hz = np.array(TONES)[(np.floor((start_s + at) * LABELS_PER_S) % 3).astype(int)]
     noise = np.random.default_rng((seed, round(start_s))).standard_normal(len(at))
@@ -55,7 +66,9 @@ def planted(config, labels):
     torch.manual_seed(0)
     model = Transducer(config).eval()
     encoder, joint = model.encoder, model.joint
-    encoder.set_statistics(torch.tensor(0.0), torch.tensor(4.0))  # a tone is about 1.7, the noise -1
+    encoder.set_statistics(
+        torch.tensor(0.0), torch.tensor(4.0)
+    )  # a tone is about 1.7, the noise -1
     for k, hz in enumerate(TONES):
         tone = torch.sin(2 * torch.pi * hz * torch.arange(400) / 16000) * 0.3
         unit = log_mel(tone)[0].argmax()  # the band that hears it
@@ -67,7 +80,10 @@ def planted(config, labels):
         encoder.project.weight[k, k] = 12 * (config.dim / 144) ** 0.5
         model.label_encoder.embedding.weight[:, k] = 0
         for proj, dim in ((joint.encoder_proj, k), (joint.label_proj, (k - 1) % 3)):
-            proj.weight[k], proj.bias[k] = 0, -4.5  # heard: about 1, not heard: -4.5; so the sum is an AND
+            proj.weight[k], proj.bias[k] = (
+                0,
+                -4.5,
+            )  # heard: about 1, not heard: -4.5; so the sum is an AND
             proj.weight[k, dim] = 6 / config.dim ** 0.5
     for k, label in enumerate(labels):
         model.label_encoder.embedding.weight[label, k] = 20 * (config.dim / 144) ** 0.5
@@ -78,7 +94,8 @@ def planted(config, labels):
 
 
 def planted_streamer(preset, **options):
-    """-> a function that makes a Streamer, all on one model. The labels spell words of three letters."""
+    """-> a function that makes a Streamer, all on one model. The labels spell words of three
+    letters."""
     from model import PRESETS
     from serialize import Tokenizer
     from stream import Streamer
@@ -104,8 +121,12 @@ class Clock:
                  "joint": [model.joint.encoder_proj, model.joint.label_proj, model.joint.output]}
         for name, modules in parts.items():
             for module in modules:
-                self.handles.append(module.register_forward_pre_hook(lambda *_: setattr(self, "began", now())))
-                self.handles.append(module.register_forward_hook(lambda *_, name=name: self.add(name)))
+                self.handles.append(
+                    module.register_forward_pre_hook(lambda *_: setattr(self, "began", now()))
+                )
+                self.handles.append(
+                    module.register_forward_hook(lambda *_, name=name: self.add(name))
+                )
 
     def timed(self, name, function):
         def run(*arguments):
@@ -129,8 +150,9 @@ now = time.perf_counter
 
 
 def stream_chunks(streamer, audio):
-    """One chunk of audio per call, then the flush -> seconds of every call, and the words. The flush
-    is a call of its own: added to the last chunk's, it was the 99th percentile of a short run."""
+    """One chunk of audio per call, then the flush -> seconds of every call, and the words. The
+    flush is a call of its own: added to the last chunk's, it was the 99th percentile of a short
+    run."""
     step = streamer.chunk * 160 * streamer.model.config.subsampling
     words, times = [], []
     for start in range(0, len(audio) + 1, step):
@@ -145,8 +167,11 @@ def stream_chunks(streamer, audio):
 
 def speed_table(presets, seconds):
     from model import log_mel, pad_samples
-    print(f"{'preset':7}{'chunk':>8}{'RTF':>8}{'median':>9}{'p99':>9}{'labels/s':>10}{'stream/offline':>16}"
-          "   features  encoder  labels  joint  rest")
+    print(
+        f"{'preset':7}{'chunk':>8}{'RTF':>8}{'median':>9}{'p99':>9}{'labels/s':>10}"
+        f"{'stream/offline':>16}"
+        "   features  encoder  labels  joint  rest"
+    )
     for preset, chunk in presets:
         model, new = planted_streamer(preset, chunk=chunk)
         audio = tones(0, seconds)
@@ -155,17 +180,30 @@ def speed_table(presets, seconds):
         clock = Clock(model)
         whole = sum(stream_chunks(new(), audio)[0])
         clock.close()
-        mel = log_mel(pad_samples(torch.from_numpy(audio[:20 * 16000]), model.config.subsampling))[None]
+        mel = log_mel(pad_samples(torch.from_numpy(audio[: 20 * 16000]), model.config.subsampling))[
+            None
+        ]
         with torch.inference_mode():
-            offline = statistics.median(timed(lambda: model.encoder(mel, chunk=chunk)) for _ in range(3))
-            chunks = statistics.median(timed(lambda: encoder_in_chunks(model, mel, chunk)) for _ in range(3))
+            offline = statistics.median(
+                timed(lambda: model.encoder(mel, chunk=chunk)) for _ in range(3)
+            )
+            chunks = statistics.median(
+                timed(lambda: encoder_in_chunks(model, mel, chunk)) for _ in range(3)
+            )
         n_labels = sum(len(word.text) + 1 for word in words)
         steps = sorted(1000 * t for t in times)
         shares = [100 * part / whole for part in clock.seconds.values()]
-        print(f"{preset:7}{round(1000 * chunk * model.config.frame_s):5} ms{sum(times) / seconds:8.4f}"
-              f"{statistics.median(steps):6.2f} ms{steps[int(0.99 * len(steps))]:6.2f} ms{n_labels / seconds:10.1f}"
-              f"{chunks / offline:16.2f}" + "".join(f"{s:{w}.0f} %" for s, w in zip(shares + [100 - sum(shares)],
-                                                                                  (9, 7, 6, 5, 4))), flush=True)
+        print(
+            f"{preset:7}{round(1000 * chunk * model.config.frame_s):5} ms"
+            f"{sum(times) / seconds:8.4f}"
+            f"{statistics.median(steps):6.2f} ms{steps[int(0.99 * len(steps))]:6.2f} ms"
+            f"{n_labels / seconds:10.1f}"
+            f"{chunks / offline:16.2f}"
+            + "".join(
+                f"{s:{w}.0f} %" for s, w in zip(shares + [100 - sum(shares)], (9, 7, 6, 5, 4))
+            ),
+            flush=True,
+        )
 
 
 def encoder_in_chunks(model, mel, chunk):
@@ -200,9 +238,13 @@ def many_streams(preset, count, seconds):
         mine += found
     batched = now() - began
     same = sum(spelled(mine) == other for mine, other in zip(words, alone))
-    print(f"\n{count} streams of {seconds} s, {preset}: one by one {count * seconds / one_by_one:.0f} s of audio per "
-          f"second, in one batch {count * seconds / batched:.0f} ({one_by_one / batched:.1f} times); the same words in "
-          f"{same} of {count}")
+    print(
+        f"\n{count} streams of {seconds} s, {preset}: one by one "
+        f"{count * seconds / one_by_one:.0f} s of audio per "
+        f"second, in one batch {count * seconds / batched:.0f} ({one_by_one / batched:.1f} "
+        f"times); the same words in "
+        f"{same} of {count}"
+    )
 
 
 def spelled(words):
@@ -210,8 +252,8 @@ def spelled(words):
 
 
 def long_stream(preset, minutes):
-    """Time per chunk and memory from one end to the other, the end beside a fresh stream that hears the same; then
-    everything once more in other packets."""
+    """Time per chunk and memory from one end to the other, the end beside a fresh stream that hears
+    the same; then everything once more in other packets."""
     _, new = planted_streamer(preset)
     streamer, fresh, digest, memory, count = new(), new(), hashlib.sha256(), [], 0
     step = streamer.chunk * 160 * streamer.model.config.subsampling
@@ -229,17 +271,25 @@ def long_stream(preset, minutes):
     note(digest, streamer.flush())
     first, last = (1000 * statistics.median(sum(part, [])) for part in (times[:5], times[-5:]))
     other = 1000 * statistics.median(beside)
-    print(f"\n{minutes} minutes, {preset}: {count} words\nmedian per chunk: {first:.3f} ms in the first five minutes, "
-          f"{last:.3f} ms in the last five ({100 * (last / first - 1):+.1f} %);\n    {other:.3f} ms in a fresh stream "
-          f"stepped in turn with it in the last five ({100 * (last / other - 1):+.1f} %)\n"
-          f"memory: {memory[min(4, minutes - 1)]:.1f} MB after five minutes, {memory[-1]:.1f} MB at the end",
-          flush=True)
+    print(
+        f"\n{minutes} minutes, {preset}: {count} words\nmedian per chunk: {first:.3f} ms in the "
+        f"first five minutes, "
+        f"{last:.3f} ms in the last five ({100 * (last / first - 1):+.1f} %);\n    {other:.3f} "
+        f"ms in a fresh stream "
+        f"stepped in turn with it in the last five ({100 * (last / other - 1):+.1f} %)\n"
+        f"memory: {memory[min(4, minutes - 1)]:.1f} MB after five minutes, {memory[-1]:.1f} MB "
+        f"at the end",
+        flush=True,
+    )
     streamer, again = new(), hashlib.sha256()
     for audio in minutes_of_tones(minutes, 7001):
         for start in range(0, len(audio), 7001):
             note(again, streamer.accept(audio[start:start + 7001]))
     note(again, streamer.flush())
-    print(f"in packets of 7001 samples: {'the same words' if digest.digest() == again.digest() else 'OTHER WORDS'}")
+    print(
+        f"in packets of 7001 samples: "
+        f"{'the same words' if digest.digest() == again.digest() else 'OTHER WORDS'}"
+    )
 
 
 def minutes_of_tones(minutes, step):
@@ -261,7 +311,9 @@ def note(digest, words):
 def resident_mb():
     """Memory of this process now, or at its highest where /proc is not there."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        return (
+            int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        )
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
@@ -275,10 +327,12 @@ def stream(options):
         long_stream("tiny", options.minutes)
 
 
-# ---- loss: against copying the logits, log_softmax, whatever else is installed, and the unfused joint ----------------
+# ---- loss: against copying the logits, log_softmax, whatever else is installed, and the unfused
+# joint ----------------
 
 def loss_peers():
-    """name -> cost of (logits, targets int32, lengths int32) for the packages that happen to be installed."""
+    """name -> cost of (logits, targets int32, lengths int32) for the packages that happen to be
+    installed."""
     peers = {}
     try:
         from torchaudio.functional import rnnt_loss as theirs
@@ -287,28 +341,38 @@ def loss_peers():
         pass
     try:
         from warprnnt_numba import RNNTLossNumba
-        peers["warprnnt_numba"] = lambda x, y, t, u: RNNTLossNumba(blank=0, reduction="mean")(x, y, t, u)
+        peers["warprnnt_numba"] = lambda x, y, t, u: RNNTLossNumba(blank=0, reduction="mean")(
+            x, y, t, u
+        )
     except ImportError:
         pass
     return peers
 
 
 def rounds(contenders, repeats, device):
-    """-> seconds of each, the least of them, and those of the host on a GPU: medians over rounds in which all take
-    turns, so that what disturbs one disturbs the others. The least is what they take where memory is at hand: a virtual
-    machine may need seconds to fetch gigabytes that were freed a moment ago."""
+    """-> seconds of each, the least of them, and those of the host on a GPU: medians over rounds in
+    which all take turns, so that what disturbs one disturbs the others. The least is what they take
+    where memory is at hand: a virtual machine may need seconds to fetch gigabytes that were freed a
+    moment ago."""
     seconds, host = ({name: [] for name in contenders} for _ in range(2))
     for _ in range(repeats + 1):
         for name, function in contenders.items():
             elapsed, launch = cuda_timed(function) if device == "cuda" else (timed(function), 0.0)
             seconds[name].append(elapsed)
             host[name].append(launch)
-    return tuple({name: summary(each[1:] or each) for name, each in times.items()}
-                 for summary, times in ((statistics.median, seconds), (min, seconds), (statistics.median, host)))
+    return tuple(
+        {name: summary(each[1:] or each) for name, each in times.items()}
+        for summary, times in (
+            (statistics.median, seconds),
+            (min, seconds),
+            (statistics.median, host),
+        )
+    )
 
 
 def cuda_timed(function, calls=20):
-    """Seconds of a call by the GPU's clock, over calls back to back, and those that the host needed to launch one."""
+    """Seconds of a call by the GPU's clock, over calls back to back, and those that the host needed
+    to launch one."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -342,7 +406,11 @@ def loss_table(shape, repeats, device):
     from rnnt_loss import rnnt_loss
     B, T, U1, V = shape
     logits = torch.randn(shape, device=device, requires_grad=True)
-    y, t, u = torch.randint(1, V, (B, U1 - 1)).int(), torch.full((B,), T).int(), torch.full((B,), U1 - 1).int()
+    y, t, u = (
+        torch.randint(1, V, (B, U1 - 1)).int(),
+        torch.full((B,), T).int(),
+        torch.full((B,), U1 - 1).int(),
+    )
     there, buffer = [a.to(device) for a in (y, t, u)], torch.empty_like(logits).detach()
 
     def both_ways(loss):
@@ -355,11 +423,16 @@ def loss_table(shape, repeats, device):
         with torch.no_grad():
             rnnt_loss(logits, *there, blank=0)
 
-    two, ones = torch.zeros(B, T, U1, 2, device=device, requires_grad=True), torch.ones_like(there[0])
-    contenders = {"copy": lambda: buffer.copy_(logits.detach()),
-                  "log_softmax": lambda: torch.log_softmax(logits.detach(), -1),
-                  "ours": both_ways(lambda *args: rnnt_loss(*args, blank=0)), "ours, cost only": cost_only,
-                  "ours, V = 2: the lattice": lambda: rnnt_loss(two, ones, *there[1:], blank=0).backward()}
+    two, ones = torch.zeros(B, T, U1, 2, device=device, requires_grad=True), torch.ones_like(
+        there[0]
+    )
+    contenders = {
+        "copy": lambda: buffer.copy_(logits.detach()),
+        "log_softmax": lambda: torch.log_softmax(logits.detach(), -1),
+        "ours": both_ways(lambda *args: rnnt_loss(*args, blank=0)),
+        "ours, cost only": cost_only,
+        "ours, V = 2: the lattice": lambda: rnnt_loss(two, ones, *there[1:], blank=0).backward(),
+    }
     contenders.update({name: both_ways(loss) for name, loss in loss_peers().items()})
     seconds, least, host = rounds(contenders, repeats, device)
     size = logits.numel() * 4 / 1e6
@@ -387,15 +460,20 @@ def joint_table(shape, width, repeats, device):
     memory = {name: peak_mb(function, device) for name, function in reversed(contenders.items())}
     seconds, _, _ = rounds(contenders, repeats, device)
     for name, each in seconds.items():
-        print(f"| {shape} width {width}, logits {B * T * U1 * V * 4 / 1e6:.0f} MB | {name} | {each * 1e3:.3g} | "
-              f"{each / seconds['joint, then loss']:.2f} | {memory[name]:.0f} MB |", flush=True)
+        print(
+            f"| {shape} width {width}, logits {B * T * U1 * V * 4 / 1e6:.0f} MB | {name} | "
+            f"{each * 1e3:.3g} | "
+            f"{each / seconds['joint, then loss']:.2f} | {memory[name]:.0f} MB |",
+            flush=True,
+        )
 
 
 def loss(options):
     torch.set_num_threads(options.threads)
     print(machine())
     shapes = [(4, 150, 20, 1000), (8, 300, 40, 500), (16, 200, 50, 4000)][:options.shapes]
-    np.ones(max(2**29, 5 * max(map(math.prod, shapes))), np.float32)  # memory a virtual machine never gave is slow
+    # Memory that a virtual machine never gave is slow.
+    np.ones(max(2 ** 29, 5 * max(map(math.prod, shapes))), np.float32)
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         print(f"\n{device}, forward and backward\n"
               "| logits | what | ms | least | / copy | / log_softmax | memory / logits |"
@@ -408,7 +486,55 @@ def loss(options):
             joint_table((16, 200, 50, 4000), 512, 0 if device == "cpu" else options.repeats, device)
 
 
-# ---- tokenizer -------------------------------------------------------------------------------------------------------
+# ---- train ---------------------------------------------------------------------------------------
+
+def training(options):
+    """Phase by phase, medians: a batch in this thread; of a step, the encoder (forward and
+    backward), the optimisers, and the rest, which is heads, label encoder, joint and loss. Further
+    flags are train.py's."""
+    import train
+    chosen = train.parse_options(options.more)
+    ranks, corpus = train.Ranks.here(chosen.device), train.open_corpus(chosen)[0]
+    run = train.new_run(chosen, corpus)
+    source, wanted = train.Source(chosen, run), train.requests(corpus, run, chosen, ranks)
+    print(machine())
+    print(f"{'phase':28}{'sound':>8}{'batch':>9}{'step':>9}{'encoder':>9}{'optimiser':>11}"
+          f"{'rest':>9}{'s/s':>7}")
+    half, start = chosen.warm_steps // 2, chosen.warm_steps + train.FORGET_STEPS
+    for step in dict.fromkeys((0, half, min(start, chosen.steps - 1))):
+        names = " ".join(train.tasks(step, chosen))
+        each = [train_times(train, run, source, next(wanted), chosen, ranks, step)
+                for _ in range(options.rounds + 2)][2:]        # the first ones compile
+        sound, batch, whole, encoder, optimiser = map(statistics.median, zip(*each))
+        print(f"{names[:27]:28}{sound:6.1f} s{1e3 * batch:6.0f} ms{1e3 * whole:6.0f} ms"
+              f"{1e3 * encoder:6.0f} ms{1e3 * optimiser:8.0f} ms"
+              f"{1e3 * (whole - encoder - optimiser):6.0f} ms{sound / whole:7.0f}", flush=True)
+
+
+def train_times(train, run, source, request, chosen, ranks, step):
+    """-> seconds of sound, and of making the batch, the step, its encoder, its optimisers."""
+    began = now()
+    batch = source[request]
+    made, run.step = now() - began, step
+    spent, steps = [], [optimizer.step for optimizer in run.optimizers]
+    for optimizer, plain in zip(run.optimizers, steps):
+        optimizer.step = lambda plain=plain: spent.append(timed(plain))
+    began = now()
+    train.train_step(run, [batch], chosen, ranks)
+    whole = now() - began
+    for optimizer, plain in zip(run.optimizers, steps):
+        optimizer.step = plain
+    on_device = train.to_device(batch, chosen.device)
+
+    def encoder():
+        frames, _ = run.model.encoder(on_device.mel, on_device.mel_lengths)
+        frames.sum().backward()
+    alone = timed(encoder)
+    run.model.zero_grad(set_to_none=True)
+    return batch["frames"] / 100, made, whole, alone, sum(spent)
+
+
+# ---- tokenizer -----------------------------------------------------------------------------------
 
 def tokenizer(options):
     from serialize import Tokenizer
@@ -428,7 +554,7 @@ def tokenizer(options):
               f"{sum(map(len, ids)) / words:.2f} tokens a word")
 
 
-# ---- Command line ----------------------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -438,18 +564,29 @@ def main():
     one.add_argument("--seconds", type=int, default=20, help="of audio for each preset")
     one.add_argument("--minutes", type=int, default=60, help="of the long stream; 0: none")
     one.set_defaults(run=stream)
-    two = commands.add_parser("loss", help="rnnt_loss beside a copy, log_softmax and installed peers; the joint")
+    two = commands.add_parser(
+        "loss", help="rnnt_loss beside a copy, log_softmax and installed peers; the joint"
+    )
     two.add_argument("--threads", type=int, default=2)
     two.add_argument("--repeats", type=int, default=9)
-    two.add_argument("--shapes", type=int, default=3, help="how many of the three shapes; the third needs 13 GB")
-    two.add_argument("--joint", action="store_true", help="the large joint too: a minute or two, 8 GB")
+    two.add_argument(
+        "--shapes", type=int, default=3, help="how many of the three shapes; the third needs 13 GB"
+    )
+    two.add_argument(
+        "--joint", action="store_true", help="the large joint too: a minute or two, 8 GB"
+    )
     two.set_defaults(run=loss)
+    four = commands.add_parser("train", help="where a training step's time goes")
+    four.add_argument("--rounds", type=int, default=8)
+    four.set_defaults(run=training)
     three = commands.add_parser("tokenizer", help="byte-level BPE: training and encoding")
     three.add_argument("files", nargs="+", help="text, a sentence a line")
     three.add_argument("--sentences", type=int, default=30000)
     three.add_argument("--merges", type=int, default=4000)
     three.set_defaults(run=tokenizer)
-    options = parser.parse_args()
+    options, options.more = parser.parse_known_args()
+    if options.more and options.run is not training:
+        parser.error(f"unknown: {' '.join(options.more)}")
     options.run(options)
 
 

@@ -1,11 +1,14 @@
-"""What long recordings cost: the utterances of a manifest joined into long streams, against the same heard one by one.
+"""What long recordings cost: the utterances of a manifest joined into long streams, against the
+same heard one by one.
 
     python tests/long_streams.py RUN/model.pt MANIFEST --seconds 300
 
-A joined stream is heard as a whole, without a pause or a hint where an utterance ends. Its words are then given back
-to the utterances, by the alignment with the fewest edits between all words written and all words of the references, so
-that error rates, BLEU and delays (from the start of each utterance) are those of the same segments in both columns.
+A joined stream is heard as a whole, without a pause or a hint where an utterance ends. Its words
+are then given back to the utterances, by the alignment with the fewest edits between all words
+written and all words of the references, so that error rates, BLEU and delays (from the start of
+each utterance) are those of the same segments in both columns.
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -20,7 +23,8 @@ from stream import SAMPLE_RATE, AudioError, evaluate, read_audio, resegment, sum
 
 
 def join(items, seconds):
-    """Consecutive (row, samples) in lists of at least `seconds`; a last one shorter than half joins the one before."""
+    """Consecutive (row, samples) in lists of at least `seconds`; a last one shorter than half joins
+    the one before."""
     groups, length = [], np.inf
     for item in items:
         if length >= seconds * SAMPLE_RATE:
@@ -34,7 +38,8 @@ def join(items, seconds):
 
 
 def compare(model, tokenizer, items, seconds, **how):
-    """(number of joined streams, metrics of single utterances, metrics of the same cut out of joined streams)"""
+    """(number of joined streams, metrics of single utterances, metrics of the same cut out of
+    joined streams)"""
     groups = join(items, seconds)
     metrics, records = evaluate(model, tokenizer, items, bootstrap=1000, **how)
     whole = [(group[0][0], np.concatenate([samples for _, samples in group])) for group in groups]
@@ -59,8 +64,14 @@ def main():
             items.append((row, read_audio(row.audio, row.start, row.duration)))
         except AudioError as error:
             print(f"{row.where}: skipped: {error}", file=sys.stderr)
-    n, alone, joined = compare(model, Tokenizer.from_dict(beside["tokenizer"]), items, options.seconds,
-                               chunk=options.chunk, progress=True)
+    n, alone, joined = compare(
+        model,
+        Tokenizer.from_dict(beside["tokenizer"]),
+        items,
+        options.seconds,
+        chunk=options.chunk,
+        progress=True,
+    )
     print(f"{len(items)} utterances, {n} joined streams of about {options.seconds:g} s")
     print(f"{'':10}{'':12}{'one by one':>28}{'joined':>28}")
     for tag in alone:

@@ -494,6 +494,19 @@ def test_half_precision_stays_finite(kernel):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+def test_dropout_is_in_training_and_nowhere_else():
+    """A share of what a layer adds is dropped and the rest scaled up: as much in the mean."""
+    torch.manual_seed(0)
+    block = m.Block(32, 2, 64, 0.25, 0)
+    x, bias = torch.randn(1, 6, 32), torch.zeros(1, 2, 6, 6)
+    plain = block.eval()(x, bias, 6)[0]
+    assert torch.equal(plain, block(x, bias, 6)[0])
+    block.train()
+    drawn = torch.stack([block(x, bias, 6)[0] for _ in range(400)])
+    assert (drawn.std(0) > 0.01).float().mean() > 0.9
+    assert (drawn.mean(0) - plain).abs().mean() < 0.15 * (plain - x).abs().mean()
+
+
 def test_random_numbers_are_those_of_the_seed():
     a, b, c = make(seed=1), make(seed=1), make(seed=2)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))

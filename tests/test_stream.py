@@ -1,4 +1,6 @@
-"""stream.py: the same words however the audio comes, the scores that training would give, the delays of SimulEval."""
+"""stream.py: the same words however the audio comes, the scores that training would give, the
+delays of SimulEval."""
+
 import fcntl
 import io
 import itertools
@@ -35,8 +37,8 @@ TOKENIZER = Tokenizer.train(["la le li lo lu"] * 3, 270, tags=("<asr>", "<st:en>
 
 @lru_cache(maxsize=None)
 def lively(seed=0, dtype=torch.float32, **options):
-    """Random weights, made decided, with the blank just so likely that about ten labels a second come out: the first
-    such model whose words are many enough to compare."""
+    """Random weights, made decided, with the blank just so likely that about ten labels a second
+    come out: the first such model whose words are many enough to compare."""
     return random_model(talkative(seed, **options), dtype, **options)
 
 
@@ -54,15 +56,28 @@ def talkative(seed, **options):
 
 def random_model(seed, dtype, **options):
     torch.manual_seed(seed)
-    options = {"vocab": len(TOKENIZER), "layers": 2, "dropout": 0.0, "left_frames": 16, "label_layers": 1,
-               "label_context": 16, "joint_dim": 160, "chunks": (8, 4, 16, 32), **options}
+    options = {
+        "vocab": len(TOKENIZER),
+        "layers": 2,
+        "dropout": 0.0,
+        "left_frames": 16,
+        "label_layers": 1,
+        "label_context": 16,
+        "joint_dim": 160,
+        "chunks": (8, 4, 16, 32),
+        **options,
+    }
     model = Transducer(replace(PRESETS["tiny"], **options)).eval().to(dtype)
     mel = log_mel(pad_samples(torch.from_numpy(noise(64000)).to(dtype), 4))[None]
     bias, low, high = model.joint.output.bias, -30.0, 30.0
     with torch.no_grad():
         model.joint.output.weight *= 12
-        model.joint.label_proj.weight *= 0.3  # mostly the frames decide, or the same labels come for ever
-        bias[[t for t in range(3, len(TOKENIZER)) if not set(TOKENIZER.pieces[t]) <= set(b" laeiou")]] = -100
+        model.joint.label_proj.weight *= (
+            0.3  # mostly the frames decide, or the same labels come for ever
+        )
+        bias[
+            [t for t in range(3, len(TOKENIZER)) if not set(TOKENIZER.pieces[t]) <= set(b" laeiou")]
+        ] = -100
         for _ in range(12):  # bisection: the larger the bias of blank, the fewer labels
             bias[0] = (low + high) / 2
             many = len(greedy_batch(model, mel, [mel.shape[1]], limits=(3, 3))[0][0]) > 40
@@ -91,7 +106,7 @@ def run(model, samples, packets=None, **options):
     return [replace(w, elapsed_ms=0) for w in words], streamer.search.score, streamer.search.capped
 
 
-# ---- Exactness ------------------------------------------------------------------------------------------------------
+# ---- Exactness -----------------------------------------------------------------------------------
 
 N = 16000 * 3 + 77  # ends inside a frame
 LIMITS = (3, 10)    # random weights would write up to the default limit of 500 in most last frames
@@ -106,15 +121,24 @@ def test_packets_change_nothing(beam, label_encoder):
     whole = run(model, samples, beam=beam, limits=LIMITS)
     assert len(whole[0]) > 5
     rng = np.random.default_rng(1)
-    for packets in ([1] * N, [7] * (N // 7), [160] * (N // 160), [4000] * (N // 4000), [chunk] * (N // chunk),
-                    [chunk * 7 // 2] * 2, rng.integers(0, 3000, 20).tolist()):
+    for packets in (
+        [1] * N,
+        [7] * (N // 7),
+        [160] * (N // 160),
+        [4000] * (N // 4000),
+        [chunk] * (N // chunk),
+        [chunk * 7 // 2] * 2,
+        rng.integers(0, 3000, 20).tolist(),
+    ):
         assert run(model, samples, packets, beam=beam, limits=LIMITS) == whole
 
 
 def frames_of(model, samples, chunk, tokenizer=TOKENIZER):
     """The encoder frames that a stream computes, (T, D)."""
     streamer, seen = Streamer(model, tokenizer, chunk=chunk, limits=LIMITS), []
-    hook = model.joint.encoder_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    hook = model.joint.encoder_proj.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0])
+    )
     streamer.accept(samples), streamer.flush()
     hook.remove()
     return torch.cat(seen, 1)[0]
@@ -122,33 +146,44 @@ def frames_of(model, samples, chunk, tokenizer=TOKENIZER):
 
 @pytest.mark.parametrize("dtype,near", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_streaming_equals_the_masked_encoder(dtype, near):
-    """Any chunk size, audio cut at any sample: the frames of the offline encoder, and its tokens."""
+    """Any chunk size, audio cut at any sample: the frames of the offline encoder, and its
+    tokens."""
     model = lively(seed=2, dtype=dtype)
     rng = np.random.default_rng(2)
-    for chunk, n in itertools.product([1, 4, 16, 0], [N, 40000, 40000 + 239, 40000 + 241, 17, int(rng.integers(1, N))]):
+    for chunk, n in itertools.product(
+        [1, 4, 16, 0], [N, 40000, 40000 + 239, 40000 + 241, 17, int(rng.integers(1, N))]
+    ):
         samples = noise(n)
         mel = log_mel(pad_samples(torch.from_numpy(samples).to(dtype), 4))[None]
         offline = model.encoder(mel, chunk=chunk)[0][0]
         scale = max(1.0, offline.abs().max().item())
         assert (frames_of(model, samples, chunk) - offline).abs().max() <= near * scale
-        wider = model.encoder(mel, chunk=chunk + 1)[0][0]  # the control: one frame more of context shows
+        wider = model.encoder(mel, chunk=chunk + 1)[0][
+            0
+        ]  # the control: one frame more of context shows
         if chunk and len(offline) > chunk:
             assert (wider - offline).abs().max() > 1000 * near
 
 
-@pytest.mark.skipif("CHECKPOINT" not in os.environ, reason="a trained model: CHECKPOINT=runs/de-en/model.pt pytest")
+@pytest.mark.skipif(
+    "CHECKPOINT" not in os.environ, reason="a trained model: CHECKPOINT=runs/de-en/model.pt pytest"
+)
 @pytest.mark.parametrize("dtype,near", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_a_trained_checkpoint_is_exact(dtype, near):
     """Packets bit for bit, frames as offline, and the same words at either precision, on speech."""
     model, beside = load(os.environ["CHECKPOINT"])
-    tokenizer, items = Tokenizer.from_dict(beside["tokenizer"]), train.BuiltIn("de-en", 0, 4).unseen(8)
+    tokenizer, items = Tokenizer.from_dict(beside["tokenizer"]), train.BuiltIn(
+        "de-en", 0, 4
+    ).unseen(8)
     double, _ = load(os.environ["CHECKPOINT"])
     double.double()
     model = double if dtype == torch.float64 else model
 
     def words(model, samples, step, chunk):
         streamer = Streamer(model, tokenizer, chunk=chunk)
-        found = [w for k in range(0, len(samples), step) for w in streamer.accept(samples[k:k + step])]
+        found = [
+            w for k in range(0, len(samples), step) for w in streamer.accept(samples[k : k + step])
+        ]
         return [replace(w, elapsed_ms=0) for w in found + streamer.flush()], streamer.search.score
     for chunk, (_, samples) in itertools.product((*model.config.chunks, 0), items):
         whole = words(model, samples, len(samples), chunk)
@@ -163,7 +198,10 @@ def test_a_trained_checkpoint_is_exact(dtype, near):
 def test_batch_equals_single():
     """Batched greedy over padded utterances gives each the tokens and frames of its own stream."""
     model = lively(seed=0, dtype=torch.float64)
-    items = [(Row(id=str(k), audio="x", asr="la la"), noise(n, k)) for k, n in enumerate([N, 30001, 1, 16000, 9999])]
+    items = [
+        (Row(id=str(k), audio="x", asr="la la"), noise(n, k))
+        for k, n in enumerate([N, 30001, 1, 16000, 9999])
+    ]
     _, many = evaluate(model, TOKENIZER, items, batch_size=5)
     _, single = evaluate(model, TOKENIZER, items, batch_size=1)
     assert sum(len(row["words"]) for row in many) > 10
@@ -200,25 +238,35 @@ def test_state_keeps_its_shape():
     shapes = set()
     for k in range(40):
         streamer.accept(noise(5120, k))
-        tensors = [*streamer.encoder_state.tensors().values(), *streamer.search.labels.state.tensors().values()]
+        tensors = [
+            *streamer.encoder_state.tensors().values(),
+            *streamer.search.labels.state.tensors().values(),
+        ]
         shapes.add(tuple(x.shape for x in tensors))
-        assert sum(len(part.base if part.base is not None else part) for part in streamer.waiting) <= 2 * 5120 + 480
+        assert (
+            sum(len(part.base if part.base is not None else part) for part in streamer.waiting)
+            <= 2 * 5120 + 480
+        )
     assert len(shapes) == 1
 
 
-# ---- Search ---------------------------------------------------------------------------------------------------------
+# ---- Search --------------------------------------------------------------------------------------
 
 def lattice(model, samples, ids, chunk=None):
     """Log-probabilities (T, U1, V) of the training forward, the labels given."""
     dtype = model.joint.output.weight.dtype
-    frames, _ = model.encoder(log_mel(pad_samples(torch.from_numpy(samples).to(dtype), 4))[None], chunk=chunk)
+    frames, _ = model.encoder(
+        log_mel(pad_samples(torch.from_numpy(samples).to(dtype), 4))[None], chunk=chunk
+    )
     return model.joint(frames, model.label_encoder(torch.tensor([ids]))[0])[0].log_softmax(-1)
 
 
 def path_score(log_probs, ids, at):
     """Follow the path: label u at frame at[u], blank once at the end of every frame."""
     total = sum(log_probs[t, u, token].item() for u, (token, t) in enumerate(zip(ids, at)))
-    return total + sum(log_probs[t, sum(a <= t for a in at), 0].item() for t in range(len(log_probs)))
+    return total + sum(
+        log_probs[t, sum(a <= t for a in at), 0].item() for t in range(len(log_probs))
+    )
 
 
 def tokens_of(model, samples, beam=None, **options):
@@ -232,7 +280,8 @@ def tokens_of(model, samples, beam=None, **options):
 
 @pytest.mark.parametrize("label_encoder", ["transformer", "lstm"])
 def test_greedy_score_is_the_training_score(label_encoder):
-    """Chunks, windows and caches: the score collected is that of the same path in one training forward."""
+    """Chunks, windows and caches: the score collected is that of the same path in one training
+    forward."""
     model, samples = lively(seed=0, dtype=torch.float64, label_encoder=label_encoder), noise(N)
     search, path = tokens_of(model, samples, limits=LIMITS)
     ids, at = zip(*path)
@@ -241,15 +290,26 @@ def test_greedy_score_is_the_training_score(label_encoder):
     assert search.score == pytest.approx(path_score(log_probs, ids, at), abs=1e-8)
     for t, u, token in [(t, u, token) for u, (token, t) in enumerate(zip(ids, at))]:
         assert log_probs[t, u].argmax() == token
-    assert search.score <= -rnnt_loss_reference(model.joint(
-        model.encoder(log_mel(pad_samples(torch.from_numpy(samples).double(), 4))[None])[0],
-        model.label_encoder(torch.tensor([ids]))[0]), torch.tensor([ids]), torch.tensor([len(log_probs)]),
-        torch.tensor([len(ids)]), blank=0).item() + 1e-8  # one path of all that write the same labels
+    assert (
+        search.score
+        <= -rnnt_loss_reference(
+            model.joint(
+                model.encoder(log_mel(pad_samples(torch.from_numpy(samples).double(), 4))[None])[0],
+                model.label_encoder(torch.tensor([ids]))[0],
+            ),
+            torch.tensor([ids]),
+            torch.tensor([len(log_probs)]),
+            torch.tensor([len(ids)]),
+            blank=0,
+        ).item()
+        + 1e-8
+    )  # one path of all that write the same labels
 
 
 @pytest.mark.parametrize("chunk", [None, 3, 0])
 def test_offline_batch_gives_the_tokens_of_streaming(chunk):
-    """Padded utterances in one offline batch: for each the ids and the frames that streaming it alone gives."""
+    """Padded utterances in one offline batch: for each the ids and the frames that streaming it
+    alone gives."""
     model = lively(seed=2, dtype=torch.float64)
     audio = [noise(n, k) for k, n in enumerate([N, 20001, 700, 33000])]
     mels = [log_mel(pad_samples(torch.from_numpy(samples).double(), 4)) for samples in audio]
@@ -269,7 +329,8 @@ def test_beam_of_one_is_greedy():
 
 
 def test_exhaustive_beam_equals_brute_force():
-    """With room for every hypothesis, each label string has the probability that the RNN-T loss gives it."""
+    """With room for every hypothesis, each label string has the probability that the RNN-T loss
+    gives it."""
     torch.manual_seed(0)
     model = Transducer(replace(PRESETS["tiny"], vocab=3, layers=1, dropout=0.0)).eval().double()
     with torch.no_grad():
@@ -282,21 +343,30 @@ def test_exhaustive_beam_equals_brute_force():
     assert len(beam.hyps) == 2 ** (3 * longest + 1) - 1
     found = {hyp.tokens: hyp.score for hyp in beam.hyps}
     strings = [s for n in range(longest + 1) for s in itertools.product([1, 2], repeat=n)]
-    for labels in strings:  # up to `longest` labels, so that the limit per frame forbids none of their paths
+    for (
+        labels
+    ) in strings:  # up to `longest` labels, so that the limit per frame forbids none of their paths
         ids = torch.tensor([labels], dtype=torch.long).view(1, -1)
         logits = model.joint(frames, model.label_encoder(ids)[0])
-        loss = rnnt_loss_reference(logits, ids, torch.tensor([3]), torch.tensor([len(labels)]), blank=0)
+        loss = rnnt_loss_reference(
+            logits, ids, torch.tensor([3]), torch.tensor([len(labels)]), blank=0
+        )
         assert found[labels] == pytest.approx(-loss.item(), abs=1e-9)
 
 
 def test_larger_beams_find_no_worse():
-    scores = [np.mean([run(lively(seed=2), noise(24000, k), beam=beam, limits=LIMITS)[1] for k in range(6)])
-              for beam in (1, 2, 4, 8)]
+    scores = [
+        np.mean(
+            [run(lively(seed=2), noise(24000, k), beam=beam, limits=LIMITS)[1] for k in range(6)]
+        )
+        for beam in (1, 2, 4, 8)
+    ]
     assert scores == sorted(scores) and scores[-1] > scores[0] + 1
 
 
 def test_caps_are_counted():
-    """A model that never takes blank writes its limit in every frame, and that many frames are counted."""
+    """A model that never takes blank writes its limit in every frame, and that many frames are
+    counted."""
     model = lively(seed=3)
     bias, keep = model.joint.output.bias, model.joint.output.bias[0].item()
     with torch.no_grad():
@@ -311,15 +381,18 @@ def test_caps_are_counted():
             bias[0] = keep
 
 
-# ---- Words and their times ------------------------------------------------------------------------------------------
+# ---- Words and their times -----------------------------------------------------------------------
 
 def test_a_word_is_delayed_by_the_audio_it_needs():
-    """The chunk's last window ends 240 samples after the chunk, and never after the end of the audio."""
+    """The chunk's last window ends 240 samples after the chunk, and never after the end of the
+    audio."""
     model, samples, written = lively(seed=2), noise(9600 + 5), 0
     for chunk in (1, 4, 8):
         streamer, used = Streamer(model, TOKENIZER, chunk=chunk, limits=LIMITS), 0
         for k in range(len(samples)):
-            for word in streamer.accept(samples[k:k + 1]):  # it comes with exactly the sample that completes the chunk
+            for word in streamer.accept(
+                samples[k : k + 1]
+            ):  # it comes with exactly the sample that completes the chunk
                 written += 1
                 assert word.delay_ms == (k + 1) / 16 == (used + chunk * 640 + 240) / 16
                 assert word.start_s < word.end_s <= word.delay_ms / 1000
@@ -332,35 +405,60 @@ def test_a_word_is_delayed_by_the_audio_it_needs():
 
 
 def test_elapsed_waits_for_the_audio_and_for_the_step_before(monkeypatch):
-    """elapsed = max(arrival of the audio, end of the previous step) + computing time; here every step takes 500 ms."""
+    """elapsed = max(arrival of the audio, end of the previous step) + computing time; here every
+    step takes 500 ms."""
     clock = itertools.count()
     monkeypatch.setattr(stream.time, "perf_counter", lambda: next(clock) * 0.5)
     streamer = Streamer(lively(), TOKENIZER, limits=LIMITS)
     words = streamer.accept(noise(16000)) + streamer.flush()
     ends = dict.fromkeys((word.delay_ms, word.elapsed_ms) for word in words)
-    assert set(ends) <= {(335.0, 835.0), (655.0, 1335.0), (975.0, 1835.0), (1000.0, 2335.0)} and len(ends) > 2
+    assert (
+        set(ends) <= {(335.0, 835.0), (655.0, 1335.0), (975.0, 1835.0), (1000.0, 2335.0)}
+        and len(ends) > 2
+    )
 
 
-PLANTED = [  # source ms, delays, elapsed, reference; scored by SimulEval 1.1.4 and OmniSTEval, see below
-    (3200.0, [655.0, 655.0, 1295.0, 2575.0, 3200.0, 3200.0], [670.5, 670.5, 1309.25, 2590.0, 3213.0, 3213.0],
-     "a b c d e f"),
+# source ms, delays, elapsed, reference; scored by SimulEval 1.1.4 and OmniSTEval, see below
+PLANTED = [
+    (
+        3200.0,
+        [655.0, 655.0, 1295.0, 2575.0, 3200.0, 3200.0],
+        [670.5, 670.5, 1309.25, 2590.0, 3213.0, 3213.0],
+        "a b c d e f",
+    ),
     (2500.5, [335.0, 655.0, 975.0], [351.0, 670.0, 990.0], "a b c d e"),
-    (1800.0, [975.0, 1295.0, 1295.0, 1615.0, 1800.0, 1800.0], [985.0, 1304.0, 1304.0, 1830.0, 1841.0, 1841.0],
-     "a b c"),
+    (
+        1800.0,
+        [975.0, 1295.0, 1295.0, 1615.0, 1800.0, 1800.0],
+        [985.0, 1304.0, 1304.0, 1830.0, 1841.0, 1841.0],
+        "a b c",
+    ),
     (900.0, [900.0, 900.0], [935.0, 935.0], "a b"),
     (700.0, [], [], "a b c"),
-    (5000.0, [1295.0], [1400.0], "a")]
+    (5000.0, [1295.0], [1400.0], "a"),
+]
 
 
 def planted_records():
-    return [{"id": str(k), "audio": f"{k}.wav", "duration_ms": source, "seconds": 0.1,
-             "references": {"<asr>": ref.split()},
-             "words": [Word("<asr>", "abcdef"[i], d, 0.0, 0.0, e) for i, (d, e) in enumerate(zip(delays, elapsed))]}
-            for k, (source, delays, elapsed, ref) in enumerate(PLANTED)]
+    return [
+        {
+            "id": str(k),
+            "audio": f"{k}.wav",
+            "duration_ms": source,
+            "seconds": 0.1,
+            "references": {"<asr>": ref.split()},
+            "words": [
+                Word("<asr>", "abcdef"[i], d, 0.0, 0.0, e)
+                for i, (d, e) in enumerate(zip(delays, elapsed))
+            ],
+        }
+        for k, (source, delays, elapsed, ref) in enumerate(PLANTED)
+    ]
 
 
 def test_latency_equals_simuleval_and_omnisteval(tmp_path):
-    """The log below, given to `simuleval --score-only` and to `omnisteval shortform`, has these figures (in ms)."""
+    """The log below, given to `simuleval --score-only` and to `omnisteval shortform`, has these
+    figures (in ms)."""
     records = planted_records()
     metrics = stream.summarise(records, ["<asr>", "<st:en>"])
     figures = metrics["<asr>"]
@@ -374,10 +472,19 @@ def test_latency_equals_simuleval_and_omnisteval(tmp_path):
     stream.write_logs(tmp_path, records, metrics)
     lines = [json.loads(line) for line in open(tmp_path / "asr" / "instances.log")]
     assert [line["index"] for line in lines] == list(range(6))
-    assert lines[1] == {"index": 1, "prediction": "a b c", "delays": [335.0, 655.0, 975.0],
-                        "elapsed": [351.0, 670.0, 990.0], "prediction_length": 3, "reference": "a b c d e",
-                        "source": ["1.wav"], "source_length": 2500.5}
-    assert (tmp_path / "asr" / "config.yaml").read_text() == "source_type: speech\ntarget_type: text\n"
+    assert lines[1] == {
+        "index": 1,
+        "prediction": "a b c",
+        "delays": [335.0, 655.0, 975.0],
+        "elapsed": [351.0, 670.0, 990.0],
+        "prediction_length": 3,
+        "reference": "a b c d e",
+        "source": ["1.wav"],
+        "source_length": 2500.5,
+    }
+    assert (
+        tmp_path / "asr" / "config.yaml"
+    ).read_text() == "source_type: speech\ntarget_type: text\n"
     assert json.loads((tmp_path / "metrics.json").read_text())["<asr>"]["silent"] == 1
 
 
@@ -385,9 +492,13 @@ def test_latency_of_known_speech():
     """Ten words in 5 s, each written at its end: LAAL 500 ms; with chunks of a second, 778 ms."""
     ends = [500.0 * (k + 1) for k in range(10)]
     assert latency(ends, 5000.0, 10)[1] == pytest.approx(500)
-    assert latency([1000.0 * math.ceil(end / 1000) for end in ends], 5000.0, 10)[1] == pytest.approx(777.7, abs=0.1)
+    assert latency([1000.0 * math.ceil(end / 1000) for end in ends], 5000.0, 10)[
+        1
+    ] == pytest.approx(777.7, abs=0.1)
     assert latency([6000.0, 6500.0], 5000.0, 2) == (6000.0, 6000.0)
-    al, laal = latency([100.0] * 4, 1000.0, 2)  # twice as many words as there should be: AL is fooled, LAAL is not
+    al, laal = latency(
+        [100.0] * 4, 1000.0, 2
+    )  # twice as many words as there should be: AL is fooled, LAAL is not
     assert al == pytest.approx(-650) and laal == pytest.approx(-275)
 
 
@@ -404,17 +515,30 @@ def test_edit_distance(seed):
 
 
 def test_scores_and_intervals():
-    """10 wrong words of 40 in every second utterance: 12.5 % overall, and an interval of the right width."""
+    """10 wrong words of 40 in every second utterance: 12.5 % overall, and an interval of the right
+    width."""
     def record(k):
         wrong = 10 * (k % 2)
-        words = [Word("<st:en>", f"no{i}" if i < wrong else f"W{i},", 100.0, 0.0, 0.1, 120.0) for i in range(40)]
-        return {"references": {"<st:en>": [f"W{i}," for i in range(40)]}, "words": words, "duration_ms": 1000.0,
-                "seconds": 0.02}
-    figures = stream.summarise([record(k) for k in range(100)], ["<asr>", "<st:en>"], bootstrap=1000)["<st:en>"]
+        words = [
+            Word("<st:en>", f"no{i}" if i < wrong else f"W{i},", 100.0, 0.0, 0.1, 120.0)
+            for i in range(40)
+        ]
+        return {
+            "references": {"<st:en>": [f"W{i}," for i in range(40)]},
+            "words": words,
+            "duration_ms": 1000.0,
+            "seconds": 0.02,
+        }
+    figures = stream.summarise(
+        [record(k) for k in range(100)], ["<asr>", "<st:en>"], bootstrap=1000
+    )["<st:en>"]
     assert figures["wer"] == 12.5 and figures["silent"] == 0
     half = 1.96 * 12.5 / 10  # of a mean of 100 draws of 0 or 25
     assert figures["wer_95"] == pytest.approx([12.5 - half, 12.5 + half], abs=0.5)
-    assert figures["bleu_95"][0] < figures["bleu"] < figures["bleu_95"][1] and "nrefs:1" in figures["bleu_signature"]
+    assert (
+        figures["bleu_95"][0] < figures["bleu"] < figures["bleu_95"][1]
+        and "nrefs:1" in figures["bleu_signature"]
+    )
     assert figures["real_time_factor"] == pytest.approx(0.02)
     clean = [{"references": {"<asr>": ["Ja,", "-", "GUT."]}, "duration_ms": 9.0, "seconds": 0.1,
               "words": [Word("<asr>", w, 1, 1, 1, 1) for w in ("ja", "gut")]}]
@@ -422,7 +546,7 @@ def test_scores_and_intervals():
     assert figures["wer"] == 100 and figures["wer_norm"] == 0 == figures["cer_norm"]
 
 
-# ---- The command ----------------------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -432,22 +556,32 @@ def folder(tmp_path_factory):
     save(folder / "model.pt", model, tokenizer=TOKENIZER.to_dict(), mode="align")
     rows = []
     for k in range(3):
-        soundfile.write(folder / f"{k}.wav", noise(20000 + 9000 * k, k) * 0.5, 16000, subtype="PCM_16")
-        rows.append({"id": str(k), "audio": f"{k}.wav", "asr": "la le li lo", "st": {"en": "la lu"}})
+        soundfile.write(
+            folder / f"{k}.wav", noise(20000 + 9000 * k, k) * 0.5, 16000, subtype="PCM_16"
+        )
+        rows.append(
+            {"id": str(k), "audio": f"{k}.wav", "asr": "la le li lo", "st": {"en": "la lu"}}
+        )
     rows.append({"id": "gone", "audio": "gone.wav", "asr": "la"})
     (folder / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 def writes_all(model):
-    """Both streams somewhere, and in the last recording words on the way and at its end; also with the command's own
-    limits."""
-    recordings = [np.rint(noise(20000 + 9000 * k, k) * 0.5 * 32767).astype(np.float32) / 32768 for k in range(3)]
+    """Both streams somewhere, and in the last recording words on the way and at its end; also with
+    the command's own limits."""
+    recordings = [
+        np.rint(noise(20000 + 9000 * k, k) * 0.5 * 32767).astype(np.float32) / 32768
+        for k in range(3)
+    ]
     for limits in (LIMITS, stream.LIMITS):
         words = [run(model, samples, limits=limits)[0] for samples in recordings]
         delays = {word.delay_ms for word in words[2]}
-        if {word.stream for own in words for word in own} < {"<asr>", "<st:en>"} or 38000 / 16 not in delays or (
-                not any(1500 < delay < 38000 / 16 for delay in delays)):
+        if (
+            {word.stream for own in words for word in own} < {"<asr>", "<st:en>"}
+            or 38000 / 16 not in delays
+            or (not any(1500 < delay < 38000 / 16 for delay in delays))
+        ):
             return False
     return True
 
@@ -468,7 +602,8 @@ def captions(folder, capsys, monkeypatch, source, *more, data=b""):
 
 
 def test_captions(folder, capsys, monkeypatch):
-    """File and pipe give the same lines; an odd last byte is dropped; --json has every field of every word."""
+    """File and pipe give the same lines; an odd last byte is dropped; --json has every field of
+    every word."""
     code, lines, _ = captions(folder, capsys, monkeypatch, str(folder / "2.wav"))
     assert code == 0 and len(lines.splitlines()) > 3 and "<asr>" in lines and "\x1b" not in lines
     assert captions(folder, capsys, monkeypatch, "-", data=pcm(folder) + b"\x01")[:2] == (0, lines)
@@ -479,7 +614,8 @@ def test_captions(folder, capsys, monkeypatch):
 
 
 def test_captions_grow_in_place(monkeypatch, capsys):
-    """A terminal of 30 columns, played back: a full line stays, and the next words begin a block below."""
+    """A terminal of 30 columns, played back: a full line stays, and the next words begin a block
+    below."""
     monkeypatch.setattr(stream.os, "get_terminal_size", lambda *_: os.terminal_size((30, 24)))
     terminal = stream.Terminal(["<asr>", "<st:en>"])
     for k, text in enumerate(["ich", "habe", "e\u0301te\u0301", "gekauft\x1b[2J", "was?"]):
@@ -511,8 +647,12 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, monkeypatch, tmp_
     torch.save({"format": "x", "run": print}, code_in_pickle)
     other = torch.load(folder / "model.pt", weights_only=True)
     torch.save({**other, "version": 99}, tmp_path / "later.pt")
-    for checkpoint, message in [(folder / "nothing.pt", "no such file"), (folder / "0.wav", "not a checkpoint"),
-                                (code_in_pickle, "refused"), (tmp_path / "later.pt", "version 99")]:
+    for checkpoint, message in [
+        (folder / "nothing.pt", "no such file"),
+        (folder / "0.wav", "not a checkpoint"),
+        (code_in_pickle, "refused"),
+        (tmp_path / "later.pt", "version 99"),
+    ]:
         assert stream.main([str(checkpoint), audio]) == 2
         out, err = capsys.readouterr()
         assert not out and err.startswith(f"stream.py: {checkpoint}: ") and message in err
@@ -526,22 +666,34 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, monkeypatch, tmp_
 def test_eval(folder, capsys, monkeypatch):
     """Figures on the screen, logs in the folder, bad rows skipped and named."""
     monkeypatch.setitem(stream.evaluate.__kwdefaults__, "babble", 1000.0)  # random weights do
-    command = [str(folder / "model.pt"), "--eval", str(folder / "set.jsonl"), "--log", str(folder / "log")]
+    command = [
+        str(folder / "model.pt"),
+        "--eval",
+        str(folder / "set.jsonl"),
+        "--log",
+        str(folder / "log"),
+    ]
     assert stream.main(command) == 0
     out, err = capsys.readouterr()
     assert "set.jsonl:4: skipped" in err and "gone.wav" in err
     for name in ("wer", "cer_norm", "bleu", "chrf", "laal_ca_ms", "real_time_factor", "nrefs:1"):
         assert name in out
     metrics = json.loads((folder / "log" / "metrics.json").read_text())
-    assert metrics["<asr>"]["utterances"] == 3 and metrics["<st:en>"]["laal_ms"] <= metrics["<st:en>"]["laal_ca_ms"]
+    assert (
+        metrics["<asr>"]["utterances"] == 3
+        and metrics["<st:en>"]["laal_ms"] <= metrics["<st:en>"]["laal_ca_ms"]
+    )
     for name in ("asr", "st-en"):
         lines = [json.loads(line) for line in open(folder / "log" / name / "instances.log")]
         assert len(lines) == 3 and all(len(x["delays"]) == x["prediction_length"] for x in lines)
-        assert all(x["delays"] == sorted(x["delays"]) <= [x["source_length"]] * 10**4 for x in lines)
+        assert all(
+            x["delays"] == sorted(x["delays"]) <= [x["source_length"]] * 10**4 for x in lines
+        )
 
 
 def test_closed_pipe_and_interrupt(folder):
-    """A reader that has seen enough, and Ctrl-C at a microphone: both end quietly, the latter with its last words."""
+    """A reader that has seen enough, and Ctrl-C at a microphone: both end quietly, the latter with
+    its last words."""
     command = [sys.executable, str(ROOT / "stream.py"), str(folder / "model.pt")]
     end = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     reader = subprocess.Popen([*command, str(folder / "2.wav"), "--json"], **end)
@@ -555,7 +707,7 @@ def test_closed_pipe_and_interrupt(folder):
     while float(lines[-1].split()[0]) < 1.5:
         lines.append(microphone.stdout.readline().decode())
     while int.from_bytes(fcntl.ioctl(microphone.stdin, termios.FIONREAD, bytes(4)), sys.byteorder):
-        pass                                                   # all was heard, so that the end is always the same
+        pass  # all was heard, so that the end is always the same
     microphone.send_signal(signal.SIGINT)
     out, err = microphone.communicate(timeout=60)
     assert microphone.returncode == 0 and b"Traceback" not in err
@@ -568,14 +720,30 @@ def test_joined_streams_are_cut_back():
     texts = ["a b c", "d e", "", "f g h"]
     singles = [{"references": {"<asr>": text.split()}, "duration_ms": 1000.0, "id": str(k)}
                for k, text in enumerate(texts)]
-    written = [("a", 400.0), ("x", 900.0), ("d", 1500.0), ("e", 1600.0), ("g", 3400.0), ("h", 3500.0), ("h", 4000.0)]
-    whole = {"seconds": 4.0, "words": [Word("<asr>", text, ms, 0.0, 0.0, ms) for text, ms in written]}
-    parts = [[(word.text, word.delay_ms) for word in part["words"]] for part in stream.resegment(whole, singles)]
+    written = [
+        ("a", 400.0),
+        ("x", 900.0),
+        ("d", 1500.0),
+        ("e", 1600.0),
+        ("g", 3400.0),
+        ("h", 3500.0),
+        ("h", 4000.0),
+    ]
+    whole = {
+        "seconds": 4.0,
+        "words": [Word("<asr>", text, ms, 0.0, 0.0, ms) for text, ms in written],
+    }
+    parts = [
+        [(word.text, word.delay_ms) for word in part["words"]]
+        for part in stream.resegment(whole, singles)
+    ]
     assert parts == [[("a", 400.0), ("x", 900.0)], [("d", 500.0), ("e", 600.0)], [],
                      [("g", 400.0), ("h", 500.0), ("h", 1000.0)]]
     items = [(Row(id="x", audio="x"), np.zeros(16000 * n)) for n in (1, 2, 3, 1, 1)]
     assert [len(group) for group in long_streams.join(items, 3)] == [2, 1, 2]
-    assert [len(group) for group in long_streams.join(items, 4)] == [3, 2] and len(long_streams.join(items, 5)) == 1
+    assert [len(group) for group in long_streams.join(items, 4)] == [3, 2] and len(
+        long_streams.join(items, 5)
+    ) == 1
     rows = [(Row(id=str(k), audio="x", asr="la lo"), noise(16000, k)) for k in range(4)]
     n, alone, joined = long_streams.compare(lively(seed=2), TOKENIZER, rows, 2)
     assert n == 2 and alone["<asr>"]["utterances"] == joined["<asr>"]["utterances"] == 4

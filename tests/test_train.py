@@ -25,7 +25,9 @@ from stream import greedy_batch, load_run  # noqa: E402
 
 def test_grammar_is_large_enough():
     rows = [train.builtin_row(k, targets=("en", "es", "it")) for k in range(56000)]
-    texts = {"de": [row.asr for row in rows]} | {lang: [row.st[lang] for row in rows] for lang in ("en", "es", "it")}
+    texts = {"de": [row.asr for row in rows]} | {
+        lang: [row.st[lang] for row in rows] for lang in ("en", "es", "it")
+    }
     for lang, sentences in texts.items():
         assert len({word for text in sentences for word in text.split()}) >= 60, lang
         lengths = [len(text.split()) for text in sentences]
@@ -34,9 +36,20 @@ def test_grammar_is_large_enough():
 
 
 def test_orders_and_links_of_a_known_sentence():
-    tables = dict(S=train.SUBJECTS, V=train.VERBS, N=train.NOUNS, J=train.ADJECTIVES, T=train.ADVERBS, P=train.PLACES)
-    chosen = {letter: next(entry for entry in table if entry["en"] == english) for (letter, table), english in
-              zip(tables.items(), ("she", "bought/buy", "car", "red", "today", "in_the_shop"))}
+    tables = dict(
+        S=train.SUBJECTS,
+        V=train.VERBS,
+        N=train.NOUNS,
+        J=train.ADJECTIVES,
+        T=train.ADVERBS,
+        P=train.PLACES,
+    )
+    chosen = {
+        letter: next(entry for entry in table if entry["en"] == english)
+        for (letter, table), english in zip(
+            tables.items(), ("she", "bought/buy", "car", "red", "today", "in_the_shop")
+        )
+    }
     chosen |= dict(A=train.PERFECT[0], D=0)
     said = {lang: train.say(chosen, lang) for lang in train.LANGUAGES}
     assert {lang: " ".join(word for _, word in words) for lang, words in said.items()} == {
@@ -48,8 +61,13 @@ def test_orders_and_links_of_a_known_sentence():
     assert links == {(0, 0), (1, 1), (8, 1), (2, 8), (3, 2), (4, 3), (5, 4), (6, 5), (6, 6), (7, 7)}
     assert (1, 2) in train.link_words(said["de"], said["es"])  # hat - ha: both have an auxiliary
     chosen["A"] = train.MODALS[0]
-    assert " ".join(word for _, word in train.say(chosen, "de")) == "sie will heute das rote auto im laden kaufen"
-    assert " ".join(word for _, word in train.say(chosen, "en")).startswith("she wants to buy the red car")
+    assert (
+        " ".join(word for _, word in train.say(chosen, "de"))
+        == "sie will heute das rote auto im laden kaufen"
+    )
+    assert " ".join(word for _, word in train.say(chosen, "en")).startswith(
+        "she wants to buy the red car"
+    )
 
 
 def test_corpus_is_deterministic_and_test_is_unseen():
@@ -75,7 +93,9 @@ def test_many_to_one_and_one_to_many(languages):
         train.speak_row(row)
         for mode in ("align", "time", "ratio:0.5"):
             pairs = interleave(row, mode)
-            assert len(pairs) == len(row.asr.split()) + sum(len(text.split()) for text in row.st.values())
+            assert len(pairs) == len(row.asr.split()) + sum(
+                len(text.split()) for text in row.st.values()
+            )
     with pytest.raises(ValueError, match="de-fr"):
         train.BuiltIn("de-fr", 0)
 
@@ -100,7 +120,9 @@ def test_voice_has_the_pitch_the_formants_and_the_times_it_claims():
         hz = np.fft.rfftfreq(4096, 1 / 16000)
         inside = (hz > low) & (hz < high)
         return hz[inside][np.argmax(smooth[inside])]
-    assert peak(ends[0], 300, 1100) == pytest.approx(750 * 1.1, rel=0.15)  # the first formant of a, and of i
+    assert peak(ends[0], 300, 1100) == pytest.approx(
+        750 * 1.1, rel=0.15
+    )  # the first formant of a, and of i
     assert peak(ends[1], 150, 1100) == pytest.approx(290 * 1.1, rel=0.30)
 
 
@@ -114,11 +136,16 @@ def test_word_ends_are_where_the_sound_stops():
 
 def test_speakers_levels_and_noise_stay_in_their_ranges():
     speakers = [train.make_speaker(f"train{k:04d}") for k in range(500)]
-    for values, low, high in (([s.pitch_hz for s in speakers], 80, 250), ([s.tract for s in speakers], 0.88, 1.12),
-                              ([s.rate for s in speakers], 0.8, 1.2)):
+    for values, low, high in (
+        ([s.pitch_hz for s in speakers], 80, 250),
+        ([s.tract for s in speakers], 0.88, 1.12),
+        ([s.rate for s in speakers], 0.8, 1.2),
+    ):
         assert low <= min(values) < low * 1.05 and high * 0.95 < max(values) <= high
-    loudness = [20 * np.log10(np.sqrt(np.mean(train.speak_row(train.builtin_row(k))[0] ** 2)) / 0.06)
-                for k in range(60)]
+    loudness = [
+        20 * np.log10(np.sqrt(np.mean(train.speak_row(train.builtin_row(k))[0] ** 2)) / 0.06)
+        for k in range(60)
+    ]
     assert -15 < min(loudness) < -9 and 9 < max(loudness) < 15.5  # the noise adds at most 0.4 dB
 
 
@@ -132,30 +159,71 @@ def refused(capsys, *argv):
     return said
 
 
-@pytest.mark.parametrize("argv", [
-    ["--eval-every", "0"], ["--batch-seconds", "0"], ["--batch-seconds", "-2"], ["--steps", "-1"], ["--join", "0"],
-    ["--label-dropout", "1.5"], ["--device", "gpu"], ["--lr", "nan"], ["--lr", "-1"], ["--dropout", "1"],
-    ["--accumulate", "0"], ["--interleave", "foo"], ["--interleave", "ratio:1.5"], ["--interleave", "ratio:x"],
-    ["--prune", "1"], ["--prune", "-1"], ["--warm-steps", "1300"], ["--fastemit", "-0.1"], ["--workers", "-1"],
-    ["--max-seconds", "0"], ["--merges", "-1"], ["--seed", "-1"], ["--corpus", "de-fr"], ["--corpus", "de"],
-    ["--corpus", "de-de"], ["--chunks", "-3"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--eval-every", "0"],
+        ["--batch-seconds", "0"],
+        ["--batch-seconds", "-2"],
+        ["--steps", "-1"],
+        ["--join", "0"],
+        ["--label-dropout", "1.5"],
+        ["--device", "gpu"],
+        ["--lr", "nan"],
+        ["--lr", "-1"],
+        ["--dropout", "1"],
+        ["--accumulate", "0"],
+        ["--interleave", "foo"],
+        ["--interleave", "ratio:1.5"],
+        ["--interleave", "ratio:x"],
+        ["--prune", "1"],
+        ["--prune", "-1"],
+        ["--warm-steps", "1300"],
+        ["--fastemit", "-0.1"],
+        ["--workers", "-1"],
+        ["--max-seconds", "0"],
+        ["--merges", "-1"],
+        ["--seed", "-1"],
+        ["--corpus", "de-fr"],
+        ["--corpus", "de"],
+        ["--corpus", "de-de"],
+        ["--chunks", "-3"],
+    ],
+)
 def test_a_value_out_of_range_is_named(argv, capsys, tmp_path):
-    said = refused(capsys, *argv, *([] if argv[0] == "--device" else ["--device", "cpu"]), "--out", tmp_path / "run")
+    said = refused(
+        capsys,
+        *argv,
+        *([] if argv[0] == "--device" else ["--device", "cpu"]),
+        "--out",
+        tmp_path / "run",
+    )
     assert argv[0].strip("-").replace("-", "_") in said.replace("-", "_") and argv[1] in said
     assert not list(tmp_path.rglob("*.pt"))
 
 
 def test_there_are_at_most_thirty_flags_with_a_sentence_each():
-    actions = [a for a in train.make_parser()._actions if a.option_strings and a.dest not in ("help", "write_corpus")]
+    actions = [
+        a
+        for a in train.make_parser()._actions
+        if a.option_strings and a.dest not in ("help", "write_corpus")
+    ]
     assert len(actions) <= 31 and all(a.help for a in actions)
-    assert train.parse_options(["--device", "cpu"]) == train.check(replace(train.Options(), device="cpu"))
+    assert train.parse_options(["--device", "cpu"]) == train.check(
+        replace(train.Options(), device="cpu")
+    )
 
 
 def test_resume_of_nothing_and_of_another_model(small, capsys, tmp_path):
     assert "resume.pt" in refused(capsys, "--resume", tmp_path)
     folder = run(tmp_path / "run", "--steps", "6")
     capsys.readouterr()
-    for flag, value in (("--merges", "7"), ("--corpus", "de-es"), ("--seed", "3"), ("--interleave", "asr")):
+    for flag, value in (
+        ("--merges", "7"),
+        ("--corpus", "de-es"),
+        ("--seed", "3"),
+        ("--interleave", "asr"),
+    ):
         said = refused(capsys, "--resume", folder, flag, value, "--steps", "9")
         assert flag in said and value in said
     assert "--steps is 6" in refused(capsys, "--resume", folder)
@@ -182,8 +250,19 @@ def bad_manifest(tmp_path):
     soundfile.write(tmp_path / "empty.wav", tone[:0], 16000)
     soundfile.write(tmp_path / "cut.flac", tone, 16000)
     (tmp_path / "cut.flac").write_bytes((tmp_path / "cut.flac").read_bytes()[:200])
-    names = ["good.wav", "stereo.wav", "rate.wav", "long.wav", "empty.wav", "cut.flac", "missing.wav"]
-    rows = [{"audio": name, "asr": "a b", "st": {"en": "c d"}, "links": {"en": "0-0 1-1"}} for name in names]
+    names = [
+        "good.wav",
+        "stereo.wav",
+        "rate.wav",
+        "long.wav",
+        "empty.wav",
+        "cut.flac",
+        "missing.wav",
+    ]
+    rows = [
+        {"audio": name, "asr": "a b", "st": {"en": "c d"}, "links": {"en": "0-0 1-1"}}
+        for name in names
+    ]
     path = write_rows(tmp_path, rows + [{"audio": "good.wav"}])
     path.write_text(path.read_text() + "not json\n")
     return path
@@ -191,10 +270,21 @@ def bad_manifest(tmp_path):
 
 def test_bad_rows_are_named_counted_and_left_out(bad_manifest, capsys):
     corpus, _ = train.open_corpus(train.parse_options([str(bad_manifest), "--device", "cpu"]))
-    assert [Path(row.audio).name for row in corpus.rows(0)] == ["good.wav", "stereo.wav", "rate.wav"]
+    assert [Path(row.audio).name for row in corpus.rows(0)] == [
+        "good.wav",
+        "stereo.wav",
+        "rate.wav",
+    ]
     assert [row.duration for row in corpus.rows(0)] == [1.0, 1.0, 1.0]
     said = capsys.readouterr().err
-    for number, what in ((4, "31.0 s long"), (5, "empty"), (6, "cut.flac"), (7, "missing.wav"), (8, "no text"), (9, "")):
+    for number, what in (
+        (4, "31.0 s long"),
+        (5, "empty"),
+        (6, "cut.flac"),
+        (7, "missing.wav"),
+        (8, "no text"),
+        (9, ""),
+    ):
         line = next(line for line in said.splitlines() if f"rows.jsonl:{number}:" in line)
         assert what in line
     assert "2 of 9 rows skipped" in said and "4 of 7 rows left out" in said
@@ -213,11 +303,15 @@ def test_rows_with_one_text_are_learned_as_that_text(small, tmp_path):
     soundfile.write(tmp_path / "tone.wav", tone, 16000)
     rows = [{"audio": "tone.wav", "asr": "a b", "st": {"en": "c d"}, "links": {"en": "0-0 1-1"}},
             {"audio": "tone.wav", "asr": "a b"}, {"audio": "tone.wav", "st": {"en": "c d"}}]
-    options = train.parse_options([str(write_rows(tmp_path, rows)), "--device", "cpu", "--join", "1", "--no-augment"])
+    options = train.parse_options(
+        [str(write_rows(tmp_path, rows)), "--device", "cpu", "--join", "1", "--no-augment"]
+    )
     corpus, _ = train.open_corpus(options)
     made = train.new_run(options, corpus)
     source, tokenizer = train.Source(options, made), made.tokenizer
-    batches = [source[train.Request([s], 0, (0, 1), True)] for s in train.epoch_streams(corpus, 0, options)]
+    batches = [
+        source[train.Request([s], 0, (0, 1), True)] for s in train.epoch_streams(corpus, 0, options)
+    ]
     texts = {tuple(train.parse(batch["targets"][0].tolist(), tokenizer)) for batch in batches}
     both = (("<asr>", "a"), ("<st:en>", "c"), ("<asr>", "b"), ("<st:en>", "d"))
     assert texts == {both, both[::2], both[1::2]}
@@ -234,26 +328,58 @@ def test_batches_hold_every_row_once_with_little_padding():
     assert sorted(ids) == sorted(row.id for row in corpus.rows(0))
     padded = sum(max(s.seconds for s in batch) * len(batch) for batch in batches)
     assert 1 - sum(s.seconds for batch in batches for s in batch) / padded < 0.1
-    assert max(max(s.seconds for s in batch) * len(batch) for batch in batches) <= options.batch_seconds
-    assert ids != [row.id for batch in train.epoch_batches(corpus, 1, options) for s in batch for row in s.rows]
+    assert (
+        max(max(s.seconds for s in batch) * len(batch) for batch in batches)
+        <= options.batch_seconds
+    )
+    assert ids != [
+        row.id for batch in train.epoch_batches(corpus, 1, options) for s in batch for row in s.rows
+    ]
     lengths = [len(s.rows) for batch in batches for s in batch]
     assert set(lengths) == {1, 2, 3} and max(s.seconds for batch in batches for s in batch) < 35
 
 
+def test_epoch_after_epoch_brings_other_utterances(small):
+    """From the built-in corpus others, from a manifest the same in another order; and each request
+    says which one follows it, over the end of an epoch too."""
+    options = train.parse_options(["--device", "cpu", "--batch-seconds", "300"])
+    corpus = train.BuiltIn("de-en", 0)
+    made = train.new_run(options, corpus)
+    wanted, seen, requests = train.requests(corpus, made, options, train.Ranks()), {}, []
+    while len(seen) < 3:
+        requests.append(next(wanted))
+        seen.setdefault(requests[-1].epoch, set()).update(
+            row.id for s in requests[-1].streams for row in s.rows)
+    assert set(seen) == {0, 1, 2} and not seen[0] & seen[1] and len(seen[0]) == corpus.SIZE
+    for k, request in enumerate(requests):
+        place = sum(other.epoch == request.epoch for other in requests[:k])
+        assert request.after == (request.epoch, place + 1)
+    fixed = train.Corpus(corpus.rows(0)[:40])
+    orders = [[row.id for batch in train.epoch_batches(fixed, epoch, options)
+               for s in batch for row in s.rows] for epoch in (0, 1)]
+    assert orders[0] != orders[1] and set(orders[0]) == set(orders[1])
+
+
 def test_the_length_of_a_built_in_row_is_known_before_it_is_spoken():
     corpus = train.BuiltIn("de-en", 0)
-    error = [corpus.seconds(row) / (len(train.speak_row(row)[0]) / 16000) - 1 for row in corpus.rows(0, 60)]
+    error = [
+        corpus.seconds(row) / (len(train.speak_row(row)[0]) / 16000) - 1
+        for row in corpus.rows(0, 60)
+    ]
     assert abs(np.mean(error)) < 0.03 and np.abs(error).max() < 0.15
 
 
 def test_rows_of_one_file_are_joined_in_their_order(tmp_path):
-    rows = [train.Row(id=f"{f}{k}", audio=f"{f}.wav", start=float(k), duration=1.0, asr="a") for k in range(40)
-            for f in "xy"]
+    rows = [
+        train.Row(id=f"{f}{k}", audio=f"{f}.wav", start=float(k), duration=1.0, asr="a")
+        for k in range(40)
+        for f in "xy"
+    ]
     options = train.parse_options(["--device", "cpu", "--join", "5"])
     joined = [s for s in streams_of(train.Corpus(rows), options) if len(s.rows) > 1]
     pairs = [(a, b) for s in joined for a, b in zip(s.rows, s.rows[1:])]
     follows = np.mean([b.audio == a.audio and b.start == a.start + 1 for a, b in pairs])
-    assert follows > 0.5                                       # of 80 rows drawn blindly, about one in 80 would
+    assert follows > 0.5  # of 80 rows drawn blindly, about one in 80 would
     assert sum(len(s.rows) for s in streams_of(train.Corpus(rows), options)) == len(rows)
 
 
@@ -269,39 +395,48 @@ def test_an_example_of_joined_utterances_has_their_words_in_turn_and_a_lattice_o
     for row, start in zip(s.rows, starts):
         own = train.speak_row(row)[0]
         assert np.array_equal(samples[start:start + len(own)], own)
-    keep, labels = example["keep"], np.cumsum([len(train.serialize(interleave(row, "align"), source.tokenizer))
-                                               for row in s.rows])
+    keep, labels = example["keep"], np.cumsum(
+        [len(train.serialize(interleave(row, "align"), source.tokenizer)) for row in s.rows]
+    )
     assert keep.shape == (len(example["mel"]) // 4, len(example["targets"]) + 1)
-    at = starts[1] // 640                                      # the frame at which the second one starts
+    at = starts[1] // 640  # the frame at which the second one starts
     assert keep[at - 1].nonzero().max() == labels[0] and keep[at - 1, 0]
-    assert keep[at].nonzero().flatten().tolist() == list(range(labels[1] + 1))         # for a chunk, both
+    assert keep[at].nonzero().flatten().tolist() == list(range(labels[1] + 1))  # for a chunk, both
     after = at + max(source.config.chunks)
     assert keep[after].nonzero().min() == labels[0]
     assert keep[-1].nonzero().flatten().tolist() == list(range(labels[1], labels[2] + 1))
     assert keep.float().mean() < 0.6                           # the work that is left
 
 
-@pytest.mark.parametrize("change, cut", [(lambda x: train.low_pass(x, 4000), 4000), (train.mu_law, None)])
+@pytest.mark.parametrize(
+    "change, cut", [(lambda x: train.low_pass(x, 4000), 4000), (train.mu_law, None)]
+)
 def test_telephones(change, cut):
     x = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)
     y = change(x)
     assert y.shape == x.shape and y.dtype == np.float32
     power = np.abs(np.fft.rfft(y)) ** 2
     if cut:
-        assert power[cut + 1:].sum() < 1e-6 * power.sum() and np.allclose(power[:cut], np.abs(np.fft.rfft(x))[:cut] ** 2, rtol=1e-2)
+        assert power[cut + 1 :].sum() < 1e-6 * power.sum() and np.allclose(
+            power[:cut], np.abs(np.fft.rfft(x))[:cut] ** 2, rtol=1e-2
+        )
     else:
-        assert len(np.unique(y)) <= 255 and 30 < 10 * np.log10(np.var(x) / np.var(y - x)) < 45  # G.711: about 38 dB
+        assert (
+            len(np.unique(y)) <= 255 and 30 < 10 * np.log10(np.var(x) / np.var(y - x)) < 45
+        )  # G.711: about 38 dB
 
 
 def test_disturbed_sound_is_a_function_of_its_seed_and_has_the_noise_it_claims():
     x = np.sin(np.arange(16000) / 5).astype(np.float32) * 0.1
     noise = np.random.default_rng(1).normal(0, 1, 16000)
     once, again, other = (train.disturb(x, noise, np.random.default_rng(k)) for k in (5, 5, 6))
-    assert np.array_equal(once, again) and not np.array_equal(once, other) and once.dtype == np.float32
+    assert (
+        np.array_equal(once, again) and not np.array_equal(once, other) and once.dtype == np.float32
+    )
     ratios = []
     for k in range(200):
         y = train.disturb(x, noise, np.random.default_rng(k)).astype(float)
-        speech = (x @ y) / (x @ x)                             # how much of the tone is left, and what beside it
+        speech = (x @ y) / (x @ x)  # how much of the tone is left, and what beside it
         ratios.append(10 * np.log10(np.sum((speech * x) ** 2) / np.sum((y - speech * x) ** 2)))
         assert np.isfinite(y).all() and np.abs(y).max() <= 1.001
     assert 4 < np.percentile(ratios, 2) < 8 and np.percentile(ratios, 98) < 40
@@ -350,13 +485,25 @@ def test_a_row_that_turns_out_bad_is_named_once_and_left_out(tmp_path, capsys, s
     tone = (0.1 * np.sin(np.arange(16000) / 20)).astype(np.float32)
     for name in ("a", "b"):
         soundfile.write(tmp_path / f"{name}.wav", tone, 16000)
-    rows = [{"audio": f"{name}.wav", "duration": 1.0, "asr": "x y", "st": {"en": "z"}, "links": {"en": "0-0"}}
-            for name in "ab"]
-    options = train.parse_options([str(write_rows(tmp_path, rows)), "--device", "cpu", "--join", "1"])
+    rows = [
+        {
+            "audio": f"{name}.wav",
+            "duration": 1.0,
+            "asr": "x y",
+            "st": {"en": "z"},
+            "links": {"en": "0-0"},
+        }
+        for name in "ab"
+    ]
+    options = train.parse_options(
+        [str(write_rows(tmp_path, rows)), "--device", "cpu", "--join", "1"]
+    )
     corpus, _ = train.open_corpus(options)
     made = train.new_run(options, corpus)
     (tmp_path / "b.wav").write_bytes(b"no longer a sound")
-    with train.Batches(train.Source(options, made), corpus, made, options, train.Ranks()) as batches:
+    with train.Batches(
+        train.Source(options, made), corpus, made, options, train.Ranks()
+    ) as batches:
         for group, _ in zip(batches, range(4)):
             assert len(group[0]["mel"]) == 1
     assert capsys.readouterr().err.count("rows.jsonl:2") == 1
@@ -367,30 +514,52 @@ def test_a_row_that_turns_out_bad_is_named_once_and_left_out(tmp_path, capsys, s
 def test_tasks_come_one_after_the_other():
     def at(step, *more):
         return set(train.tasks(step, train.parse_options(["--warm-steps", "10", *more])))
-    assert at(4) == {"letters"} and at(9) == {"letters", "words", "next_label"} and at(10) == at(9) | {"transducer"}
-    assert "words" not in at(10, "--interleave", "st")  # a model that only translates must not learn to write them
+    assert (
+        at(4) == {"letters"}
+        and at(9) == {"letters", "words", "next_label"}
+        and at(10) == at(9) | {"transducer"}
+    )
+    assert "words" not in at(
+        10, "--interleave", "st"
+    )  # a model that only translates must not learn to write them
     assert at(10, "--prune", "8") == {"letters", "simple", "transducer"}
 
 
 def test_weights_and_rates_at_chosen_steps():
-    options = train.parse_options(["--steps", "1000", "--warm-steps", "400", "--prune", "8", "--device", "cpu"])
-    assert train.tasks(400, options) == pytest.approx({"transducer": 0.1, "simple": 1, "letters": 0.3})
-    assert train.tasks(475, options) == pytest.approx({"transducer": 0.55, "simple": 0.75, "letters": 0.3})
-    assert train.tasks(900, options) == pytest.approx({"transducer": 1, "simple": 0.5, "letters": 0.3})
+    options = train.parse_options(
+        ["--steps", "1000", "--warm-steps", "400", "--prune", "8", "--device", "cpu"]
+    )
+    assert train.tasks(400, options) == pytest.approx(
+        {"transducer": 0.1, "simple": 1, "letters": 0.3}
+    )
+    assert train.tasks(475, options) == pytest.approx(
+        {"transducer": 0.55, "simple": 0.75, "letters": 0.3}
+    )
+    assert train.tasks(900, options) == pytest.approx(
+        {"transducer": 1, "simple": 0.5, "letters": 0.3}
+    )
     assert train.tasks(900, replace(options, prune=0)) == pytest.approx(
         {"transducer": 1, "letters": 0.3, "words": 0.3, "next_label": 0.3})
     assert [train.learning_rate(k, 1000) for k in (0, 49, 99, 500, 800, 900, 999)] == pytest.approx(
         [0.01, 0.5, 1, 1, 1, 0.5, 0.02])
-    assert [train.label_dropout(k, options) for k in (399, 400, 475, 550, 900)] == pytest.approx([0.1, 1, 0.5, 0.1, 0.1])
+    assert [train.label_dropout(k, options) for k in (399, 400, 475, 550, 900)] == pytest.approx(
+        [0.1, 1, 0.5, 0.1, 0.1]
+    )
 
 
 @pytest.fixture
 def batch_of_eight():
-    options = train.parse_options(["--device", "cpu", "--join", "1", "--no-augment", "--dropout", "0"])
+    options = train.parse_options(
+        ["--device", "cpu", "--join", "1", "--no-augment", "--dropout", "0"]
+    )
     corpus = train.BuiltIn("de-en", 0)
     made = train.new_run(options, corpus)
     chosen = [train.Stream([row], [0.0], [], 1.0, 3.0) for row in corpus.rows(0, 8)]
-    return options, made, train.to_device(train.Source(options, made)[train.Request(chosen, 0, (0, 1), True)], "cpu")
+    return (
+        options,
+        made,
+        train.to_device(train.Source(options, made)[train.Request(chosen, 0, (0, 1), True)], "cpu"),
+    )
 
 
 def test_the_transducer_task_is_the_loss_of_the_models_own_logits(batch_of_eight):
@@ -398,18 +567,30 @@ def test_the_transducer_task_is_the_loss_of_the_models_own_logits(batch_of_eight
     made.model.eval()
     torch.nn.init.normal_(made.model.joint.label_proj.weight, std=0.1)
     step = options.warm_steps + 10 * train.FORGET_STEPS
-    batch.chance = torch.full_like(batch.chance, 0.5)          # none is hidden now, all are at the start
+    batch.chance = torch.full_like(batch.chance, 0.5)  # none is hidden now, all are at the start
     with torch.no_grad():
-        found = train.losses(made.model, batch, ["transducer", "next_label"], step, options, chunk=16)
+        found = train.losses(
+            made.model, batch, ["transducer", "next_label"], step, options, chunk=16
+        )
         logits = made.model(batch.mel, batch.targets, batch.mel_lengths, chunk=16)
-    cost = rnnt_loss(logits, batch.targets, batch.mel_lengths // 4, batch.targets_lengths, blank=0, reduction="sum")
+    cost = rnnt_loss(
+        logits,
+        batch.targets,
+        batch.mel_lengths // 4,
+        batch.targets_lengths,
+        blank=0,
+        reduction="sum",
+    )
     assert float(found["transducer"]) == pytest.approx(float(cost), rel=1e-5)
-    hidden = train.losses(made.model, batch, ["transducer"], options.warm_steps, options, chunk=16)  # all are
+    hidden = train.losses(
+        made.model, batch, ["transducer"], options.warm_steps, options, chunk=16
+    )  # all are
     assert abs(float(hidden["transducer"]) / float(cost) - 1) > 1e-4
 
 
 def test_the_language_model_does_not_see_what_it_predicts(batch_of_eight):
-    """The loss of a label depends on the labels before it and on itself, not through the label encoder."""
+    """The loss of a label depends on the labels before it and on itself, not through the label
+    encoder."""
     _, made, batch = batch_of_eight
     made.model.eval()
     changed = batch.targets.clone()
@@ -418,11 +599,14 @@ def test_the_language_model_does_not_see_what_it_predicts(batch_of_eight):
         scores, other = (train.next_label_scores(made.model, made.model.label_encoder(x)[0])[:, :-1]
                          for x in (batch.targets, changed))
     assert torch.equal(scores[:, :6], other[:, :6]) and not torch.equal(scores[:, 6], other[:, 6])
-    costs = torch.nn.functional.cross_entropy(scores.transpose(1, 2), batch.targets, reduction="none")
+    costs = torch.nn.functional.cross_entropy(
+        scores.transpose(1, 2), batch.targets, reduction="none"
+    )
     wanted = sum(costs[b, :n].sum() for b, n in enumerate(batch.targets_lengths))
     labels = made.model.label_encoder(batch.targets)[0]
-    assert float(train.language_loss(made.model, labels, batch.targets, batch.targets_lengths)) == pytest.approx(
-        float(wanted), rel=1e-5)
+    assert float(
+        train.language_loss(made.model, labels, batch.targets, batch.targets_lengths)
+    ) == pytest.approx(float(wanted), rel=1e-5)
     assert scores.shape[2] == made.model.config.vocab          # the forgotten label is no class
 
 
@@ -430,8 +614,12 @@ def test_muon_makes_its_updates_orthogonal_as_torch_does():
     torch.manual_seed(0)
     for shape in ((6, 6), (12, 5), (5, 12)):
         p = torch.nn.Parameter(torch.randn(shape, dtype=torch.float64))
-        values = torch.linalg.svdvals(train.orthogonalised(torch.randn(1, *shape, dtype=torch.float64))[0])
-        assert values.min() > 0.3 and values.max() < 1.3       # of a random matrix they spread from near 0 to above 4
+        values = torch.linalg.svdvals(
+            train.orthogonalised(torch.randn(1, *shape, dtype=torch.float64))[0]
+        )
+        assert (
+            values.min() > 0.3 and values.max() < 1.3
+        )  # of a random matrix they spread from near 0 to above 4
         start, ours = p.detach().clone(), train.Muon([p], lr=0.02)
         twin = torch.nn.Parameter(start.clone())
         theirs = torch.optim.Muon([twin], lr=0.02, weight_decay=0.01)
@@ -445,9 +633,19 @@ def test_muon_makes_its_updates_orthogonal_as_torch_does():
 
 
 def test_eight_utterances_are_overfitted_and_noise_is_not(batch_of_eight):
-    """All tasks, a tiny net: greedy search then gives the targets, and with noise for sound it does not."""
+    """All tasks, a tiny net: greedy search then gives the targets, and with noise for sound it does
+    not."""
     options, made, batch = batch_of_eight
-    config = replace(made.model.config, dim=64, heads=2, layers=2, ff=128, joint_dim=64, chunks=(16,), dropout=0.0)
+    config = replace(
+        made.model.config,
+        dim=64,
+        heads=2,
+        layers=2,
+        ff=128,
+        joint_dim=64,
+        chunks=(16,),
+        dropout=0.0,
+    )
     torch.manual_seed(1)
     statistics = made.model.encoder.mean, made.model.encoder.std
     made.model = train.Transducer(config)
@@ -468,15 +666,20 @@ def test_eight_utterances_are_overfitted_and_noise_is_not(batch_of_eight):
 
 
 def test_encoder_learns_to_spell_in_two_hundred_steps():
-    """A fixed number of steps from a fixed seed. CTC on letters starts above 3 nats and falls below 1 on sentences and
-    speakers never heard; on noise of the same length it does not."""
+    """A fixed number of steps from a fixed seed. CTC on letters starts above 3 nats and falls below
+    1 on sentences and speakers never heard; on noise of the same length it does not."""
     options = train.parse_options(["--device", "cpu", "--join", "1", "--no-augment"])
     corpus, dev = train.open_corpus(options)
     made = train.new_run(options, corpus)
     source = train.Source(options, made)
     with train.Batches(source, corpus, made, options, train.Ranks()) as batches:
-        history = [train.train_step(made, group, options, train.Ranks()) for group, _ in zip(batches, range(200))]
-    assert all(set(numbers) == {"letters", "gradient_norm", "finite"} for numbers in history)  # only this warms up
+        history = [
+            train.train_step(made, group, options, train.Ranks())
+            for group, _ in zip(batches, range(200))
+        ]
+    assert all(
+        set(numbers) == {"letters", "gradient_norm", "finite"} for numbers in history
+    )  # only this warms up
     assert float(history[0]["letters"]) > 3
 
     def spelling(samples):
@@ -484,27 +687,52 @@ def test_encoder_learns_to_spell_in_two_hundred_steps():
         letters = [[source.letter[c] for c in row.asr] for row, _ in dev[:32]]
         lengths = torch.tensor([len(mel) for mel in mels])
         mel = torch.nn.utils.rnn.pad_sequence(mels, batch_first=True)
-        targets = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, letters)), batch_first=True)
+        targets = torch.nn.utils.rnn.pad_sequence(
+            list(map(torch.tensor, letters)), batch_first=True
+        )
         counts = torch.tensor(list(map(len, letters)))
         with torch.no_grad():
             frames, _ = made.model.eval().encoder(mel, lengths)
-            return float(train.ctc_loss(made.model.ctc(frames), lengths // 4, targets, counts) / counts.sum())
+            return float(
+                train.ctc_loss(made.model.ctc(frames), lengths // 4, targets, counts) / counts.sum()
+            )
     rng = np.random.default_rng(0)
     assert spelling([samples for _, samples in dev[:32]]) < 1.0
-    assert spelling([rng.normal(0, 0.05, len(samples)).astype(np.float32) for _, samples in dev[:32]]) > 2.5
+    assert (
+        spelling([rng.normal(0, 0.05, len(samples)).astype(np.float32) for _, samples in dev[:32]])
+        > 2.5
+    )
 
 
 # ---- Runs
 
-SHORT = ["--warm-steps", "4", "--batch-seconds", "12", "--chunks", "4,8", "--merges", "20", "--device", "cpu", "--prune", "8"]
+SHORT = [
+    "--warm-steps",
+    "4",
+    "--batch-seconds",
+    "12",
+    "--chunks",
+    "4,8",
+    "--merges",
+    "20",
+    "--device",
+    "cpu",
+    "--prune",
+    "8",
+]
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """A preset that trains in seconds, on one thread: with more, sums may be added up in another order."""
+    """A preset that trains in seconds, on one thread: with more, sums may be added up in another
+    order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setitem(train.PRESETS, "tiny", replace(PRESETS["tiny"], dim=16, heads=2, layers=1, ff=32, joint_dim=16))
+    monkeypatch.setitem(
+        train.PRESETS,
+        "tiny",
+        replace(PRESETS["tiny"], dim=16, heads=2, layers=1, ff=32, joint_dim=16),
+    )
     monkeypatch.setattr(train.BuiltIn, "SIZE", 16)
     monkeypatch.setattr(train, "TEST_SIZE", 3)
     monkeypatch.setattr(train, "WARM_UP", 2)
@@ -542,13 +770,14 @@ def same_weights(a, b):
 
 
 def test_resume_is_bit_exact_and_tells_every_step_once(small, tmp_path):
-    """Stopped in the warm-up, and again later: the same weights and log as without a stop, also from a copy."""
+    """Stopped in the warm-up, and again later: the same weights and log as without a stop, also
+    from a copy."""
     whole = run(tmp_path / "whole", "--steps", "10")
     half = tmp_path / "half"
     stopped_at(3, lambda: run(half, "--steps", "10"))
     assert load(half / "resume.pt")[1]["step"] == 3 and not (half / "metrics.json").exists()
     log = (half / "log.csv").read_text()
-    (half / "log.csv").write_text(log + "4,0\n6,0\n")          # what a run that was killed had told already
+    (half / "log.csv").write_text(log + "4,0\n6,0\n")  # what a run that was killed had told already
     (tmp_path / "copy").mkdir()
     for file in half.iterdir():
         (tmp_path / "copy" / file.name).write_bytes(file.read_bytes())
@@ -559,10 +788,14 @@ def test_resume_is_bit_exact_and_tells_every_step_once(small, tmp_path):
     assert same_weights(wanted, given)
     steps = [int(line["step"]) for line in csv.DictReader(open(half / "log.csv"))]
     assert steps == sorted(set(steps)) and steps[-1] == 10
-    assert load(tmp_path / "copy" / "resume.pt")[1]["step"] == 3   # the copy was not touched, and goes on where it lies
+    assert (
+        load(tmp_path / "copy" / "resume.pt")[1]["step"] == 3
+    )  # the copy was not touched, and goes on where it lies
     assert train.main(["--resume", str(tmp_path / "copy")]) == 0
     assert same_weights(wanted, weights_of(tmp_path / "copy" / "resume.pt"))
-    other = run(tmp_path / "other", "--steps", "10", "--seed", "1")  # the control: another seed, other weights
+    other = run(
+        tmp_path / "other", "--steps", "10", "--seed", "1"
+    )  # the control: another seed, other weights
     assert not same_weights(wanted, weights_of(other / "resume.pt"))
 
 
@@ -571,7 +804,9 @@ def test_a_run_can_be_made_longer_and_model_pt_streams(small, tmp_path):
     assert train.main(["--resume", str(folder), "--steps", "9"]) == 0
     assert load(folder / "resume.pt")[1]["step"] == 9
     model, tokenizer, beside = load_run(folder / "model.pt")
-    assert beside["step"] == 9 and "optimizers" not in beside and len(tokenizer) == model.config.vocab
+    assert (
+        beside["step"] == 9 and "optimizers" not in beside and len(tokenizer) == model.config.vocab
+    )
     assert (folder / "model.pt").stat().st_size < 0.6 * (folder / "resume.pt").stat().st_size
     assert [entry["step"] for entry in json.loads((folder / "metrics.json").read_text())] == [6, 9]
 
@@ -583,7 +818,9 @@ def test_workers_and_threads_make_the_same_batches(small, tmp_path):
 
     def first(workers):
         chosen = replace(options, workers=workers)
-        with train.Batches(train.Source(chosen, made), corpus, made, chosen, train.Ranks()) as batches:
+        with train.Batches(
+            train.Source(chosen, made), corpus, made, chosen, train.Ranks()
+        ) as batches:
             return [group[0] for group, _ in zip(batches, range(5))]
     for a, b in zip(first(0), first(2)):
         assert a["after"] == b["after"] and a["rows"] == b["rows"]
@@ -592,14 +829,16 @@ def test_workers_and_threads_make_the_same_batches(small, tmp_path):
 
 
 def test_a_step_in_pieces_is_the_step(small, tmp_path):
-    """Ten steps of two batches on one process, and of one batch on each of two: the same weights to 1e-10."""
+    """Ten steps of two batches on one process, and of one batch on each of two: the same weights to
+    1e-10."""
     code = """
 import sys; sys.path[:0] = sys.argv[1:3]
 from dataclasses import replace
 import torch, train
 from model import PRESETS
 torch.set_num_threads(1)
-train.PRESETS["tiny"] = replace(PRESETS["tiny"], dim=16, heads=2, layers=1, ff=32, joint_dim=16, dropout=0.0)
+train.PRESETS["tiny"] = replace(PRESETS["tiny"], dim=16, heads=2, layers=1, ff=32, joint_dim=16,
+                                dropout=0.0)
 train.BuiltIn.SIZE, train.WARM_UP, train.FORGET_STEPS = 40, 2, 2
 ranks = train.Ranks.here("cpu")
 options = train.parse_options(sys.argv[4:])
@@ -623,15 +862,28 @@ if ranks.first:
     argv = [str(root), str(root), str(files[0]), *SHORT, "--steps", "10", "--accumulate", "2"]
     subprocess.run([sys.executable, "-c", code, *argv], check=True)
     argv = [str(root), str(root), str(files[1]), *SHORT, "--steps", "10"]
-    two = [subprocess.Popen([sys.executable, "-c", code, *argv], env=os.environ | {
-        "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}) for rank in (0, 1)]
+    two = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *argv],
+            env=os.environ
+            | {
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": "29577",
+            },
+        )
+        for rank in (0, 1)
+    ]
     assert [process.wait(timeout=300) for process in two] == [0, 0]
     (one, at_one, cost_one), (both, at_both, cost_both) = map(torch.load, files)
     assert at_one == at_both and cost_one == pytest.approx(cost_both, rel=1e-10)
     assert max(float((x - both[name]).abs().max()) for name, x in one.items()) < 1e-10
 
 
-def test_a_gradient_that_is_not_finite_is_dropped_and_twenty_stop_the_run(small, tmp_path, capsys, monkeypatch):
+def test_a_gradient_that_is_not_finite_is_dropped_and_twenty_stop_the_run(
+    small, tmp_path, capsys, monkeypatch
+):
     real = train.losses
 
     def burst(*args):
@@ -639,7 +891,9 @@ def test_a_gradient_that_is_not_finite_is_dropped_and_twenty_stop_the_run(small,
     monkeypatch.setattr(train, "losses", burst)
     monkeypatch.setattr(train, "announce", lambda *args: None)
     monkeypatch.setattr(train, "GIVE_UP", 5)
-    before = train.new_run(train.parse_options([*SHORT, "--steps", "30"]), train.BuiltIn("de-en", 0)).model.state_dict()
+    before = train.new_run(
+        train.parse_options([*SHORT, "--steps", "30"]), train.BuiltIn("de-en", 0)
+    ).model.state_dict()
     assert train.main([*SHORT, "--steps", "30", "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert "step 5" in said and "built-in corpus" in said
@@ -652,7 +906,9 @@ def test_a_gradient_that_is_not_finite_is_dropped_and_twenty_stop_the_run(small,
 
 def test_start_from_another_model(small, tmp_path, capsys):
     first = run(tmp_path / "asr", "--steps", "6", "--interleave", "asr", "--prune", "0")
-    options = train.parse_options([*SHORT, "--steps", "6", "--init", str(first / "model.pt"), "--corpus", "de-es"])
+    options = train.parse_options(
+        [*SHORT, "--steps", "6", "--init", str(first / "model.pt"), "--corpus", "de-es"]
+    )
     capsys.readouterr()
     made = train.new_run(options, train.BuiltIn("de-es", 0))
     said = capsys.readouterr().out
@@ -670,7 +926,9 @@ def test_one_run_a_folder_and_a_number_for_the_next(small, tmp_path, capsys, mon
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["de-en", "de-en-2"]
     with train.locked(tmp_path / "runs" / "de-en", True):
         capsys.readouterr()
-        assert "another run" in refused(capsys, "--resume", tmp_path / "runs" / "de-en", "--steps", "9")
+        assert "another run" in refused(
+            capsys, "--resume", tmp_path / "runs" / "de-en", "--steps", "9"
+        )
 
 
 def test_disk_full_keeps_the_old_checkpoint(small, tmp_path, capsys, monkeypatch):
@@ -690,12 +948,16 @@ def test_training_hears_the_sound_of_its_manifest(small, tmp_path):
     corpus = train.BuiltIn("de-en", 0)
     folder = tmp_path / "corpus"
     assert train.main(["--write-corpus", str(folder), "8"]) == 0
-    options = train.parse_options([str(folder / "manifest.jsonl"), "--device", "cpu", "--join", "1", "--no-augment"])
+    options = train.parse_options(
+        [str(folder / "manifest.jsonl"), "--device", "cpu", "--join", "1", "--no-augment"]
+    )
     rows, _ = train.open_corpus(options)
     made = train.new_run(options, rows)
     source = train.Source(options, made)
     for row, own in zip(rows.rows(0), corpus.rows(0, 8)):
-        example = source.example(train.Stream([row], [0.0], [], 1.0, 3.0), train.Request([], 0, (0, 1), True))
+        example = source.example(
+            train.Stream([row], [0.0], [], 1.0, 3.0), train.Request([], 0, (0, 1), True)
+        )
         spoken = train.mel_of(train.speak_row(own)[0].clip(-1, 1), made.model.config)
         assert torch.allclose(example["mel"], spoken, atol=0.2) and example["mel"].std() > 1
         assert row.asr == own.asr and row.links == own.links

@@ -1,0 +1,143 @@
+"""Thirty-odd single-line mutations over the six files: each must turn a test red.
+
+    python tests/mutate.py            all of them, and what survives
+    python tests/mutate.py 3 17       these alone
+    python tests/mutate.py train.py   those of one file
+
+Each mutation names the tests that hold it, and only these run, in a copy of the project. A mutation
+that survives is a test that is missing.
+"""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# (file, what stands there, what it becomes, test file, pytest's -k)
+MUTATIONS = [
+    # The weights, labels and rows of training.
+    ("train.py", 'return {"transducer": 1.0} | dict', 'return {"transducer": 0.0} | dict',
+     "test_train.py", "weights_and_rates"),
+    ("train.py", "next_label_scores(model, labels[:, :-1])",
+     "next_label_scores(model, labels[:, 1:])", "test_train.py", "does_not_see_what_it_predicts"),
+    ("train.py", "return max(options.label_dropout, left) if step",
+     "return options.label_dropout if step", "test_train.py", "weights_and_rates"),
+    ("train.py", "epoch, first = epoch + 1,", "epoch, first = epoch,",
+     "test_train.py", "epoch_after_epoch"),
+    ("train.py", "return log_mel(samples, config.n_mels, config.floor)",
+     "return 0 * log_mel(samples, config.n_mels, config.floor)",
+     "test_train.py", "hears_the_sound_of_its_manifest"),
+    ("model.py", "self.dropout = nn.Dropout(dropout)\n\n    def forward(self, x, bias, chunk",
+     "self.dropout = nn.Dropout(0.0)\n\n    def forward(self, x, bias, chunk",
+     "test_model.py", "dropout_is"),
+    ("train.py", "    if finite:  ", "    if True:  ",
+     "test_train.py", "not_finite_is_dropped"),
+    ("stream.py", '{"chunk": options.chunk, "beam": options.beam',
+     '{"chunk": None, "beam": options.beam', "test_stream.py", "test_eval"),
+    ("stream.py", '{"chunk": options.chunk, "beam": options.beam',
+     '{"chunk": options.chunk, "beam": 1', "test_stream.py", "test_eval"),
+    ("train.py", "grads = torch.stack([self.with_momentum(p, group",
+     "grads = torch.stack([p.grad for p in same] or [self.with_momentum(p, group",
+     "test_train.py", "muon"),
+    ("train.py", "keep[frame:until + margin, label:after + 1] = True",
+     "keep[frame:until, label:after + 1] = True", "test_train.py", "lattice_of_blocks"),
+    # The loss.
+    ("rnnt_loss.py", "ways.append(alpha[t - 1, u] + logp[t - 1, u, blank])",
+     "ways.append(alpha[t - 1, u] + logp[t, u, blank])", "test_rnnt_loss.py", "enumeration"),
+    ("rnnt_loss.py", "posteriors[t, u, LABEL] *= posteriors[t, u + 1].sum()",
+     "posteriors[t, u, LABEL] *= posteriors[t, u].sum()", "test_rnnt_loss.py", "plain_numpy"),
+    ("rnnt_loss.py", "by_label = old[u - 1] + arcs[t, u - 1, LABEL] if u",
+     "by_label = old[u - 1] + arcs[t, u, LABEL] if u", "test_rnnt_loss.py", "enumeration"),
+    ("rnnt_loss.py", "arcs[..., LABEL] *= 1 + batch.fastemit", "arcs[..., LABEL] *= 1",
+     "test_rnnt_loss.py", "fastemit"),
+    ("rnnt_loss.py", "return inside & keep.cpu()", "return inside",
+     "test_rnnt_loss.py", "pruned_is_the_sum"),
+    ("rnnt_loss.py", "    first = torch.minimum(first, rise)", "    first = first + 0 * rise",
+     "test_rnnt_loss.py", "bands_are_legal"),
+    ("rnnt_loss.py", "bad_T = (logit_lengths < 1)", "bad_T = (logit_lengths < 0)",
+     "test_rnnt_loss.py", "what_is_no_length or errors_show"),
+    ("rnnt_loss.py", "lost = product < am", "lost = product < 0 * am",
+     "test_rnnt_loss.py", "underflows"),
+    # The network.
+    ("model.py", "(chunks_back < 0) | (chunks_back > left)", "chunks_back > left",
+     "test_model.py", "what_a_frame_depends_on"),
+    ("model.py", "(chunks_back < 0) | (chunks_back > left)", "chunks_back < 0",
+     "test_model.py", "what_a_frame_depends_on"),
+    ("model.py", "inputs = inputs.masked_fill(~real, 0)", "inputs = inputs.masked_fill(~real, 1)",
+     "test_model.py", "batch_is_single"),
+    # Links.
+    ("align.py", "hmm_sentence(emission, null, jump, found, jump_counts[s])",
+     "ibm1_sentence(emission, null, diagonal, found)", "test_align.py", "either_direction"),
+    ("align.py", "state[j + 1, 0] = state[j, 0] * null[j]", "state[j + 1, 0] = state[j, 0]",
+     "test_align.py", "sum_over_all_paths"),
+    ("align.py", "len(a) and int(match[3])", "len(a) + 1 and int(match[3])",
+     "test_align.py", "gold_links"),
+    # One stream out of two texts.
+    ("serialize.py", "latest[j] = max(latest[j], i)", "latest[j] = i",
+     "test_serialize.py", "test_align"),
+    ("serialize.py", "return list(accumulate(latest, max))", "return latest",
+     "test_serialize.py", "test_align"),
+    ("serialize.py", "if most < 2:", "if most < 1:",
+     "test_serialize.py", "byte_pair or example_in_the_documentation"),
+    ("serialize.py", "finished = self.flush()\n", "finished = []\n",
+     "test_serialize.py", "any_ids or a_word_comes"),
+    # Streaming and its scores.
+    ("stream.py", "select([b + B * (token != BLANK)", "select([b + B",
+     "test_stream.py", "batch or training_score"),
+    ("stream.py", "delay_ms = min(last_sample, self.received) / PER_MS",
+     "delay_ms = self.received / PER_MS", "test_stream.py", "delayed_by or packets"),
+    ("stream.py", "return lag(n_ref), lag(max(len(delays), n_ref))",
+     "return lag(n_ref), lag(n_ref)", "test_stream.py", "latency"),
+    ("stream.py", "row[1:] = np.minimum(row[1:], cost[:-1] + (codes != number[item]))",
+     "row[1:] = np.minimum(row[1:], cost[:-1] + 1)", "test_stream.py", "edit_distance"),
+]
+
+
+def killed(mutation, folder):
+    """-> whether the named tests are red with this mutation, and pytest's last line."""
+    file, right, wrong, tests, chosen = mutation
+    source = (ROOT / file).read_text(encoding="utf-8")
+    if source.count(right) != 1:
+        return None, f"{right!r} stands {source.count(right)} times in {file}"
+    (folder / file).write_text(source.replace(right, wrong), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+               str(folder / "tests" / tests), "-k", chosen]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+        last = (done.stdout.strip().splitlines() or [done.stderr[-200:]])[-1]
+        if done.returncode not in (0, 1):              # no test chosen, or pytest itself failed
+            return None, last
+        return done.returncode == 1, last
+    except subprocess.TimeoutExpired:
+        return True, "hung"
+    finally:
+        (folder / file).write_text(source, encoding="utf-8")
+
+
+def main(argv):
+    numbered = list(enumerate(MUTATIONS, 1))
+    if argv:
+        numbered = [(n, m) for n, m in numbered if str(n) in argv or m[0] in argv]
+    survived, began = [], time.perf_counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "project"
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns("runs", ".git", "__pycache__"))
+        shared = ROOT.parent / "shared"
+        if shared.exists():
+            os.symlink(shared, Path(temporary) / "shared")
+        for n, mutation in numbered:
+            dead, last = killed(mutation, folder)
+            state = {True: "killed", False: "SURVIVED", None: "BROKEN"}[dead]
+            survived += [] if dead else [n]
+            print(f"{n:3} {state:9} {mutation[0]:14} {mutation[2][:56]!r:60} {last}", flush=True)
+    print(f"{len(numbered) - len(survived)} of {len(numbered)} killed in "
+          f"{(time.perf_counter() - began) / 60:.1f} minutes; survived: {survived or 'none'}")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
