@@ -66,9 +66,8 @@ def planted(config, labels):
     torch.manual_seed(0)
     model = Transducer(config).eval()
     encoder, joint = model.encoder, model.joint
-    encoder.set_statistics(
-        torch.tensor(0.0), torch.tensor(4.0)
-    )  # a tone is about 1.7, the noise -1
+    # a tone is about 1.7, the noise -1
+    encoder.set_statistics(torch.tensor(0.0), torch.tensor(4.0))
     for k, hz in enumerate(TONES):
         tone = torch.sin(2 * torch.pi * hz * torch.arange(400) / 16000) * 0.3
         unit = log_mel(tone)[0].argmax()  # the band that hears it
@@ -80,11 +79,9 @@ def planted(config, labels):
         encoder.project.weight[k, k] = 12 * (config.dim / 144) ** 0.5
         model.label_encoder.embedding.weight[:, k] = 0
         for proj, dim in ((joint.encoder_proj, k), (joint.label_proj, (k - 1) % 3)):
-            proj.weight[k], proj.bias[k] = (
-                0,
-                -4.5,
-            )  # heard: about 1, not heard: -4.5; so the sum is an AND
-            proj.weight[k, dim] = 6 / config.dim ** 0.5
+            # heard: about 1, not heard: -4.5; so the sum is an AND
+            proj.weight[k], proj.bias[k] = (0, -4.5)
+            proj.weight[k, dim] = 6 / config.dim**0.5
     for k, label in enumerate(labels):
         model.label_encoder.embedding.weight[label, k] = 20 * (config.dim / 144) ** 0.5
         joint.output.weight[label, k] = 50

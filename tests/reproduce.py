@@ -217,8 +217,8 @@ TRAINING_ROWS = 6400
 TEST_ROWS = 500
 FIRST = ["--steps", "900", "--warm-steps", "300"]
 NEXT = ["--steps", "900", "--warm-steps", "200"]
-SHARED = ["--merges", "100", "--label-dropout", "0.1", "--join", "1", "--no-augment",
-          "--prune", "0", "--eval-every", "450"]
+SHARED = ["--merges", "100", "--label-dropout", "0.1", "--dropout", "0", "--join", "1",
+          "--no-augment", "--prune", "0", "--eval-every", "450"]
 ORDERS = {"INTER 0.0": "ratio:0", "INTER 0.5": "ratio:0.5", "ALIGN": "align", "TIME": "time"}
 NOISES_DB = 30, 25, 20, 15, 10, 5
 DRAWS = 1000

@@ -103,9 +103,8 @@ def test_known_vectors():
     assert abs(rnnt_loss(acts, y, two, two).item() - 5.095666773771) < 1e-11
     assert abs(rnnt_loss(acts, y, one, two, blank=0).item() - 4.274244594424) < 1e-11
     assert abs(rnnt_loss(acts, y, one, one - 1, blank=0).item() - 1.731429195773) < 1e-11
-    assert (
-        rnnt_loss(acts, y, two, two, blank=0, fastemit_lambda=0.5).item() == cost.item()
-    )  # reported unscaled
+    # reported unscaled
+    assert rnnt_loss(acts, y, two, two, blank=0, fastemit_lambda=0.5).item() == cost.item()
 
 
 @pytest.mark.parametrize("options", [{}, {"fused_log_softmax": False}, {"delay_penalty": 0.3}])
@@ -333,9 +332,8 @@ def unfused(encoder_out, label_out, weight, bias, *rest, **options):
     return rnnt_loss(unfused_logits(encoder_out, label_out, weight, bias), *rest, **options)
 
 
-@pytest.mark.parametrize(
-    "tile_bytes", [1, 3000, 9000, 1 << 20]
-)  # row by row; cut; an utterance or two; all
+# row by row; cut; an utterance or two; all
+@pytest.mark.parametrize("tile_bytes", [1, 3000, 9000, 1 << 20])
 @pytest.mark.parametrize(
     "options", [{}, {"reduction": "none", "fastemit_lambda": 0.1, "delay_penalty": 0.2}]
 )
@@ -773,9 +771,8 @@ def test_a_band_finds_a_planted_path_and_keeps_nearly_the_full_cost():
     logp = logits.log_softmax(-1).masked_fill(~keep[..., None], -math.inf)
     pruned = rnnt_loss(logp, targets, *lengths, blank=0, fused_log_softmax=False)
     assert full <= pruned < full + 0.2
-    other = prune_band(
-        posteriors.flip(1), *lengths, width
-    )  # negative control: another's posteriors
+    # negative control: another's posteriors
+    other = prune_band(posteriors.flip(1), *lengths, width)
     assert posteriors[other].sum() < 0.5 * posteriors.sum()
 
 

@@ -158,9 +158,8 @@ def test_streaming_equals_the_masked_encoder(dtype, near):
         offline = model.encoder(mel, chunk=chunk)[0][0]
         scale = max(1.0, offline.abs().max().item())
         assert (frames_of(model, samples, chunk) - offline).abs().max() <= near * scale
-        wider = model.encoder(mel, chunk=chunk + 1)[0][
-            0
-        ]  # the control: one frame more of context shows
+        # the control: one frame more of context shows
+        wider = model.encoder(mel, chunk=chunk + 1)[0][0]
         if chunk and len(offline) > chunk:
             assert (wider - offline).abs().max() > 1000 * near
 
@@ -290,6 +289,7 @@ def test_greedy_score_is_the_training_score(label_encoder):
     assert search.score == pytest.approx(path_score(log_probs, ids, at), abs=1e-8)
     for t, u, token in [(t, u, token) for u, (token, t) in enumerate(zip(ids, at))]:
         assert log_probs[t, u].argmax() == token
+    # one path of all that write the same labels
     assert (
         search.score
         <= -rnnt_loss_reference(
@@ -303,7 +303,7 @@ def test_greedy_score_is_the_training_score(label_encoder):
             blank=0,
         ).item()
         + 1e-8
-    )  # one path of all that write the same labels
+    )
 
 
 @pytest.mark.parametrize("chunk", [None, 3, 0])
@@ -496,9 +496,8 @@ def test_latency_of_known_speech():
         1
     ] == pytest.approx(777.7, abs=0.1)
     assert latency([6000.0, 6500.0], 5000.0, 2) == (6000.0, 6000.0)
-    al, laal = latency(
-        [100.0] * 4, 1000.0, 2
-    )  # twice as many words as there should be: AL is fooled, LAAL is not
+    # twice as many words as there should be: AL is fooled, LAAL is not
+    al, laal = latency([100.0] * 4, 1000.0, 2)
     assert al == pytest.approx(-650) and laal == pytest.approx(-275)
 
 

@@ -120,9 +120,8 @@ def test_voice_has_the_pitch_the_formants_and_the_times_it_claims():
         hz = np.fft.rfftfreq(4096, 1 / 16000)
         inside = (hz > low) & (hz < high)
         return hz[inside][np.argmax(smooth[inside])]
-    assert peak(ends[0], 300, 1100) == pytest.approx(
-        750 * 1.1, rel=0.15
-    )  # the first formant of a, and of i
+    # the first formant of a, and of i
+    assert peak(ends[0], 300, 1100) == pytest.approx(750 * 1.1, rel=0.15)
     assert peak(ends[1], 150, 1100) == pytest.approx(290 * 1.1, rel=0.30)
 
 
@@ -354,9 +353,16 @@ def test_epoch_after_epoch_brings_other_utterances(small):
     for k, request in enumerate(requests):
         place = sum(other.epoch == request.epoch for other in requests[:k])
         assert request.after == (request.epoch, place + 1)
-    fixed = train.Corpus(corpus.rows(0)[:40])
-    orders = [[row.id for batch in train.epoch_batches(fixed, epoch, options)
-               for s in batch for row in s.rows] for epoch in (0, 1)]
+    fixed = train.Corpus([replace(row, duration=3.0) for row in corpus.rows(0)])
+    orders = [
+        [
+            row.id
+            for batch in train.epoch_batches(fixed, epoch, options)
+            for s in batch
+            for row in s.rows
+        ]
+        for epoch in (0, 1)
+    ]
     assert orders[0] != orders[1] and set(orders[0]) == set(orders[1])
 
 
@@ -421,9 +427,8 @@ def test_telephones(change, cut):
             power[:cut], np.abs(np.fft.rfft(x))[:cut] ** 2, rtol=1e-2
         )
     else:
-        assert (
-            len(np.unique(y)) <= 255 and 30 < 10 * np.log10(np.var(x) / np.var(y - x)) < 45
-        )  # G.711: about 38 dB
+        # G.711: about 38 dB
+        assert len(np.unique(y)) <= 255 and 30 < 10 * np.log10(np.var(x) / np.var(y - x)) < 45
 
 
 def test_disturbed_sound_is_a_function_of_its_seed_and_has_the_noise_it_claims():
@@ -519,9 +524,8 @@ def test_tasks_come_one_after_the_other():
         and at(9) == {"letters", "words", "next_label"}
         and at(10) == at(9) | {"transducer"}
     )
-    assert "words" not in at(
-        10, "--interleave", "st"
-    )  # a model that only translates must not learn to write them
+    # a model that only translates must not learn to write them
+    assert "words" not in at(10, "--interleave", "st")
     assert at(10, "--prune", "8") == {"letters", "simple", "transducer"}
 
 
@@ -582,9 +586,8 @@ def test_the_transducer_task_is_the_loss_of_the_models_own_logits(batch_of_eight
         reduction="sum",
     )
     assert float(found["transducer"]) == pytest.approx(float(cost), rel=1e-5)
-    hidden = train.losses(
-        made.model, batch, ["transducer"], options.warm_steps, options, chunk=16
-    )  # all are
+    # all are
+    hidden = train.losses(made.model, batch, ["transducer"], options.warm_steps, options, chunk=16)
     assert abs(float(hidden["transducer"]) / float(cost) - 1) > 1e-4
 
 
@@ -617,9 +620,8 @@ def test_muon_makes_its_updates_orthogonal_as_torch_does():
         values = torch.linalg.svdvals(
             train.orthogonalised(torch.randn(1, *shape, dtype=torch.float64))[0]
         )
-        assert (
-            values.min() > 0.3 and values.max() < 1.3
-        )  # of a random matrix they spread from near 0 to above 4
+        # of a random matrix they spread from near 0 to above 4
+        assert values.min() > 0.3 and values.max() < 1.3
         start, ours = p.detach().clone(), train.Muon([p], lr=0.02)
         twin = torch.nn.Parameter(start.clone())
         theirs = torch.optim.Muon([twin], lr=0.02, weight_decay=0.01)
@@ -677,9 +679,8 @@ def test_encoder_learns_to_spell_in_two_hundred_steps():
             train.train_step(made, group, options, train.Ranks())
             for group, _ in zip(batches, range(200))
         ]
-    assert all(
-        set(numbers) == {"letters", "gradient_norm", "finite"} for numbers in history
-    )  # only this warms up
+    # only this warms up
+    assert all(set(numbers) == {"letters", "gradient_norm", "finite"} for numbers in history)
     assert float(history[0]["letters"]) > 3
 
     def spelling(samples):
@@ -696,6 +697,7 @@ def test_encoder_learns_to_spell_in_two_hundred_steps():
             return float(
                 train.ctc_loss(made.model.ctc(frames), lengths // 4, targets, counts) / counts.sum()
             )
+
     rng = np.random.default_rng(0)
     assert spelling([samples for _, samples in dev[:32]]) < 1.0
     assert (
@@ -788,15 +790,51 @@ def test_resume_is_bit_exact_and_tells_every_step_once(small, tmp_path):
     assert same_weights(wanted, given)
     steps = [int(line["step"]) for line in csv.DictReader(open(half / "log.csv"))]
     assert steps == sorted(set(steps)) and steps[-1] == 10
-    assert (
-        load(tmp_path / "copy" / "resume.pt")[1]["step"] == 3
-    )  # the copy was not touched, and goes on where it lies
+    # the copy was not touched, and goes on where it lies
+    assert load(tmp_path / "copy" / "resume.pt")[1]["step"] == 3
     assert train.main(["--resume", str(tmp_path / "copy")]) == 0
     assert same_weights(wanted, weights_of(tmp_path / "copy" / "resume.pt"))
-    other = run(
-        tmp_path / "other", "--steps", "10", "--seed", "1"
-    )  # the control: another seed, other weights
+    # the control: another seed, other weights
+    other = run(tmp_path / "other", "--steps", "10", "--seed", "1")
     assert not same_weights(wanted, weights_of(other / "resume.pt"))
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = sys.argv[1:2]
+from dataclasses import replace
+import torch, train
+from model import PRESETS
+torch.set_num_threads(1)
+train.PRESETS["tiny"] = replace(PRESETS["tiny"], dim=16, heads=2, layers=1, ff=32, joint_dim=16)
+train.BuiltIn.SIZE, train.TEST_SIZE = 16, 3
+train.WARM_UP, train.FORGET_STEPS, train.LOG_EVERY = 2, 2, 2
+renamed, saved = os.replace, []
+def kill_between(source, target):
+    renamed(source, target)
+    saved.append(str(target))
+    if [name.endswith("resume.pt") for name in saved].count(True) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = kill_between
+train.main(sys.argv[2:])
+"""
+
+
+def test_killed_between_the_two_renames(small, tmp_path):
+    """kill -9 in the second save: resume.pt is of step 6 then and model.pt of step 3. The run goes
+    on from resume.pt, to the bits of the run that was never killed."""
+    every = ["--steps", "10", "--eval-every", "3"]
+    whole, killed = run(tmp_path / "whole", *every), tmp_path / "killed"
+    root = str(Path(train.__file__).parent)
+    done = subprocess.run([sys.executable, "-c", KILLED, root, *SHORT, *every, "--out", killed])
+    assert done.returncode == -signal.SIGKILL
+    assert [load(killed / f"{name}.pt")[1]["step"] for name in ("resume", "model")] == [6, 3]
+    assert train.main(["--resume", str(killed)]) == 0
+    for name in ("resume.pt", "model.pt"):
+        assert same_weights(weights_of(whole / name), weights_of(killed / name))
+    assert [line["step"] for line in csv.DictReader(open(killed / "log.csv"))] == [
+        line["step"] for line in csv.DictReader(open(whole / "log.csv"))
+    ]
 
 
 def test_a_run_can_be_made_longer_and_model_pt_streams(small, tmp_path):
