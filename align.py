@@ -48,6 +48,12 @@ from pathlib import Path
 import numpy as np
 from numba import config, get_num_threads, njit
 
+try:
+    njit(cache=True)(lambda: None)    # numba keeps compiled code beside this file, or under HOME
+except RuntimeError as error:
+    raise ImportError("numba finds no folder to keep compiled code in: set NUMBA_CACHE_DIR to one "
+                      f"that can be written ({error})") from None
+
 NULL = 0.02        # the chance that a word is emitted by no word of the other side
 WIDTH = 8          # jumps of this length and longer share one probability
 STEM = 4           # letters

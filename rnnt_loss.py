@@ -19,23 +19,25 @@ blank, and moves to frame t+1, or the next label, and stays at frame t.
 
 `rnnt_loss_reference` says just that. Of a node's V logits it needs two numbers, the
 log-probabilities of its two arcs; and the gradient needs one number for each arc, its posterior: of
-the probability of all paths that spell the labels, the part that goes over this arc. So all other
-versions are the same three steps, first in plain numpy (`plain_log_probs`, `plain_lattice`,
-`plain_gradient`), later as kernels (B utterances, padded to T frames and U1 = U + 1 rows; n =
-B T U1 nodes):
+the probability of all paths that spell the labels, the part that goes over this arc. (P is a sum
+over paths and a path the product of its arcs, so dlogP/darc, the derivative by an arc's
+log-probability, is the probability of the paths over the arc divided by P.) So all other versions
+are the same three steps, first in plain numpy (`plain_log_probs`, `plain_lattice`,
+`plain_gradient`), later as kernels (B utterances, padded to T frames and U1 = U + 1 rows; n nodes,
+all B T U1 of them or those in use):
 
   log_probs  logits (n,V) -> arcs (n,2)      the two log-probabilities of every node
   lattice    arcs (B,T,U1,2) -> costs (B,)   and in place of the arcs their posteriors, -dcost/darc
   gradient   -> dcost/dlogits (n,V)          the chain rule through the softmax
 
-The first and the last are all arithmetic: they read the logits, and write their gradient, at the
-speed of memory. Folding the softmax into both is known as function merging (arXiv 1909.12415). The
-middle one, the forward-backward algorithm, is all dependence: T + U steps, each waiting for the one
-before, over two numbers a node.
+The first and the last do the same to every node, and are limited by memory alone: they read the
+logits, and write their gradient. Folding the softmax into both is known as function merging (arXiv
+1909.12415). The middle one, the forward-backward algorithm, is all dependence: T + U steps, each
+waiting for the one before, over two numbers a node.
 
   rnnt_loss         for given logits, in place of torchaudio's
-  joint_rnnt_loss   computes the joint network's logits a tile at a time and drops them; with
-                    `keep`, of some nodes only
+  joint_rnnt_loss   computes the joint network's logits for a tile, a slice of the nodes, at a
+                    time and drops them; with `keep`, for some nodes only
   simple_rnnt_loss  the transducer of logits that are sums, and prune_band, which turns its
                     posteriors into such a `keep` (pruned RNN-T, arXiv 2206.13236)
   rnnt_align        the best single path (Viterbi)
@@ -47,7 +49,7 @@ in the parent, as train.py does. After a fork the loss raises RuntimeError inste
 Threads: the loss runs on as many as torch does and leaves both libraries' counts as it found them;
 call it from one thread at a time unless numba uses TBB or OpenMP (`numba.threading_layer()`).
 
-`python rnnt_loss.py` draws a lattice and runs every version on one batch.
+`python rnnt_loss.py` runs the main versions on one batch and draws a lattice.
 """
 import math
 import os
@@ -58,7 +60,7 @@ from importlib.util import find_spec
 from itertools import accumulate, product
 from types import SimpleNamespace
 
-# Before numba is imported: one block an utterance is meant.
+# Before numba is imported: it would warn of few GPU blocks, but one an utterance is what is meant.
 os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")
 import numba
 import numpy as np
@@ -67,8 +69,17 @@ from numba import cuda, njit, prange
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-BLANK, LABEL = 0, 1           # the two arcs of a node
-NO_LABEL, PADDING = -1, -2  # in y, for a node: no label left to write (u = U); not in its utterance
+try:
+    njit(cache=True)(lambda: None)    # numba keeps compiled code beside this file, or under HOME
+except RuntimeError as error:
+    raise ImportError("numba finds no folder to keep compiled code in: set NUMBA_CACHE_DIR to one "
+                      f"that can be written ({error})") from None
+
+# The two arcs of a node, in arrays (...,2); `blank` in lower case is the class among the V logits.
+BLANK, LABEL = 0, 1
+# In y, which says for every node the label that it may write: none is left, as u = U; the node is
+# not in its utterance.
+NO_LABEL, PADDING = -1, -2
 SLAB_BYTES = 4 << 20          # on a CPU, half-precision logits become float32 in slabs of this size
 TILE_BYTES = 48 << 20         # of about this size are the tiles of the fused joint
 
@@ -126,8 +137,9 @@ def plain_lattice(arcs):
       posterior(arc) = share(arc) * posterior(the node it leads to)
       posterior(node) = the sum of the posteriors of its two outgoing arcs
 
-    and every path takes the last blank: 1. This is forward-backward without beta: no alpha + beta -
-    log P, whose digits cancel in long audio.
+    and every path takes the last blank: 1. This is forward-backward without beta, the
+    log-probability of finishing from a node: no alpha + beta - log P, whose digits cancel in long
+    audio.
     """
     T, U1, _ = arcs.shape
     alpha, posteriors = np.zeros((T, U1)), np.zeros_like(arcs)
@@ -183,8 +195,9 @@ def rnnt_loss(logits, targets, logit_lengths, target_lengths, blank=-1, clamp=-1
     own, to a label's log-probability at frame t, in cost and gradient (arXiv 2211.00490). "mean" is
     over utterances. Costs are float32, or float64 for such logits.
 
-    Raises ValueError for what does not fit. Values that lie on a GPU are checked only if validate,
-    since that waits for them; else one out of range makes the cost of its utterance NaN.
+    Raises ValueError for what does not fit. With logits on a GPU, the values of targets, and of
+    lengths that lie there, are checked only if validate, since that waits for them; else one out of
+    range makes the cost of its utterance NaN.
     """
     batch = check_arguments(logits, targets, logit_lengths, target_lengths, blank,
                             reduction=reduction, validate=validate, fused=fused_log_softmax,
@@ -197,6 +210,7 @@ def rnnt_loss(logits, targets, logit_lengths, target_lengths, blank=-1, clamp=-1
 class _Loss(Function):
     @staticmethod
     def forward(ctx, logits, batch, clamp, need_grad):
+        # norms: the maximum of a node's logits, and the logarithm of the sum without it.
         arcs, norms = log_probs(logits.flatten(0, 2), batch.y.flatten(), batch)       # (n,2), (n,2)
         arcs = arcs.view(*batch.y.shape, 2)                                           # (B,T,U1,2)
         costs = lattice(arcs, batch, need_grad=need_grad)                             # (B,)
@@ -242,17 +256,18 @@ def joint_rnnt_loss(encoder_out, label_out, weight, bias, targets, logit_lengths
     without holding them.
 
     encoder_out (B,T,J) and label_out (B,U1,J) are already projected; weight (V,J), bias (V,); the
-    rest as rnnt_loss's. Under autocast the logits have its dtype, else encoder_out's. Lengths on
-    the CPU spare a wait for the GPU. A tile takes about tile_bytes. If every utterance fits a tile,
+    rest as rnnt_loss's. Under autocast the logits have its dtype, else encoder_out's. Lengths and
+    keep, where they lie on a GPU, are fetched, each a wait; nothing else waits. A tile, a slice of
+    the nodes, takes about tile_bytes. If every utterance fits a tile,
     the gradient takes three matrix products of size n J V; else four, as logits are dropped and
     computed again. reduction="none" runs one utterance at a time and keeps a weight gradient for
     each.
 
-    keep (B,T,U1), bool: a node outside it has no arcs (log-probability -inf), takes no time and
-    gets no gradient. The loss is then of the paths inside alone: never below the full one, inf
-    where no path is left. All of the time is in the n nodes kept, so in a band (prune_band), or in
-    the blocks of sentences that were joined, it is linear in T. A keep that lies on a GPU is
-    fetched once, the only wait of such a step.
+    keep (B,T,U1), bool: a node outside it has no arcs (log-probability -inf), no logits and no
+    gradient; only the light lattice still visits it. The loss is then of the paths inside alone:
+    never below the full one, inf where no path is left. Nearly all of the time is in the n nodes
+    kept, so it is linear in T where they are a band (prune_band), or a block for each of the
+    sentences that were joined into one stream.
 
     Raises ValueError for shapes, types and values that do not fit.
     """
@@ -300,7 +315,7 @@ class _JointLoss(Function):
 def _add_tile_gradient(joint, tile, d_encoder, d_label, d_weight, d_bias):
     """The chain rule through the joint network, for the n nodes of one tile."""
     hidden, logits, d_logits = joint.compute(tile)                            # (n,J), (n,V), (n,V)
-    arc_grads = -joint.arcs[joint.places[tile]]
+    arc_grads = -joint.arcs[joint.places[tile]]       # `run` has made posteriors of the arcs
     gradient(logits, joint.y[tile], joint.norms[tile], arc_grads, joint.batch, d_logits)
     d_hidden = d_logits @ joint.weight                                        # (n,J)
     d_sum = torch.ops.aten.tanh_backward(d_hidden, hidden).to(d_encoder.dtype)
@@ -318,12 +333,13 @@ class _Joint:
     """The joint network over the n nodes in use, and what is known of each of them.
 
     The nodes of all utterances are packed in one list, in the order (b,t,u), without padding and
-    without those that `keep` leaves out. A tile is a slice of that list, of as many nodes as have
+    without those that `keep` leaves out. A tile is a slice of that list, of no more nodes than have
     room in tile_bytes: its logits are computed at once, reduced to two arcs a node, and dropped.
 
       nodes     a a a a a a b b b c c c c c d d       of the utterances a, b, c, d
-      tiles    [a a a a a a b b b][c c c c c d d]     two groups: (a,b) and (c,d), a tile each
-               [a a a a][a a b b][b c c c] ...        or one group of many small tiles
+      tiles    [a a a a a a b b b][c c c c c d d]     room for 12, twice the longest: two groups,
+                                                      (a,b) and (c,d), a tile each
+               [a a a a][a a b b][b c c c][c c d d]   room for 4: one group of many tiles
 
     `places` are the nodes' places in the padded (B,T,U1), where the lattice wants their arcs;
     `encoder_rows` and `label_rows` say which rows of encoder_out (B*T,J) and label_out (B*U1,J)
@@ -340,7 +356,7 @@ class _Joint:
         self.encoder_out = encoder_out.detach().flatten(0, 1)                         # (B T,J)
         self.label_out = label_out.detach().flatten(0, 1)                             # (B U1,J)
         self.weight, self.bias = weight.detach().to(dtype), bias.detach().to(dtype)
-        # The only wait for a GPU, if they lie there.
+        # A wait for each that lies on a GPU.
         frames = _integers("logit_lengths", logit_lengths, 1, B).cpu()
         counts = _integers("target_lengths", target_lengths, 1, B).cpu()
         logits = SimpleNamespace(shape=(B, T, U1, V), device=device, dtype=dtype)
@@ -351,7 +367,7 @@ class _Joint:
         self.encoder_rows, self.label_rows = b * T + t, b * U1 + u
         self.places = self.encoder_rows * U1 + u
         self.y = self.batch.y.flatten()[self.places]
-        # A node that is not kept has no arcs.
+        # What no tile fills: padding, which the lattice never reads, and nodes that are not kept.
         nothing = 0.0 if keep is None else -math.inf
         self.arcs = torch.full((B * T * U1, 2), nothing, dtype=self.batch.arc_dtype, device=device)
         self.norms = torch.empty(len(u), 2, dtype=torch.promote_types(dtype, torch.float32),
@@ -415,10 +431,10 @@ def _plan_tiles(sizes, rows):
     Where not, all utterances are one group of many tiles, each to be computed again.
     """
     many = rows // max([1, *sizes]) or len(sizes)     # utterances in a group
-    ends = [0, *accumulate(sizes)]                    # where the nodes of each utterance end
+    bounds = [0, *accumulate(sizes)]                  # utterance b has nodes bounds[b]:bounds[b+1]
     groups = []
     for b in range(0, len(sizes), many):
-        first, last = ends[b], ends[min(b + many, len(sizes))]
+        first, last = bounds[b], bounds[min(b + many, len(sizes))]
         tiles = [slice(i, min(i + rows, last)) for i in range(first, last, rows)]
         groups.append((slice(b, b + many), tiles))
     return groups
@@ -441,8 +457,9 @@ def simple_rnnt_loss(am, lm, targets, logit_lengths, target_lengths, *, blank, r
     am (B,T,V) says what frame t sounds like, lm (B,U1,V) what may follow u labels; the rest as
     rnnt_loss's. The cost is differentiable in am and lm. A node's posterior is the probability that
     the path goes through it, for prune_band. All is in float32 at least, under autocast too. Nodes
-    whose product of exponentials underflows (am and lm peak at labels more than some 60 nats apart)
-    are summed directly; on a GPU, finding them is a wait. Raises ValueError for what does not fit.
+    whose product of exponentials underflows (no label lies within some 60 nats of the peaks of both
+    am and lm) are summed directly; on a GPU, finding them is a wait. Raises ValueError for what
+    does not fit.
     """
     a, l = tuple(am.shape), tuple(lm.shape)
     if [len(a), len(l)] != [3, 3] or a[::2] != l[::2]:
@@ -452,7 +469,7 @@ def simple_rnnt_loss(am, lm, targets, logit_lengths, target_lengths, *, blank, r
     batch = check_arguments(logits, targets, logit_lengths, target_lengths, blank,
                             reduction=reduction)
     padding = batch.y == PADDING                                                      # (B,T,U1)
-    labels = batch.y.amax(1).clamp(min=0)                                             # (B,U1)
+    labels = batch.y.amax(1).clamp(min=0)             # over t: the targets again, (B,U1)
     with torch.autocast(am.device.type, enabled=False):
         am = am.to(dtype).masked_fill(padding.all(2)[..., None], 0)   # it may hold anything
         lm = lm.to(dtype).masked_fill(padding.all(1)[..., None], 0)
@@ -476,7 +493,8 @@ def _log_sum_exp_of_sums(am, lm):
     """log sum_k exp(am[b,t,k] + lm[b,u,k]) as (B,T,U1), where no am or lm is above 0."""
     product = am.exp() @ lm.exp().mT
     info = torch.finfo(am.dtype)
-    # What underflowed is at most V times tiny: here it would be seen.
+    # The terms that underflowed add up to at most V tiny; where the product is below this, they are
+    # more than a rounding error of it.
     lost = product < am.shape[-1] * info.tiny / info.eps
     result = product.masked_fill(lost, 1).log()
     b, t, u = lost.nonzero(as_tuple=True)             # none, but where peaks are 60 nats apart
@@ -521,12 +539,12 @@ def prune_band(posteriors, logit_lengths, target_lengths, width):
 
     posteriors (B,T,U1) as simple_rnnt_loss gives them; both lengths (B,). To have paths, a band
     starts at row 0, ends at row U, never falls, and rises by at most width - 1 a frame, so that two
-    frames share a row. Where windows disagree with that, the lower row wins: labels then move to
-    later frames, which have heard more; only the end may pull them forward.
+    frames share a row. Where the heaviest rows break these rules, the lower row wins: labels then
+    move to later frames, which have heard more; only the end may pull them forward.
 
-    A path in the band writes at most width - 1 labels in a frame, and a stream of words of two
-    languages comes in bursts: width must be above the longest. Where even (width - 1) T < U, that
-    utterance gets the least width that has a path, and a warning says so.
+    A path in the band writes at most width - 1 labels in a frame, and where a translation waits for
+    a word, labels come in bursts: width must be above the longest. Where even (width - 1) T < U,
+    that utterance gets the least width that has a path, and a warning says so.
     """
     (B, T, U1), device = posteriors.shape, posteriors.device
     frames = _integers("logit_lengths", logit_lengths, 1, B)[:, None]                 # (B,1)
@@ -537,22 +555,22 @@ def prune_band(posteriors, logit_lengths, target_lengths, width):
                       "(width - 1) T < U; wider there", stacklevel=3)
     width, frames, counts = (a.to(device) for a in (least.clamp(min=width), frames, counts))
     t, u = torch.arange(T, device=device), torch.arange(U1, device=device)
-    last = (counts + 1 - width).clamp(min=0)          # the highest first row of a window
+    highest = (counts + 1 - width).clamp(min=0)       # first row of the window that ends at row U
 
-    first = _heaviest_windows(posteriors, width, last)                                # (B,T)
-    first = torch.where(t < frames, first, last)
+    first = _heaviest_windows(posteriors, width, highest)                             # (B,T)
+    first = torch.where(t < frames, first, highest)
     first = first.flip(1).cummin(1).values.flip(1)    # never falls: no later window is lower
     rise = (width - 1) * t
     first = (first - rise).cummin(1).values + rise    # rises by at most width - 1
     first = torch.minimum(first, rise)                # starts at row 0
-    first = torch.maximum(first, last - (width - 1) * (frames - 1 - t))              # ends at row U
+    first = torch.maximum(first, highest - (width - 1) * (frames - 1 - t))        # ends at row U
     first, width = first[..., None], width[..., None]                                 # (B,T,1)
     keep = (u >= first) & (u < first + width)
     return keep & (t < frames)[..., None] & (u <= counts)[:, None]
 
 
-def _heaviest_windows(posteriors, width, last):
-    """(B,T): the first row, at most `last`, of each frame's window of `width` rows with the most
+def _heaviest_windows(posteriors, width, highest):
+    """(B,T): the first row, at most `highest`, of each frame's window of `width` rows with the most
     posterior; of equal ones, the most central."""
     T, U1 = posteriors.shape[1:]
     u = torch.arange(U1, device=posteriors.device)
@@ -563,7 +581,7 @@ def _heaviest_windows(posteriors, width, last):
     mean = (posteriors * u).sum(2) / posteriors.sum(2).clamp(min=1e-30)               # (B,T)
     centre = u + (width[..., None] - 1) / 2
     mass -= 1e-4 / U1 * (centre - mean[..., None]).abs()
-    return mass.masked_fill((u > last)[:, None], -math.inf).argmax(2)
+    return mass.masked_fill((u > highest)[:, None], -math.inf).argmax(2)
 
 
 # ---- Viterbi -------------------------------------------------------------------------------------
@@ -622,7 +640,7 @@ def _make_lattice(join, barrier):
 
         Nodes of one antidiagonal d = t + u need only the one before (backward, the one after), so
         they can be done at once: thread i does every `threads`-th; on a CPU, thread 0 does all.
-        alpha (2,U1) holds this antidiagonal and the last.
+        alpha (2,U1) holds this antidiagonal and the one before.
         """
         for d in range(T + U):                        # forward
             new, old = alpha[d % 2], alpha[1 - d % 2]                                 # (U1,) each
@@ -638,7 +656,7 @@ def _make_lattice(join, barrier):
             barrier()
         # T is 0 where a length or label is out of range and the host could not see it.
         logp = alpha[(T + U - 1) % 2, U] + arcs[T - 1, U, BLANK] if T else math.nan
-        barrier()                                     # now every thread has it
+        barrier()                                     # every thread has read it: arcs may change
         for d in range(T + U - 1, -1, -1) if need_grad else range(0):                 # backward
             for u in range(max(0, d - T + 1) + i, min(d, U) + 1, threads):
                 t = d - u
@@ -729,7 +747,7 @@ def _max32(row):
 @njit(fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
 def _log_sum_exp32(row):
     """In two parts, to be subtracted one by one: for logits near 1e4 their float32 sum is right to
-    3 digits only."""
+    three decimals only."""
     top, total = _max32(row), np.float32(0)
     for k in range(row.shape[0]):
         total += _exp32(row[k] - top)                 # at most 1 each: no overflow
@@ -907,8 +925,8 @@ def log_probs(x, y, batch):
 
 
 def lattice(arcs, batch, utterances=slice(None), need_grad=True, viterbi=False):
-    """Costs (B,) of some utterances. Their arcs (B,T,U1,2) become posteriors: if viterbi, 1 on the
-    best path and 0 off it."""
+    """Costs (B,) of some utterances. Their arcs (B,T,U1,2) become posteriors, those of labels times
+    1 + fastemit; if viterbi, 1 on the best path and 0 off it."""
     (B, T, U1, _), frames, counts = arcs.shape, batch.frames[utterances], batch.counts[utterances]
     if batch.delay:
         t = torch.arange(T, device=arcs.device)       # a late label costs, an early one gains
@@ -1011,7 +1029,7 @@ def _refuse_after_fork():
 # ---- Plumbing: arguments -------------------------------------------------------------------------
 
 # y (B,T,U1): the label each node may write; frames, counts (B,): each utterance's T and U; fused:
-# logits need a log-softmax; fastemit, delay: the two lambdas; gpu: which kernels; arc_dtype: of the
+# logits need a log-softmax; fastemit, delay: as given; gpu: which kernels; arc_dtype: of the
 # arcs; factor: what the sum of the costs is multiplied by, 0 for one cost an utterance.
 Batch = namedtuple("Batch", "y frames counts blank fused fastemit delay gpu arc_dtype factor")
 

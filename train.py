@@ -63,7 +63,7 @@ USER_ERRORS = InputError, TextError, align.InputError, OSError, ImportError  # t
 CLIP = 5.0            # largest norm of a step's gradient
 MUON = 10             # learning rate of the matrices over that of all else
 WARM_UP = 100         # steps until the learning rate is at its peak
-DECAY = 0.2           # share of the steps, the last ones, over which it falls
+DECAY = 0.5           # share of the steps, the last ones, over which it falls
 FORGET_STEPS = 150    # transducer steps over which ever fewer labels are hidden
 SIDE_WEIGHT = 0.3     # of each side task, beside the transducer's 1
 LOG_EVERY = 50        # steps; only then are losses fetched from the device
@@ -537,8 +537,8 @@ def set_learning_rates(optimizers, step, options):
 
 
 def learning_rate(step, steps):
-    """A factor: up in a line, level, and down in a line over the last fifth, so that a run can be
-    made longer, and its end be chosen late."""
+    """A factor: up in a line, level, and down in a line, so that a run can be made longer, and its
+    end be chosen late. The way down is long: most of what a short run learns, it learns there."""
     return min(1.0, (step + 1) / WARM_UP, max(0.02, (steps - step) / (DECAY * steps)))
 
 

@@ -432,15 +432,30 @@ def about(result):
 
 
 def table():
-    """tests/results/README.md from the result files beside it."""
+    """tests/results/README.md from the result files beside it, and the two tables of the README."""
     text = ["# Results", "", "Made by `python tests/reproduce.py table` from the files beside it."]
     for path in sorted(RESULTS.glob("*.json")):
         kind = path.stem.split("-")[0]
         make = {"papers": papers_table, "sound": sound_table, "search": search_table}[kind]
         body = make(json.loads(path.read_text()))
         text += ["", f"## {path.stem}", "", *body]
-    (RESULTS / "README.md").write_text("\n".join(text) + "\n")
+    (RESULTS / "README.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    readme = ROOT / "README.md"
+    whole = readme.read_text(encoding="utf-8")
+    for name, make in (("papers-de-en", papers_table), ("sound", sound_table)):
+        if (RESULTS / f"{name}.json").exists():
+            body = "\n".join(make(json.loads((RESULTS / f"{name}.json").read_text())))
+            whole = between(whole, name, body)
+    readme.write_text(whole, encoding="utf-8")
     print("\n".join(text))
+
+
+def between(text, name, body):
+    """The text with what stands between its two marks replaced."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        sys.exit(f"README.md: the marks {begin} and {end} must stand there once each")
+    return text[:text.index(begin) + len(begin)] + f"\n{body}\n" + text[text.index(end):]
 
 
 def main(argv):

@@ -1179,3 +1179,22 @@ def test_a_spawned_worker_computes_it_and_a_forked_one_says_why_not(context, tmp
         assert right, run.stdout
     else:
         assert right or "spawn workers (multiprocessing_context='spawn')" in run.stdout
+
+
+NOWHERE = """
+import sys
+import numba.core.caching as caching
+caching.CacheImpl._locator_classes = []                    # as where nothing can be written
+sys.path[:0] = sys.argv[1:2]
+try:
+    __import__(sys.argv[2])
+except ImportError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("name", ["rnnt_loss", "align", "train"])
+def test_a_container_without_a_writable_folder_is_told_what_to_set(name):
+    run = subprocess.run([sys.executable, "-c", NOWHERE, str(ROOT), name], capture_output=True,
+                         text=True)
+    assert "set NUMBA_CACHE_DIR to one that can be written" in run.stdout, run.stderr
