@@ -621,7 +621,8 @@ def viterbi_times(rows, path):
     ready = []
     for row, samples in stream.readable(rows):
         try:
-            pairs = serialize.interleave(row, str(beside.get("mode")))
+            pairs = [pair for pair in serialize.interleave(row, str(beside.get("mode")))
+                     if pair[0] in tokenizer.tag_id]           # the streams that it writes
             ids = serialize.serialize(pairs, tokenizer)
         except ValueError as error:
             warn(f"{row.where}: no times: {error}")

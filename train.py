@@ -121,8 +121,6 @@ class Options:
     strict: bool = option(False, "stop at the first bad row instead of leaving it out")
 
 
-# A voice that never says the same twice cannot be learned by heart.
-BUILT_IN = dict(dropout=0.0)
 REAL = dict(steps=8500, warm_steps=5000, label_dropout=0.25, merges=240, eval_every=1000)
 FIXED = "corpus", "preset", "interleave", "init", "seed", "merges"   # what a checkpoint decides
 
@@ -164,7 +162,7 @@ def parse_options(argv):
             given[name] = os.path.abspath(given[name])  # a run goes on wherever one stands
     if given.get("resume"):
         return resumed_options(given)
-    options = replace(Options(), **(REAL if given.get("manifest") else BUILT_IN))
+    options = replace(Options(), **(REAL if given.get("manifest") else {}))
     return check(replace(options, **given))
 
 

@@ -19,6 +19,7 @@ import statistics
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -210,9 +211,16 @@ def encoder_in_chunks(model, mel, chunk):
 
 
 def timed(function):
+    wait_for_gpu()
     began = now()
     function()
+    wait_for_gpu()
     return now() - began
+
+
+def wait_for_gpu():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def many_streams(preset, count, seconds):
@@ -500,8 +508,9 @@ def training(options):
     half, start = chosen.warm_steps // 2, chosen.warm_steps + train.FORGET_STEPS
     for step in dict.fromkeys((0, half, min(start, chosen.steps - 1))):
         names = " ".join(train.tasks(step, chosen))
-        each = [train_times(train, run, source, next(wanted), chosen, ranks, step)
-                for _ in range(options.rounds + 2)][2:]        # the first ones compile
+        easy = not chosen.augment or step < half
+        each = [train_times(train, run, source, replace(next(wanted), easy=easy), chosen, ranks,
+                            step) for _ in range(options.rounds + 2)][2:]  # the first ones compile
         sound, batch, whole, encoder, optimiser = map(statistics.median, zip(*each))
         print(f"{names[:27]:28}{sound:6.1f} s{1e3 * batch:6.0f} ms{1e3 * whole:6.0f} ms"
               f"{1e3 * encoder:6.0f} ms{1e3 * optimiser:8.0f} ms"
@@ -516,9 +525,7 @@ def train_times(train, run, source, request, chosen, ranks, step):
     spent, steps = [], [optimizer.step for optimizer in run.optimizers]
     for optimizer, plain in zip(run.optimizers, steps):
         optimizer.step = lambda plain=plain: spent.append(timed(plain))
-    began = now()
-    train.train_step(run, [batch], chosen, ranks)
-    whole = now() - began
+    whole = timed(lambda: train.train_step(run, [batch], chosen, ranks))
     for optimizer, plain in zip(run.optimizers, steps):
         optimizer.step = plain
     on_device = train.to_device(batch, chosen.device)

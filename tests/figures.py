@@ -169,17 +169,17 @@ def lattice(options):
     path = rnnt_align(logits, [ids], *lengths, blank=0)[0].numpy()
     nodes = plain_lattice(plain_log_probs(logits[0].double().numpy(), ids, 0))[1].sum(-1)
     band = prune_band(torch.from_numpy(nodes)[None], *lengths, options.width)[0].numpy()
-    tags = [tokenizer.tags.index(tag) for tag, word in pairs for _ in tokenizer.encode_word(word)]
     with pyplot.rc_context(STYLE | {"font.size": 8}):
         figure, axes = pyplot.subplots(figsize=(WIDTH, 0.5 + 0.16 * len(ids)), dpi=160)
         image = np.ma.masked_less(nodes.T, 1e-3)
         axes.imshow(band.T, origin="lower", aspect="auto", cmap="Greys", vmin=0, vmax=9)
         axes.imshow(image, origin="lower", aspect="auto", cmap="viridis_r", vmin=0, vmax=1)
-        axes.step([*path, len(nodes) - 1], range(len(ids) + 1), where="post", color="#c0392b",
-                  linewidth=1)
-        words = [tokenizer.decode([token]).strip() or "\N{OPEN BOX}" for token in ids]
+        # In row u from the frame of label u to that of label u + 1.
+        axes.step([0, *path, len(nodes) - 1], [0, *range(len(ids) + 1)], where="pre",
+                  color="#c0392b", linewidth=1)
+        words = [shown_token(tokenizer, token) for token in ids]
         axes.set_yticks(range(len(ids) + 1), ["start", *words], fontsize=6.5)
-        colour_labels(axes, ids, tokenizer, tags)
+        colour_labels(axes, ids, tokenizer)
         axes.set(xlabel=f"encoder frames of {1000 * model.config.frame_s:.0f} ms", ylabel="tokens")
         axes.set_title("colour: posterior of a node   red: the best path   grey: a band of "
                        f"{options.width} rows", fontsize=8, color=PALE)
@@ -188,15 +188,19 @@ def lattice(options):
     print(options.output)
 
 
-def colour_labels(axes, ids, tokenizer, tags):
+def shown_token(tokenizer, token):
+    if 1 <= token <= len(tokenizer.tags):
+        return tokenizer.tags[token - 1]
+    return tokenizer.pieces[token].decode(errors="replace").replace(" ", "\N{OPEN BOX}")
+
+
+def colour_labels(axes, ids, tokenizer):
     """Tokens in the colour of their stream; a tag begins its own."""
     stream = 0
     for label, token in zip(axes.get_yticklabels()[1:], ids):
         if 1 <= token <= len(tokenizer.tags):
             stream = token - 1
-            label.set_text(tokenizer.tags[stream])
         label.set_color(COLOURS[stream % len(COLOURS)])
-    axes.set_yticklabels(axes.get_yticklabels())
 
 
 # ---- mask: who sees whom -------------------------------------------------------------------------

@@ -1,0 +1,76 @@
+"""What the tables of the experiments count."""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import reproduce  # noqa: E402
+from serialize import Row  # noqa: E402
+from stream import Word  # noqa: E402
+
+ROW = Row(id="a", audio="", asr="ich habe es gekauft", st={"en": "I bought it"},
+          links={"en": [(0, 0), (1, 1), (3, 1), (2, 2)]}, times=[0.5, 1.0, 1.5, 2.0])
+
+
+def record(stream, words, reference):
+    return {"id": "a", "references": {stream: reference.split()},
+            "words": [Word(stream, text, delay, 0, 0, 0) for text, delay in words]}
+
+
+def test_the_evidence_of_a_word_is_its_own():
+    assert reproduce.evidence_of(ROW) == {"<asr>": [0.5, 1.0, 1.5, 2.0],
+                                          "<st:en>": [0.5, 2.0, 1.5]}
+
+
+@pytest.mark.parametrize("words, guessed, errors", [
+    ([("I", 600), ("bought", 2100), ("it", 2100)], 0, 0),
+    ([("I", 600), ("bought", 1900), ("it", 1900)], 100 / 3, 0),    # before "gekauft" was over
+    ([("I", 600), ("sold", 1900), ("it", 1900)], 0, 1),            # wrong, so not guessed
+    ([("I", 600), ("I", 700), ("bought", 2100), ("it", 2100)], 0, 1)])
+def test_guessed_words(words, guessed, errors):
+    metrics = dict.fromkeys(("wer", "cer", "bleu", "chrf", "laal_ms"), 1.0)
+    found = reproduce.figures("<st:en>", metrics, [record("<st:en>", words, ROW.st["en"])],
+                              {"a": reproduce.evidence_of(ROW)})
+    assert found["guessed"] == pytest.approx(guessed)
+    assert found["errors"] == [errors] and found["words"] == [3]
+
+
+def test_differences_are_paired():
+    rng = np.random.default_rng(0)
+    words = [5] * 200
+    align = rng.integers(0, 3, 200)
+    worse = align + (rng.random(200) < 0.2)
+    rows = {name: {condition: {"<asr>": {"errors": list(errors), "words": words}}
+                   for condition in ("clean", "noise")}
+            for name, errors in (("ALIGN", align), ("same", align), ("worse", worse))}
+    found = reproduce.differences(rows)
+    assert found["same"]["clean"]["<asr>"] == [0, 0, 0]
+    middle, low, high = found["worse"]["noise"]["<asr>"]
+    assert middle == pytest.approx(100 * (worse - align).sum() / 1000)
+    assert 2 < low < middle < high < 6                             # far from 0, though each row is
+    #                                                                100 * 1 / 5 = 20 % by itself
+
+
+def test_tables_go_between_their_marks(tmp_path, monkeypatch, capsys):
+    row = {"<asr>": {"wer": 1.25, "laal_ms": 400.0}, "<st:en>": {"wer": 2.5, "laal_ms": 1000.0}}
+    results = tmp_path / "tests" / "results"
+    results.mkdir(parents=True)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduce, "RESULTS", results)
+    (results / "sound.json").write_text(json.dumps({
+        "date": "2026-01-01", "commit": "abc", "machine": "m", "steps": 9, "utterances": 6,
+        "rows": {"clean": row}}))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- sound -->\nold\n<!-- /sound -->\nafter\n")
+    reproduce.table()
+    text = readme.read_text()
+    assert "| clean | 1.2 | 2.5 |" in text and "old" not in text
+    assert text.startswith("before\n") and text.endswith("<!-- /sound -->\nafter\n")
+    assert "## sound" in (results / "README.md").read_text()
+    readme.write_text("no marks")
+    with pytest.raises(SystemExit, match="must stand there once each"):
+        reproduce.table()
