@@ -63,7 +63,7 @@ USER_ERRORS = InputError, TextError, align.InputError, OSError, ImportError  # t
 CLIP = 5.0            # largest norm of a step's gradient
 MUON = 10             # learning rate of the matrices over that of all else
 WARM_UP = 100         # steps until the learning rate is at its peak
-DECAY = 0.5           # share of the steps, the last ones, over which it falls
+DECAY = 0.2           # share of the steps, the last ones, over which it falls
 FORGET_STEPS = 150    # transducer steps over which ever fewer labels are hidden
 SIDE_WEIGHT = 0.3     # of each side task, beside the transducer's 1
 LOG_EVERY = 50        # steps; only then are losses fetched from the device
@@ -536,7 +536,7 @@ def set_learning_rates(optimizers, step, options):
 
 def learning_rate(step, steps):
     """A factor: up in a line, level, and down in a line, so that a run can be made longer, and its
-    end be chosen late. The way down is long: most of what a short run learns, it learns there."""
+    end be chosen late."""
     return min(1.0, (step + 1) / WARM_UP, max(0.02, (steps - step) / (DECAY * steps)))
 
 
@@ -547,7 +547,6 @@ def learning_rate(step, steps):
 ALONE = 0.4           # share of streams with one utterance; the others have 2 to --join
 BEFORE = 0.25         # share of streams with silence, up to PAUSE, before the first word
 PAUSE = 5.0           # seconds of silence between two utterances, at most; most are far shorter
-AS_IS = 0.25          # share of streams that nothing disturbs
 BABBLE = 0.15         # share of streams with other speakers in the background
 SPEAKERS = 5          # how many
 SPEEDS = 0.9, 1.0, 1.1   # of recorded speech (Ko et al., Interspeech 2015)
@@ -700,12 +699,10 @@ class Source(torch.utils.data.Dataset):
         hidden; keep, see `blocks`."""
         options, rng = self.options, random_state(self.options.seed, request.epoch, s.rows[0].id)
         samples, starts = self.sound(s)
-        disturbed = not request.easy and rng.random() >= AS_IS
-        if disturbed:
+        if not request.easy:
             samples = disturb(samples, self.background(s, len(samples), rng), rng)
         mel = mel_of(samples, self.config)
-        if disturbed:
-            mel = through_codec(mel, rng, math.log(self.config.floor))
+        if not request.easy:
             mel = without_bands(mel, rng, math.log(self.config.floor))
         if not request.easy and s.rows[0].audio:               # a voice that never repeats itself
             mel = without_stretches(mel, rng)                  # needs no such help
@@ -798,9 +795,9 @@ def collate(examples):
 
 
 def to_device(batch, device):
-    """A batch's tensors by name; the lengths stay on the CPU, where the loss wants them."""
+    """A batch's tensors by name; lengths and keep stay on the CPU, where the loss wants them."""
     def placed(name, x):
-        moves = torch.is_tensor(x) and not name.endswith("_lengths")
+        moves = torch.is_tensor(x) and not name.endswith("_lengths") and name != "keep"
         return x.to(device, non_blocking=True) if moves else x
     return SimpleNamespace(**{name: placed(name, x) for name, x in batch.items()})
 
@@ -909,16 +906,6 @@ def mu_law(samples):
     code = np.round(127 * np.sign(x) * np.log1p(255 * np.abs(x)) / math.log(256))
     size = np.expm1(np.abs(code) / 127 * math.log(256))
     return (peak * np.sign(code) * size / 255).astype(np.float32)
-
-
-def through_codec(mel, rng, floor):
-    """(F,80) -> as MP3 of few bits leaves it, now and then: from some band upwards, silence
-    wherever the sound is weak beside the loudest band of its frame."""
-    if rng.random() >= 0.25:
-        return mel
-    weak = mel < mel.amax(1, keepdim=True) - rng.uniform(1, 6)        # nats: 4 to 26 dB
-    weak[:, :rng.integers(30, 70)] = False
-    return mel.masked_fill(weak, floor)
 
 
 def without_bands(mel, rng, floor):

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 COLOURS = ("#1f5fa8", "#c2570c", "#2f7d4f", "#8b3a8f", "#8a6d1a")
 PALE, RULE = "#8a939d", "#d9dee3"
 SOUND, LANE, GAP = 0.8, 0.25, 0.45  # inches: the waveform, a line of words, between two rows
-ROW_S = 7.0                         # seconds of sound in a row of the timeline
+ROW_S = 8.0                         # seconds of sound in a row of the timeline, at most
 WIDTH = 10.0                        # inches
 STYLE = {"font.family": "DejaVu Sans", "font.size": 10}
 
@@ -69,8 +69,8 @@ def lanes(words, width_s):
 
 
 def timeline(options):
-    """Rows of ROW_S seconds, so that a long recording stays readable; a word stands in the row in
-    which it is said."""
+    """Rows of equal length, of up to ROW_S seconds, so that a long recording stays readable; a word
+    stands in the row in which it is said."""
     pyplot = plotting()
     samples, words, tags, chunk_s = heard(options.checkpoint, options.file, options.start,
                                           options.duration, options.chunk)
@@ -78,7 +78,7 @@ def timeline(options):
         sys.exit(f"figures.py: {options.checkpoint} writes no word for {options.file}")
     length = len(samples) / 16000
     n_rows = max(1, int(np.ceil(length / ROW_S - 1e-9)))
-    row_s = length if n_rows == 1 else ROW_S
+    row_s = length / n_rows
     end = row_s + max(0.6, *(w.delay_ms / 1000 - w.end_s + 0.05 * len(w.text) for w in words))
     inches = (WIDTH - 1.2) / end                               # per second
     rows = [[(tag, [word for word in words if word.stream == tag
@@ -295,7 +295,9 @@ def curves(options):
                 axes.plot(*zip(*points), color=colour, linewidth=1.2, label=name)
             axes.set_title(task.replace("_", " "), fontsize=9)
             axes.set(yscale="log", xlabel="step")
-            axes.tick_params(labelsize=7)
+            axes.tick_params(labelsize=7, which="both")
+            for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                formatted(lambda value, _: f"{value:g}")
             axes.grid(color=RULE, linewidth=0.5, which="both")
         all_axes[0][0].set_ylabel("nats a symbol")
         if len(logs) > 1:

@@ -52,7 +52,7 @@ def test_a_long_timeline_is_rows_and_not_a_wider_picture(tmp_path):
     assert draw("timeline", model, tones, "--duration", 4, "-o", short).returncode == 0
     assert draw("timeline", model, tones, "-o", long).returncode == 0
     assert size(short)[1] == size(long)[1] == 1600
-    assert size(long)[0] > 2.5 * size(short)[0]                # three rows of seven seconds
+    assert size(long)[0] > 2.5 * size(short)[0]                # three rows of under seven seconds
 
 
 def test_mask_links_and_curves_are_drawn(tmp_path):
