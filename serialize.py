@@ -76,7 +76,8 @@ def units(text):
 
 def join(words):
     """Words -> text, with a space wherever units() would not cut by itself: units(join(u)) == u."""
-    return NEEDLESS_SPACE.sub(r"\1", " ".join(words))
+    text = " ".join(words)
+    return text if text.isascii() else NEEDLESS_SPACE.sub(r"\1", text)
 
 
 # ---- Interleaving: every order is one merge by time, only with different clocks ------------------
@@ -439,12 +440,14 @@ def make_row(record, path, number, allow_outside=False):
         if not _fits(value, KINDS[key]):
             raise InputError(f"{key} cannot be {value!r:.60}")
     other = {key: value for key, value in record.items() if key not in KINDS}
-    defaults = {"id": f"{Path(path).stem}:{number}", "other": other, "where": f"{path}:{number}"}
-    row = Row(**defaults | given)
-    if not allow_outside and (os.path.isabs(row.audio) or ".." in Path(row.audio).parts):
+    if "id" not in given:
+        given["id"] = f"{Path(path).stem}:{number}"
+    row = Row(**given, other=other, where=f"{path}:{number}")
+    parts = row.audio.replace(os.altsep or os.sep, os.sep).split(os.sep)   # Path's are slow
+    if not allow_outside and (os.path.isabs(row.audio) or ".." in parts):
         raise InputError(f"audio {row.audio!r} leaves the manifest's folder; "
                          "--allow-outside permits that")
-    row.audio = os.path.normpath(Path(path).parent / row.audio)
+    row.audio = os.path.normpath(os.path.join(os.path.dirname(path), row.audio))
     _count_in_units(row)
     if row.asr is not None:
         row.asr = _tidy(row.asr)
@@ -460,6 +463,8 @@ def _tidy(text):
 
 def _spans(text):
     """For every word that white space ends, the indices of its units."""
+    if text.isascii():                # no Han and no kana
+        return [range(k, k + 1) for k in range(len(text.split()))]
     ends = list(accumulate((len(units(word)) for word in text.split()), initial=0))
     return [range(*span) for span in zip(ends, ends[1:])]
 
