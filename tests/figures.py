@@ -297,7 +297,7 @@ def curves(options):
             axes.set(yscale="log", xlabel="step")
             axes.tick_params(labelsize=7, which="both")
             for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                formatted(lambda value, _: f"{value:g}")
+                formatted(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "1235" else "")
             axes.grid(color=RULE, linewidth=0.5, which="both")
         all_axes[0][0].set_ylabel("nats a symbol")
         if len(logs) > 1:
