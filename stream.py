@@ -132,7 +132,8 @@ class Streamer:
         if self.closed:
             raise ValueError("this stream was flushed; another one starts with a new Streamer")
         if samples.ndim != 1 or not np.isfinite(samples).all():
-            raise ValueError(f"samples must be finite numbers in one dimension, not {samples!r:.200}")
+            raise ValueError("samples must be finite numbers in one dimension, not "
+                             f"{samples!r:.200}")
         self.waiting.append(samples)
         self.received += len(samples)
 

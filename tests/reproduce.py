@@ -256,6 +256,8 @@ def papers(corpus):
         runs[f"ST {lang}"] = train_in(f"papers-{corpus}-st-{lang}",
                                       [own, "--interleave", "st", *start])
     for name, mode in ORDERS.items():
+        if mode == "time":             # two passes over the training rows: it comes last,
+            score(corpus, made, runs)  # and the table of the others is there before it
         rows = manifest if mode != "time" else timed(data, runs)
         folder = f"papers-{corpus}-{mode.replace(':', '-')}"
         runs[name] = train_in(folder, [rows, "--interleave", mode, *start])
@@ -307,12 +309,14 @@ def score(corpus, made, runs):
             rows[name][condition] = {tag: figures(tag, m, records, evidence)
                                      for tag, m in metrics.items() if written_by(tag, name)}
             show(f"{name}, {condition}", done["steps"], metrics)
-    moved = [interleave(row, "time") != interleave(row, "align")
-             for row in read_manifest(timed_manifest(corpus))]
+    moved = None
+    if "TIME" in runs:
+        moved = float(np.mean([interleave(row, "time") != interleave(row, "align")
+                               for row in read_manifest(timed_manifest(corpus))]))
     write_result(f"papers-{corpus}", {
         "training_rows": TRAINING_ROWS, "test_rows": TEST_ROWS, "noise_db": ratio_db,
         "options": {"ASR": FIRST + SHARED, "others": NEXT + SHARED},
-        "rows_where_time_is_not_align": sum(moved) / len(moved),
+        "rows_where_time_is_not_align": moved,
         "differences": differences(rows), "rows": without_counts(rows)})
 
 
@@ -428,6 +432,8 @@ def papers_table(result):
     lines += ["", f"The separate models together have "
               f"{sum(row['parameters'] for row in separate) / 1e6:.2f} M parameters."]
     share = result["rows_where_time_is_not_align"]
+    if share is None:
+        return lines + ["", "TIME is not in this table yet: the same command goes on with it."]
     return lines + ["", f"TIME differs from ALIGN in {share:.0%} of the training rows."]
 
 

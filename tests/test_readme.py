@@ -124,7 +124,7 @@ def test_the_snippets_run():
     streamer = new()
 
     class Run:
-        load_run = staticmethod(lambda path: (streamer.model, streamer.tokenizer, {}))
+        load_run = staticmethod(lambda path: (streamer.model, None, {}))
         Streamer = staticmethod(lambda model, tokenizer: streamer)
     lines = snippets[3].replace("from stream import Streamer, load_run", "")
     space = {"packets": bench.tones(0, 2).reshape(-1, 1600), "load_run": Run.load_run,
