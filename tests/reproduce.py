@@ -433,7 +433,8 @@ def papers_table(result):
               f"{sum(row['parameters'] for row in separate) / 1e6:.2f} M parameters."]
     share = result["rows_where_time_is_not_align"]
     if share is None:
-        return lines + ["", "TIME is not in this table yet: the same command goes on with it."]
+        return lines + ["", "TIME, whose times need two passes of trained models over all training "
+                        "rows, is no part of this table."]
     return lines + ["", f"TIME differs from ALIGN in {share:.0%} of the training rows."]
 
 
@@ -441,12 +442,13 @@ def sound_table(result):
     lines = [f"WER after {result['steps']} steps, {result['utterances']} unseen utterances. "
              f"{about(result)}", ""]
     tags = list(next(iter(result["rows"].values())))
-    lines += ["| sound | " + " | ".join(f"`{tag}`" for tag in tags) + " |",
-              "|---|" + "--:|" * len(tags)]
-    for name, row in result["rows"].items():
-        cells = " | ".join(f"{row[tag]['wer']:.1f}" for tag in tags)
-        lines.append(f"| {name} | {cells} |")
-    return lines
+    # Two conditions a line.
+    lines += [("| sound | " + " | ".join(f"`{tag}`" for tag in tags) + " ") * 2 + "|",
+              ("|---|" + "--:|" * len(tags)).rstrip("|") * 2 + "|"]
+    cells = [f"| {name} | " + " | ".join(f"{row[tag]['wer']:.1f}" for tag in tags) + " "
+             for name, row in result["rows"].items()]
+    cells += ["| " * (1 + len(tags))] * (len(cells) % 2)
+    return lines + [a + b + "|" for a, b in zip(cells[0::2], cells[1::2])]
 
 
 def search_table(result):

@@ -69,6 +69,7 @@ def test_tables_go_between_their_marks(tmp_path, monkeypatch, capsys):
     reproduce.table()
     text = readme.read_text()
     assert "| clean | 1.2 | 2.5 |" in text and "old" not in text
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
     assert text.startswith("before\n") and text.endswith("<!-- /sound -->\nafter\n")
     assert "## sound" in (results / "README.md").read_text()
     readme.write_text("no marks")
