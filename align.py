@@ -980,6 +980,10 @@ def align_manifest(options, align):
         raise InputError("a manifest needs -o OUT.jsonl")
     serialize = needed("serialize", "a manifest")
     rows = serialize.read_manifest(options.input, allow_outside=options.allow_outside)
+    if (options.times or "").endswith(".pt"):
+        # Before numba starts threads of its own: where torch comes second, the two OpenMP runtimes
+        # get into each other's way, and attention takes a hundred times as long.
+        needed("stream", "--times")
     add_links(rows, align, compare=True)
     if options.times:
         add_times(rows, options.times)
