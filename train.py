@@ -704,8 +704,8 @@ class Source(torch.utils.data.Dataset):
         mel = mel_of(samples, self.config)
         if not request.easy:
             mel = without_bands(mel, rng, math.log(self.config.floor))
-        if not request.easy and s.rows[0].audio:               # a voice that never repeats itself
-            mel = without_stretches(mel, rng)                  # needs no such help
+            if s.rows[0].audio:        # a voice that never repeats itself needs no such help
+                mel = without_stretches(mel, rng)
         pairs = [interleave(row, mode_of(row, options.interleave)) for row in s.rows]
         targets = serialize([pair for own in pairs for pair in own], self.tokenizer)
         spoken = " ".join(row.asr for row in s.rows if row.asr)
