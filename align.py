@@ -14,15 +14,18 @@ emitted by a source word a_j, and a_1 .. a_J is the path of a hidden Markov mode
                          prod_j  jump(a_j - a_{j-1}) * t(target_j | source_{a_j})
 
 or a word is emitted by NULL, no word at all. Backward, the sides are exchanged. IBM model 1 is the
-same without jumps; it has one optimum and comes first. Expectation maximisation (EM): the E-step
+same without jumps, here with a fixed pull to the diagonal instead; no local optimum can trap it, so
+it comes first. Expectation maximisation (EM): the E-step
 finds the posterior of every link under the present tables, the M-step adds the posteriors up to
 expected counts and divides. On a small corpus four things make it strong:
 
 1. agreement: both directions count the product of their posteriors, so that each teaches the other;
 2. a variational M-step, exp(digamma(count)): about half a count less everywhere, which keeps rare
    words from collecting links ("garbage collection");
-3. a prior: two words spelled alike start with up to one imagined count;
-4. a second prior, worth ten counts, from a table over stems: finanziarie learns from finanziario.
+3. a prior: up to one imagined count for two words spelled alike, which also start up to eleven
+   times as likely as others;
+4. a second prior, ten counts times the probability of a pair of stems, from a table over these:
+   finanziarie learns from finanziario.
 
 Papers: IBM model 1, Brown et al. 1993 (Computational Linguistics 19:2); the HMM, Vogel, Ney,
 Tillmann 1996 (COLING); agreement, Liang, Taskar, Klein 2006 (NAACL); the variational M-step, Riley,
@@ -55,11 +58,12 @@ except RuntimeError as error:
                       f"that can be written ({error})") from None
 
 NULL = 0.02        # the chance that a word is emitted by no word of the other side
-WIDTH = 8          # jumps of this length and longer share one probability
+WIDTH = 8          # jumps of this length and longer have one weight, each of them the whole of it
 STEM = 4           # letters
 CELLS = 250_000    # of 500 words beside 500; a longer pair is aligned in windows of that size
 BATCH_SAMPLES = 120 * 16000  # of sound with its padding that go through a model together
-SILENCES = "", "sil", "sp", "<eps>"  # what forced aligners write where nothing is said
+# What forced aligners write where nothing is said.
+SILENCES = "", "sil", "sp", "<eps>", "<sil>", "<silence>"
 METHODS = "posterior", "grow-diag-final-and", "intersection", "union", "forward", "backward"
 REORDER = {"reassoc", "contract", "arcp", "nsz"}  # the compiler may add in vector lanes
 
@@ -314,7 +318,7 @@ class Direction:
         self.table = (start / size).astype(np.float32)
         self.null_table = np.full(size, 1 / size, np.float32)
         distance = np.abs(np.arange(-WIDTH, WIDTH + 1) - 1)
-        self.jump = np.tanh(0.25) * np.exp(-0.5 * distance)  # over all distances the sum is one
+        self.jump = np.tanh(0.25) * np.exp(-0.5 * distance)  # 1 in all, if it fell on beyond
         self.posterior = np.zeros(len(bitext.entry), np.float32)
         self.null_posterior = np.zeros(len(self.words), np.float32)
 
@@ -550,6 +554,8 @@ def extract_links(source, source_word, target, target_word, threshold=1e-3):
     """awesome-align (Dou, Neubig 2021, arXiv 2101.08231): two word pieces are linked where the
     softmax of their similarity exceeds the threshold both ways, two words where any of their pieces
     are. source (m, D): a vector a piece; source_word (m,): the word that it belongs to."""
+    if not len(source) or not len(target):
+        return []
     similarity = np.asarray(source, np.float64) @ np.asarray(target, np.float64).T  # (m, n)
     rows = np.exp(similarity - similarity.max(1, keepdims=True))  # softmax: these over their sums
     columns = np.exp(similarity - similarity.max(0, keepdims=True))
@@ -559,9 +565,12 @@ def extract_links(source, source_word, target, target_word, threshold=1e-3):
 
 def contextual_links(pairs, name, layer=8):
     """Links from the vectors of a pretrained encoder. name: a model with a fast tokenizer, as
-    transformers takes it: bert-base-multilingual-cased, or a folder."""
+    transformers takes it: bert-base-multilingual-cased, or a folder. Words beyond its longest
+    input, often 512 pieces, get no links."""
     torch, transformers = needed("torch", "--model"), needed("transformers", "--model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    if not tokenizer.is_fast:
+        raise InputError(f"--model {name}: no fast tokenizer, which knows the word of each piece")
     model = transformers.AutoModel.from_pretrained(name).eval()
 
     def vectors(words):
@@ -612,17 +621,21 @@ def word_times(frames, word_of_token, frame_s):
     return [ends[word] for word in range(len(ends))]
 
 
-def viterbi_times(rows, path):
+def viterbi_times(rows, run):
     """When each word of a row is complete on the best path (Viterbi) of a trained transducer that
-    writes what it was trained to write. Yields (row, {tag: [end in s]}); a row that lacks texts,
-    links or sound is named and left out."""
+    writes what it was trained to write: (model, tokenizer, what lay beside them). Yields (row,
+    {tag: [end in s]}); a row that lacks sound, or what the model's order needs (links, or for one
+    trained on times, times), is named and left out."""
     serialize, stream = needed("serialize", "--times"), needed("stream", "--times")
-    model, tokenizer, beside = stream.load_run(path)
+    model, tokenizer, beside = run
     ready = []
     for row, samples in stream.readable(rows):
         try:
-            pairs = [pair for pair in serialize.interleave(row, str(beside.get("mode")))
+            mode = serialize.mode_of(row, str(beside.get("mode")))
+            pairs = [pair for pair in serialize.interleave(row, mode)
                      if pair[0] in tokenizer.tag_id]           # the streams that it writes
+            if not pairs:
+                raise InputError("no text of a stream that the model writes")
             ids = serialize.serialize(pairs, tokenizer)
         except ValueError as error:
             warn(f"{row.where}: no times: {error}")
@@ -775,13 +788,15 @@ def seconds(text):
     return value if 0 <= value < math.inf else None
 
 
-def annotated_times(rows, path):
+def annotated_times(rows, found, path):
     """Times of a CTM or of TextGrids. Yields (row, {"<asr>": [end in s]}); a row whose words are
-    not those of the annotation, apart from case, is named and left out."""
-    found = textgrid_times(path) if Path(path).is_dir() else ctm_times(path)
+    not those of the annotation, apart from case and punctuation, is named and left out.
+
+    Their utterances are rows: named by row.id, or speaker/id, and their times count from the row's
+    start, not from that of a longer file."""
     for row in rows:
         words = found.get(row.id) or found.get(f"{row.speaker}/{row.id}") or []
-        words = [(word, end) for word, end in words if word not in SILENCES]
+        words = [(word, end) for word, end in words if word.lower() not in SILENCES]
         ends = match_words(row.words()[0], words)
         if ends is None:
             warn(f"{row.where}: no times: {len(words)} words of {row.id!r} in {path} are not those "
@@ -790,26 +805,42 @@ def annotated_times(rows, path):
             yield row, {"<asr>": ends}
 
 
+def letters_of(word):
+    """Lower-cased, without punctuation: forced aligners leave it out."""
+    return "".join(c for c in nfc(word.lower()) if c.isalnum() or unicodedata.category(c)[0] == "M")
+
+
 def match_words(words, annotated):
     """The end of each of `words`, or None if the texts differ. One annotated (word, end) may be
-    several of ours, as where ours are single characters (Han, kana): they all end with it."""
-    words, ends = [nfc(word.lower()) for word in words], []
+    several of ours, as where ours are single characters (Han, kana): they all end with it. A word
+    without a letter, a dash or a quote, ends with the word before it."""
+    words, ends = [letters_of(word) for word in words], []
     for text, end in annotated:
-        rest = nfc(text.lower())
+        rest = letters_of(text)
         while rest and len(ends) < len(words) and rest.startswith(words[len(ends)]):
             rest = rest[len(words[len(ends)]):]
-            ends.append(end)
+            ends.append(end if words[len(ends)] else max(ends, default=0.0))
         if rest:
             return None
-    return ends if words and len(ends) == len(words) else None
+    if ends and not any(words[len(ends):]):
+        ends += [ends[-1]] * (len(words) - len(ends))
+    return ends if any(words) and len(ends) == len(words) else None
 
 
-def add_times(rows, path):
-    """Fill row.times and row.st_times from a checkpoint RUN/model.pt, a CTM or a folder of
-    TextGrids. Times that a row has are replaced, and ours are compared with them."""
-    source = viterbi_times if path.endswith(".pt") else annotated_times
+def times_from(path):
+    """What reads times: a function of rows that yields (row, {tag: [end in s]}), from a checkpoint
+    RUN/model.pt, a CTM or a folder of TextGrids; what is wrong with these shows at once."""
+    if path.endswith(".pt"):
+        return partial(viterbi_times, run=needed("stream", "--times").load_run(path))
+    found = textgrid_times(path) if Path(path).is_dir() else ctm_times(path)
+    return partial(annotated_times, found=found, path=path)
+
+
+def add_times(rows, path, source=None):
+    """Fill row.times and row.st_times by `times_from(path)`. Times that a row has are replaced, and
+    ours are compared with them."""
     errors, count = {}, 0
-    for row, streams in source(rows, path):
+    for row, streams in (source or times_from(path))(rows):
         for tag, ends in streams.items():
             known = row.times if tag == "<asr>" else row.st_times.get(tag[4:-1])
             differences = [abs(a - b) for a, b in zip(ends, known or []) if b is not None]
@@ -980,13 +1011,17 @@ def align_manifest(options, align):
         raise InputError("a manifest needs -o OUT.jsonl")
     serialize = needed("serialize", "a manifest")
     rows = serialize.read_manifest(options.input, allow_outside=options.allow_outside)
-    if (options.times or "").endswith(".pt"):
-        # Before numba starts threads of its own: where torch comes second, the two OpenMP runtimes
-        # get into each other's way, and attention takes a hundred times as long.
-        needed("stream", "--times")
+    languages = {lang for row in rows for lang in row.st}
+    if options.train and len(languages) > 1:
+        raise InputError(f"--train is of one target language, {options.input} has "
+                         f"{', '.join(sorted(languages))}")
+    # Before the links: what is wrong with the times shows at once, and where torch came after
+    # numba's first threads, their OpenMP runtimes would get into each other's way (attention takes
+    # a hundred times as long).
+    source = times_from(options.times) if options.times else None
     add_links(rows, align, compare=True)
-    if options.times:
-        add_times(rows, options.times)
+    if source:
+        add_times(rows, options.times, source)
     serialize.write_manifest(options.out, rows)
     links = sum(len(line) for row in rows for line in row.links.values())
     warn(f"{options.out}: {len(rows)} rows, {links} links written")

@@ -4,9 +4,9 @@
                                                                           joint -> logits
     labels written so far ----------------------> label encoder ---------/
 
-All of it in one line is `Transducer.forward`: a Transformer-Transducer (arXiv 2002.02562), that is,
-the RNN transducer of Graves (arXiv 1211.3711) with attention in both encoders. Our names, and the
-field's:
+From log-mel to logits it is `Transducer.forward`: a Transformer-Transducer (arXiv 2002.02562), that
+is, the RNN transducer of Graves (arXiv 1211.3711) with attention in both encoders. Our names, and
+the field's:
 
     label encoder    prediction network, predictor, decoder: what comes next, by the labels so far
     joint            joint network, joiner
@@ -42,7 +42,7 @@ SAMPLE_RATE = 16000
 WINDOW = 400  # samples in a mel frame: 25 ms
 HOP = 160     # samples from one mel frame to the next: 10 ms
 FFT = 512
-FLOOR = 1e-5  # power of a mel band; one step of 16-bit sound, as noise, lies a little below
+FLOOR = 1e-5  # power of a mel band; noise of one step of 16-bit sound lies 10 to 20 dB below
 MASKED = -3e4  # added to a score that must not count: exp() makes it 0, and it is finite in float16
 LONGEST_CHUNK = 4096  # frames; more is not streaming, and its memory of the past would be huge
 
@@ -65,7 +65,7 @@ class Config:
     ff: int                  # hidden width of the encoder's feed-forward part
     subsampling: int         # mel frames per encoder frame: 2, 4 or 8
     chunks: tuple[int, ...]  # chunk sizes C in frames, the default first; 0: the whole utterance
-    left_frames: int         # how far back a frame sees; rounded up to whole chunks
+    left_frames: int         # how far back a frame sees in each layer; rounded up to whole chunks
     dropout: float
     label_encoder: str       # "transformer" or "lstm"
     label_layers: int
@@ -94,6 +94,8 @@ class Config:
                 (type(self.chunks) is tuple and self.chunks and all(map(_is_chunk, self.chunks)),
                  f"chunks must be one or more numbers of frames up to {LONGEST_CHUNK}, "
                  f"0 for the whole utterance, not {self.chunks!r}"),
+                (self.left_frames <= LONGEST_CHUNK,
+                 f"left_frames {self.left_frames} is more than {LONGEST_CHUNK}"),
                 (self.kernel == 0 or self.kernel % 2 == 1,
                  f"kernel must be odd, or 0 for no convolution, not {self.kernel}"),
                 (0 <= self.dropout < 1, f"dropout must lie in [0, 1), not {self.dropout!r}"),
@@ -127,7 +129,7 @@ def _is_chunk(value):
 PRESETS = {
     "tiny": Config(vocab=512, dim=144, heads=4, layers=4, ff=576, subsampling=4,
                    chunks=(16, 8, 32), left_frames=64, dropout=0.1,
-                   label_encoder="transformer", label_layers=2, label_context=24, joint_dim=144),
+                   label_encoder="transformer", label_layers=2, label_context=32, joint_dim=144),
     "small": Config(vocab=1024, dim=256, heads=4, layers=12, ff=1024, subsampling=4,
                     chunks=(8, 4, 16, 32), left_frames=128, dropout=0.1,
                     label_encoder="transformer", label_layers=2, label_context=32, joint_dim=320),
@@ -140,8 +142,10 @@ PRESETS = {
 # ---- Features ----------------------------------------------------------------------------------
 
 @lru_cache(maxsize=None)
+@torch.inference_mode(False)
 def _window_and_bands(n_mels, dtype, device):
-    """Hann window (WINDOW,) and triangular mel filters (FFT // 2 + 1, n_mels), 20 Hz to 8 kHz."""
+    """Hann window (WINDOW,) and triangular mel filters (FFT // 2 + 1, n_mels), 20 Hz to 8 kHz. As
+    they are kept, they must not be inference tensors, in which no gradient flows."""
     def mel(hz):
         return 1127 * math.log1p(hz / 700)
     edges = torch.linspace(mel(20.0), mel(SAMPLE_RATE / 2), n_mels + 2, dtype=torch.float64)
@@ -241,7 +245,7 @@ class Convolution(nn.Module):
 
     def __init__(self, dim, kernel, dropout):
         super().__init__()
-        self.past, self.ahead = kernel - 1, kernel // 2
+        self.n_past, self.ahead = kernel - 1, kernel // 2
         self.norm, self.gate = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim)
         self.depthwise = nn.Conv2d(dim, dim, (1, kernel), groups=dim)
         self.middle_norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, dim)
@@ -255,11 +259,11 @@ class Convolution(nn.Module):
         if real is not None:
             inputs = inputs.masked_fill(~real, 0)
         if past is None:
-            past = x.new_zeros(B, self.past, D)
+            past = x.new_zeros(B, self.n_past, D)
         inputs = torch.cat([past, inputs], 1)
         # All chunks at once, a chunk with what lies before it being a row of a picture (B, D, n, .)
         # whose channels lie next to each other in memory: as x has them, and fast.
-        windows = F.pad(inputs, (0, 0, 0, -Q % chunk)).unfold(1, self.past + chunk, chunk)
+        windows = F.pad(inputs, (0, 0, 0, -Q % chunk)).unfold(1, self.n_past + chunk, chunk)
         causal, centred = windows.transpose(1, 2).chunk(2, 1)
         windows = torch.cat([causal, F.pad(centred[..., self.ahead:], (0, self.ahead))], 1)
         y = self.depthwise(windows.contiguous(memory_format=torch.channels_last))  # (B, D, n, C)
@@ -385,7 +389,7 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.ones(config.n_mels))
         # Each strided convolution halves the frames: output t is made of inputs 2t - 1, 2t, 2t + 1,
         # so that encoder frame t needs no mel frame after s * t + s - 1, and a stream has to keep
-        # one input frame of each.
+        # one input frame of each. It is one Linear over three neighbours, laid side by side.
         widths = [config.n_mels] + [config.dim] * int(math.log2(config.subsampling))
         self.convolutions = nn.ModuleList(nn.Linear(3 * a, b) for a, b in zip(widths, widths[1:]))
         self.tail_widths = widths[:-1]
@@ -394,7 +398,7 @@ class Encoder(nn.Module):
         self.stack = Stack(config, config.layers, config.ff, config.max_distance, config.kernel)
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Mean and standard deviation (n_mels,) of the features, over all of the training data."""
+        """Mean and standard deviation (n_mels,) of the features, as training data has them."""
         self.mean.copy_(mean)
         self.std.copy_(std)
 
@@ -426,15 +430,18 @@ class Encoder(nn.Module):
 
         Offline: state None, whole utterances, `lengths` (B,) their mel frames; `chunk` in frames
         (0: the whole utterance, None: the first of the config's); the state returned is None.
-        Streaming: `state` from initial_state or the call before, one chunk of mel frames; only the
-        last may be short. Raises ValueError for mel frames that are no such chunk.
+        Streaming: `state` from initial_state or the call before, one chunk of mel frames, of the
+        state's size. Only the last may be short, and with chunk 0 there is one call: that is up to
+        the caller. Raises ValueError for more than a chunk.
         """
         s = self.config.subsampling
         if mel.shape[1] % s or not mel.shape[1]:
             raise ValueError(f"{mel.shape[1]} mel frames are not a positive multiple of {s}; "
                              "pad_samples makes them so")
-        if state is not None or chunk is None:
-            chunk = self.config.chunks[0] if state is None else state.chunk
+        if state is not None:
+            chunk = state.chunk
+        elif chunk is None:
+            chunk = self.config.chunks[0]
         left = self.config.left_chunks(chunk)
         if state is not None and chunk and mel.shape[1] > chunk * s:
             raise ValueError(f"a call with a state takes one chunk, {chunk * s} mel frames, "
@@ -502,7 +509,8 @@ class LabelEncoder(nn.Module):
 # ---- Model -------------------------------------------------------------------------------------
 
 class Joint(nn.Module):
-    """logits = output(tanh(encoder_proj(frame) + label_proj(label)))"""
+    """logits = output(tanh(encoder_proj(frame) + label_proj(label))) (Graves, Mohamed, Hinton 2013,
+    arXiv 1303.5778; in the first transducer, arXiv 1211.3711, the two were added and no more)"""
 
     def __init__(self, config):
         super().__init__()
@@ -660,7 +668,7 @@ def _read(path, map_location):
 
 def main():
     print(f"{'preset':8}{'encoder':>10}{'labels':>10}{'joint':>10}{'all':>10}   frame   "
-          "chunks (look-ahead at most)")
+          "chunks (look-ahead, beyond the 15 ms of a frame's last window, at most)")
     for name, config in PRESETS.items():
         with torch.device("meta"):
             model = Transducer(config)

@@ -160,8 +160,9 @@ def interleave(row, mode):
         return interleave_ratio(asr, st, _gamma(mode))
     if mode == "align" and both and all(row.links.get(lang) or not st[lang] for lang in st):
         return interleave_align(asr, st, {lang: row.links.get(lang, []) for lang in st})
-    if mode == "time" and both and row.times is not None and row.st_times.keys() >= st.keys():
-        return _merge(asr, st, row.times, row.st_times)
+    timed = row.times is not None and all(lang in row.st_times or not st[lang] for lang in st)
+    if mode == "time" and both and timed:
+        return _merge(asr, st, row.times, {lang: row.st_times.get(lang, []) for lang in st})
     if mode not in MODES and not mode.startswith("ratio:"):
         raise InputError(f"unknown mode {mode!r}; there are asr, st, align, time and ratio:G "
                          "with G from 0 to 1")
@@ -355,7 +356,8 @@ class StreamParser:
         self.pending, self.invalid = b"", 0
 
     def feed(self, token_id):
-        """The (tag, word) pairs that this token finishes: none or one."""
+        """The (tag, word) pairs that this token finishes: none or one; more only where a model
+        writes the bytes of white space inside a word."""
         if not 0 <= token_id < len(self.tokenizer):
             raise ValueError(f"token {token_id} is outside the vocabulary of {len(self.tokenizer)}")
         if 0 < token_id < self.tokenizer.first_byte:
@@ -575,6 +577,8 @@ class Intake:
     def add(self, record, path, number, allow_outside=False):
         """A line's object becomes a row, or joins the one that has its sound."""
         row = make_row(record, path, number, allow_outside)
+        if record.get("id") is None and row.id in self.ids:
+            row.id = row.where        # a name of ours, so ours to change
         sound = (row.audio, row.start, row.duration)
         if self.by_sound and sound in self.sounds:
             join_texts(self.sounds[sound], row)
@@ -676,8 +680,10 @@ def delays(row, pairs):
 def project_times(row):
     """Missing times of translations: a word could be said when the last word linked to it has been.
 
-    A stand-in for times found by a trained translation transducer (align.py --times): for one
-    translation it makes mode `time` equal `align`.
+    A stand-in for times found by a trained translation transducer (align.py --times). For one
+    translation, mode `time` then differs from `align` in two things only: first words without a
+    link wait for the first linked one, and source words that share a time, or lack one, count as
+    one.
     """
     for lang, links in row.links.items():
         if row.times and lang not in row.st_times:
@@ -691,7 +697,7 @@ def _mean(values):
 
 
 def cost_of(rows, mode, tokenizer):
-    """(rows that have what the mode needs, [seven numbers of the table]); NaN where unknown.
+    """(rows that have what the mode needs, [six numbers of the table]); NaN where unknown.
 
     "behind" are the mean and the 90th percentile of the delays; a guessed word, whose delay is
     negative, counts as 0 there, or guesses would make up for waiting.
@@ -762,9 +768,9 @@ def import_tsv(*paths, columns, folder="", allow_outside=False, strict=False, on
     """Any TSV with a header: `columns` says which of its columns is what.
 
     {"audio": "path", "asr": "sentence", "st.en": "translation"}, and also id, lang, speaker, start
-    and duration (seconds); columns not named are kept under their own names. Cells are not quoted;
-    a backslash escapes a tab, a line's end, a quote and itself. The sound lies in `folder`, seen
-    from the TSV's.
+    and duration (seconds); columns not named are kept under their own names, but for those called
+    like a field of Row, which are left out. Cells are not quoted; a backslash escapes a tab, a
+    line's end, a quote and itself. The sound lies in `folder`, seen from the TSV's.
     """
     intake = Intake(strict, on_bad, by_sound=True)
     known = [key for key in KINDS if _is_column(key)]
@@ -877,6 +883,8 @@ def import_mustc(*paths, strict=False, on_bad=None):
             for number, line in mappings:
                 with intake.line(path, number):
                     record = _mustc_record(decode(line), number)
+                    if record["id"] in intake.ids:  # as in another pair's folder
+                        record["id"] = None
                     said = {lang: _decode_line(lines[number - 1], path.with_suffix(f".{lang}"))
                             for lang, lines in texts.items()}
                     record |= {"asr": said.pop("en"), "st": said}
@@ -887,7 +895,7 @@ def import_mustc(*paths, strict=False, on_bad=None):
 def _mustc_texts(path, n_lines):
     """{language: [(number, line)]} of the files beside the YAML."""
     files = {file.suffix[1:]: file for file in sorted(path.parent.iterdir())
-             if file.stem == path.stem and file != path}
+             if file.stem == path.stem and re.fullmatch(r"\.[a-z]{2}", file.suffix)}
     texts = {lang: read_lines(file) for lang, file in files.items()}
     for lang, lines in texts.items():
         if len(lines) != n_lines:
@@ -942,13 +950,19 @@ def _nemo_record(cells):
     target = cells.get("target_lang") or source
     if not isinstance(target, str):
         raise InputError(f"target_lang cannot be {target!r:.60}")
+    if target and not source:
+        raise InputError(f"target_lang {target!r} without source_lang: is the text a transcription "
+                         "or a translation?")
     used = {"audio_filepath", "offset", "source_lang", "target_lang", "text", "answer", *KINDS}
     record = {key: value for key, value in cells.items() if key not in used}
-    text = cells.get("text", cells.get("answer"))
+    text = cells.get("text")
+    if text is None and cells.get("answer") != "na":  # Canary's mark of an answer to be found
+        text = cells.get("answer")
     record |= {"asr": text} if target == source else {"st": {target: text}}
-    return record | {"id": cells.get("id"), "audio": cells["audio_filepath"], "lang": source,
-                     "start": cells.get("offset"), "duration": cells.get("duration"),
-                     "speaker": cells.get("speaker")}
+    names = {key: str(cells[key]) if type(cells.get(key)) is int else cells.get(key)
+             for key in ("id", "speaker")}          # often numbers
+    return record | names | {"audio": cells["audio_filepath"], "lang": source,
+                             "start": cells.get("offset"), "duration": cells.get("duration")}
 
 
 IMPORTERS = {"covost": import_covost, "mustc": import_mustc, "nemo": import_nemo, "tsv": import_tsv}
@@ -975,6 +989,8 @@ def with_durations(intake):
         if lacking:
             intake.tell(f"{len(lacking)} rows get no duration: pip install soundfile")
         return intake.rows
+    if len(lacking) > 1000:
+        intake.tell(f"the sound of {len(lacking)} rows is read, for their durations")
     seconds = {path: sound_seconds(path) for path in dict.fromkeys(row.audio for row in lacking)}
     for row in lacking:
         if seconds[row.audio] is not None and seconds[row.audio] > row.start:

@@ -8,10 +8,13 @@ goes
             -> tokens -> words
 
 and less than a chunk waits. So the same computations run on the same shapes however the audio is
-cut into packets, and the result is the same to the last bit. `step` is the whole loop; searches,
-audio files and captions follow, and measuring comes last. The network is model.py's, turning tokens
-into words serialize.py's. `python stream.py MODEL FILE` prints captions, with `--eval MANIFEST`
-error rates and latency; alone, it shows that packets do not matter.
+cut into packets, and the result is the same to the last bit. (Streams that are stepped as one batch
+may differ in the last bits: matrix products of another shape add up in another order.)
+
+`step` is the whole loop; searches, audio files and captions follow, and measuring comes last. The
+network is model.py's, turning tokens into words serialize.py's. `python stream.py MODEL FILE`
+prints captions, `python stream.py MODEL --eval MANIFEST` error rates and latency; alone, it shows
+that packets do not matter.
 """
 import argparse
 import io
@@ -21,6 +24,7 @@ import os
 import queue
 import re
 import shlex
+import shutil
 import stat
 import sys
 import time
@@ -29,7 +33,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,10 +45,11 @@ from model import InputError as CheckpointError
 from serialize import InputError, StreamParser, Tokenizer, join, read_manifest, units
 
 BLANK = 0
-LIMITS = (20, 500)  # symbols in one frame, and in the last one, where a translation may be to come
+LIMITS = (20, 500)  # labels in one frame, and in the last: a whole translation may be still to come
 AHEAD = 8           # frames that greedy search looks at in one call
 HALF_CHUNK = "half a chunk"
 LONGEST_CHUNK_S = 60.0
+LOUDEST = 16.0      # float samples beyond -1..1 by so much are of another scale
 PER_MS = SAMPLE_RATE / 1000  # samples in a millisecond
 
 
@@ -61,16 +66,17 @@ class Written(NamedTuple):
 class Word:
     stream: str        # the tag of its stream
     text: str
-    delay_ms: float    # the audio the model needed: to the last sample of the chunk that wrote it
+    delay_ms: float    # the audio the model needed: to the end of the chunk after which it is shown
     start_s: float     # the start of the encoder frame that wrote its first token
-    end_s: float       # the end of the encoder frame that wrote its last token
+    end_s: float       # the end of the encoder frame that wrote its last token, its separator
     elapsed_ms: float  # when it was there, had the audio come in real time, computing included
     confidence: float = 1.0  # geometric mean of the probabilities of its tokens
 
 
 @dataclass
 class Pause:
-    """An utterance has ended: words were written, and then none for a while."""
+    """An utterance has ended: words were written, and then no token for a while. Seen where a chunk
+    ends; none stands at the end of the audio."""
     delay_ms: float
     start_s: float     # the end of the last frame that wrote a token
     end_s: float       # so much has been heard
@@ -78,8 +84,8 @@ class Pause:
 
 
 class Streamer:
-    """One audio stream. Many may share a model: `push` to each of them, then `advance` steps them
-    in one batch."""
+    """One audio stream. Many may share a model: `push` to each of them, or `close` it, then
+    `advance` steps them in one batch."""
 
     def __init__(self, model, tokenizer, *, chunk=None, pause=None, restart=None, **search):
         """chunk: encoder frames, by default the model's first; 0: everything at once, at the end.
@@ -95,6 +101,8 @@ class Streamer:
         if len(tokenizer) != self.config.vocab:
             raise InputError(f"the tokenizer has {len(tokenizer)} tokens, the model "
                              f"{self.config.vocab}")
+        if model.training:
+            raise InputError("the model is in training mode, with dropout: call model.eval()")
         self.waiting = [np.zeros(0, np.float32)]  # samples that no chunk has used up yet
         self.received = self.frames = 0           # samples got, encoder frames done
         self.clock_ms, self.closed = 0.0, False   # end of the previous step, as elapsed_ms counts
@@ -119,21 +127,29 @@ class Streamer:
 
     def flush(self):
         """The audio has ended: run what is left of it and release every word."""
-        self.closed = True
+        self.close()
         return advance([self])[0]
 
+    def close(self):
+        """No more audio comes: the next `advance` runs what is left."""
+        self.closed = True
+
     def push(self, samples):
+        """Samples as for `accept`, which wait until `advance`."""
         samples = np.asarray(samples)
         if samples.dtype == np.int16:
             samples = samples / np.float32(32768)
         if samples.dtype.kind != "f":
-            raise ValueError(f"samples must be float in -1..1, or int16, not {samples.dtype}")
-        samples = samples.astype(np.float32, copy=False)
+            raise InputError(f"samples must be float in -1..1, or int16, not {samples.dtype}")
+        samples = samples.astype(np.float32)  # a copy: the caller may use his buffer again
         if self.closed:
-            raise ValueError("this stream was flushed; another one starts with a new Streamer")
+            raise InputError("this stream was flushed; another one starts with a new Streamer")
         if samples.ndim != 1 or not np.isfinite(samples).all():
-            raise ValueError("samples must be finite numbers in one dimension, not "
+            raise InputError("samples must be finite numbers in one dimension, not "
                              f"{samples!r:.200}")
+        if samples.size and np.abs(samples).max() > LOUDEST:
+            raise InputError(f"float samples must lie in -1..1, not {np.abs(samples).max():g}: "
+                             "int16 is scaled here if it comes as int16")
         self.waiting.append(samples)
         self.received += len(samples)
 
@@ -170,7 +186,8 @@ class Streamer:
                        confidence=math.exp(sum(t.log_prob for t in tokens) / len(tokens)))
                   for tag, text, tokens in spelled]
         self.in_utterance |= bool(events)
-        if self.pause and self.in_utterance and self.search.quiet >= self.pause:
+        long = self.pause and self.search.quiet >= self.pause
+        if long and self.in_utterance and not self.speller.pending:
             self.in_utterance = False
             events.append(Pause(delay_ms, (self.frames - self.search.quiet) * frame_s,
                                 self.frames * frame_s, self.clock_ms))
@@ -230,7 +247,7 @@ def step(streamers, n_frames, final):
     state = State.join([streamer.encoder_state for streamer in streamers])
     frames, state = model.encoder(mel, state=state)                                     # (B, T, D)
     for b, streamer in enumerate(streamers):
-        streamer.encoder_state = state.select(slice(b, b + 1))
+        streamer.encoder_state = state.select([b])  # a copy: a slice would keep the batch alive
     searches = [streamer.search for streamer in streamers]
     tokens = type(searches[0]).advance(searches, model.joint.encoder_proj(frames), final)
     return [streamer.events(written, final, began) for streamer, written in zip(streamers, tokens)]
@@ -257,12 +274,6 @@ def new_search(model, chunk, *, beam=1, limits=LIMITS, hold=HALF_CHUNK, blank_pe
         return Greedy(model, limits, blank_penalty, restart)
     hold = chunk // 2 if hold == HALF_CHUNK else hold
     return Beam(model, beam, limits, hold=hold, blank_penalty=blank_penalty, restart=restart)
-
-
-def logits_of(model, frames, labels):
-    """The joint (Graves 2012, arXiv 1211.3711) on projected encoder frames and projected labels,
-    (..., J) each -> (..., V)."""
-    return model.joint.combine(frames, labels)
 
 
 @dataclass
@@ -339,7 +350,7 @@ class Greedy:
                 written[b] = searches[b].follow(path, lengths[b], final)
             labels = labels.after(model, written)
         for b, search in enumerate(searches):
-            search.end_call(labels.select(slice(b, b + 1)), lengths[b])
+            search.end_call(labels.select([b]), lengths[b])
         return [search.tokens for search in searches]
 
     def follow(self, path, length, final):
@@ -372,13 +383,14 @@ class Greedy:
 
 
 def look_ahead(model, frames, labels, rows, at):
-    """For some rows of a batch, the AHEAD frames (fewer at the end: the last repeated) from `at` on
-    -> for each row, the likeliest label of each frame, its log-probability, and that of blank."""
+    """For some rows of a batch, AHEAD frames from `at` on -> for each row, the likeliest label of
+    each frame, its log-probability, and that of blank. Beyond the end the last frame stands in;
+    `follow` stops before it."""
     rows = torch.tensor(rows, device=frames.device)[:, None]                     # (R, 1)
     at = torch.tensor(at, device=frames.device)[:, None]
     window = at + torch.arange(AHEAD, device=frames.device)                      # (R, AHEAD)
     frames = frames[rows, window.clamp(max=frames.shape[1] - 1)]                 # (R, AHEAD, J)
-    log_probs = logits_of(model, frames, labels.proj[rows]).log_softmax(-1)      # (R, AHEAD, V)
+    log_probs = model.joint.combine(frames, labels.proj[rows]).log_softmax(-1)   # (R, AHEAD, V)
     label_scores, label = log_probs[..., BLANK + 1:].max(-1)
     found = (label + BLANK + 1).tolist(), label_scores.tolist(), log_probs[..., BLANK].tolist()
     return [zip(*row) for row in zip(*found)]
@@ -422,7 +434,7 @@ class Beam:
         self.model, self.size, self.limits = model, size, limits
         self.hold, self.blank_penalty, self.restart = hold, blank_penalty, restart
         self.hyps = [Hypothesis((), (), 0.0, Labels.start(model))]  # the likeliest first
-        self.at = 0           # frames done
+        self.done = 0         # frames done
         self.capped = 0       # frames that asked for more labels than the limit
         self.score = 0.0      # of the likeliest hypothesis
         self.shown_at = -1    # frame of the last token that was shown
@@ -442,14 +454,16 @@ class Beam:
     def quiet(self):
         """Frames since the last label of the likeliest hypothesis."""
         written = self.hyps[0].written
-        return self.at - 1 - (written[-1].frame if written else self.shown_at)
+        return self.done - 1 - (written[-1].frame if written else self.shown_at)
 
     def one_frame(self, frame, limit):
-        """All hypotheses through one frame, with up to `limit` labels each."""
+        """All hypotheses through one frame, with up to `limit` labels each. In each round every
+        active hypothesis is tried with blank, into `left`, and with all labels; those of the best
+        that wrote one are active in the next round."""
         active, left = self.hyps, {}  # left: by tokens, those that took blank
         for symbols in range(limit + 1):
             labels = torch.cat([hyp.labels.proj for hyp in active])                      # (A, J)
-            log_probs = logits_of(self.model, frame, labels).log_softmax(-1)             # (A, V)
+            log_probs = self.model.joint.combine(frame, labels).log_softmax(-1)          # (A, V)
             for hyp, blank_score in zip(active, log_probs[:, BLANK].tolist()):
                 take_blank(hyp, blank_score, left)
             if symbols == limit:
@@ -460,7 +474,7 @@ class Beam:
             if not active:
                 break
         self.hyps = sorted(left.values(), key=lambda hyp: -hyp.score)[:self.size]
-        self.at, self.score = self.at + 1, self.hyps[0].score
+        self.done, self.score = self.done + 1, self.hyps[0].score
         self.follow_leader()
 
     def prune(self, active, log_probs, left):
@@ -474,7 +488,7 @@ class Beam:
         chosen = zip(scores.tolist(), index.tolist(), labels.flatten()[index].tolist())
         for score, k, log_prob in chosen:
             parent, label = divmod(k, labels.shape[1])
-            pool.append((score, active[parent], Written(label + BLANK + 1, self.at, log_prob)))
+            pool.append((score, active[parent], Written(label + BLANK + 1, self.done, log_prob)))
         pool = sorted(pool, key=lambda entry: -entry[0])[:self.size]
         left = {hyp.tokens: hyp for _, hyp, written in pool if written is None}
         return self.grow([entry for entry in pool if entry[2] is not None]), left
@@ -493,7 +507,7 @@ class Beam:
         """A frame ends: since when has the likeliest hypothesis held each of its tokens?"""
         tokens = self.hyps[0].tokens
         same = common_prefix([self.leader, tokens])
-        self.held_since = self.held_since[:same] + [self.at] * (len(tokens) - same)
+        self.held_since = self.held_since[:same] + [self.done] * (len(tokens) - same)
         self.leader = tokens
 
     def end_call(self, final):
@@ -504,7 +518,7 @@ class Beam:
         if final or restart:
             self.hyps = [leader]
         elif self.hold is not None:
-            held = sum(self.at - since >= self.hold for since in self.held_since)
+            held = sum(self.done - since >= self.hold for since in self.held_since)
             self.hyps = [hyp for hyp in self.hyps if hyp.tokens[:held] == leader.tokens[:held]]
         shown = self.show()
         if restart:
@@ -540,9 +554,10 @@ def take_blank(hyp, blank_score, left):
 
 # ---- Sound: files -------------------------------------------------------------------------------
 
-# A file is read if it can be shown to be whole: its container says how much sound it holds, and
-# that much is there. Anything else is refused, in one line with the ffmpeg command that hands it
-# over.
+# A file is read if its container says how much sound it holds and that much is there. What can be
+# seen not to be whole, or is of another kind, is refused in one line with the ffmpeg command that
+# hands it over. What states no length (an MP3 without an Info frame, a WAV or FLAC written into a
+# pipe) is read to its last byte: whether more was meant to come, nobody can tell.
 CONTAINERS = ("WAV", "WAVEX", "RF64", "AIFF", "CAF", "AU", "FLAC", "OGG", "MP3")
 CHUNKED = CONTAINERS[:5]  # other things may follow the sound; libsndfile has looked through them
 UNKNOWN = 1 << 62         # libsndfile gives more frames than that where a header states no number
@@ -552,7 +567,7 @@ CUT_OFF = re.compile(  # what libsndfile notes about a file that ends before its
     r"|(lacks an end-of-stream|Junk after|from 'ds64' chunk)")
 RATES, MOST_CHANNELS = (4000, 200_000), 64
 
-KINDS = {  # first bytes (a regular expression) -> what that is
+MAGIC = {  # first bytes (a regular expression) -> what that is
     rb"RIFF....WAVE|RIFX|RF64": "WAV", rb"FORM....AIF": "AIFF", rb"caff": "CAF", rb"\.snd": "AU",
     rb"fLaC": "FLAC", rb"OggS": "Ogg", rb"ID3": "MP3", rb"....ftyp": "MPEG-4 (m4a, mp4, mov)",
     rb"\x30\x26\xb2\x75": "Windows Media (wma, asf)", rb"\x1a\x45\xdf\xa3": "Matroska or WebM",
@@ -639,7 +654,7 @@ def opened(path):
                 yield file, promised, lambda: (end - raw.tell()) / max(1, raw.tell() - begin)
     except soundfile.LibsndfileError as error:
         what = "no format of sound that is known here (raw samples? give ffmpeg their -f, -ar, -ac)"
-        if kind := kind_of(head, KINDS | SYNC_WORDS):
+        if kind := kind_of(head, MAGIC | SYNC_WORDS):
             what = f"{kind}, cut off or not readable here ({error.error_string})"
             if error.code == 1:  # unrecognised
                 what = f"{kind}, which is not read here"
@@ -729,7 +744,7 @@ def stored_blocks(path, start, duration, file, promised, left):
 
 
 def one_channel(path, rate, blocks):
-    """Blocks (N, C) -> (N,): the mean of the channels, or the loudest if the mean would lose sound.
+    """Blocks (N, C) -> (N,): the mean of the channels, or their sum, or the loudest alone.
 
     This is decided once, by the first ten seconds with sound."""
     weights, head, failure = None, [], None
@@ -754,18 +769,20 @@ def one_channel(path, rate, blocks):
 
 
 def mixing_weights(path, head):
-    """head (N, C) -> weights (C,) that sum to 1.
+    """head (N, C) -> the weight of each channel (C,).
 
-    If one of C channels alone has sound, the mean has 1 / C^2 of its power; with C different
-    voices, 1 / C; where channels cancel, less than either."""
+    The mean of C unrelated channels has 1 / C^2 of the sum of their powers. With much less, they
+    cancel each other: the loudest is taken alone. With no more than that and one channel that has
+    it all, the others are silent, as yet: the sum is that channel, and keeps who speaks later."""
     head, channels = head.astype(np.float64), head.shape[1]
     power, powers = np.square(head.mean(1)).mean(), np.square(head).mean(0)
-    if power < 1.2 / channels ** 2 * powers.max():
+    if power < 0.5 * powers.sum() / channels ** 2:
         best = int(powers.argmax())
-        print(AudioError(f"{path}: channel {best + 1} of {channels} is taken; the others are "
-                         "silent, or cancel it"), file=sys.stderr)
+        print(AudioError(f"{path}: channel {best + 1} of {channels} is taken; the others cancel "
+                         "it"), file=sys.stderr)
         return np.eye(channels, dtype=np.float32)[best]
-    return np.full(channels, 1 / channels, np.float32)
+    alone = power < 1.2 * powers.max() / channels ** 2
+    return np.full(channels, 1 if alone else 1 / channels, np.float32)
 
 
 def checked(path, blocks):
@@ -813,7 +830,8 @@ class Resampler:
     Output n lies at input n down / up. It is a sum over the 2 half inputs around it, with weights
     that depend on the fraction of n down / up alone. `group` outputs in a row come from the same
     inputs, `length` of them: their weights are a matrix, and groups whose fractions agree share
-    it."""
+    it. From 44.1 kHz, `up` is 160 and `down` 441: 80 outputs come from some 220 inputs, and 2 kinds
+    of such groups take turns."""
 
     def __init__(self, rate, to=SAMPLE_RATE, crossings=32):
         common = math.gcd(rate, to)
@@ -860,7 +878,7 @@ def sinc_weights(up, down, cutoff, half):
     """(kinds, length, group): a low pass, sinc under a cos^2 window, as `Resampler` needs it."""
     group = max(size for size in range(1, 101) if up % size == 0)
     group *= max(1, 64 // group)
-    kinds = -(-up // group)
+    kinds = up // math.gcd(up, group)  # so many groups are whole periods of `up` outputs
     base, fraction = np.divmod(np.arange(kinds * group) * down, up)  # of the outputs of one period
     at = np.arange(1 - half, half + 1) - fraction[:, None] / up
     window = np.cos(np.pi * np.clip(at / (2 * half), -0.5, 0.5)) ** 2
@@ -890,6 +908,7 @@ def resample(samples, rate, to):
 WITHOUT = (f"arecord -q -f S16_LE -c 1 -r {SAMPLE_RATE} | python stream.py MODEL -   or: "
            + piped("-f alsa -i default"))
 STALLED_S = 2.0  # of no packets, or of exact zeros, that are worth a message
+LATE_S = 2.0     # of sound that waits to be heard
 
 
 def packets(source, realtime):
@@ -916,7 +935,7 @@ def standard_input():
         waiting += data
         if data and len(waiting) < 12 and not known:
             continue  # the first bytes of a file may be on their way
-        if not known and (kind := kind_of(waiting, KINDS)):
+        if not known and (kind := kind_of(waiting, MAGIC)):
             raise AudioError(f"standard input: {kind}, not 16-bit PCM; into: {piped('-i -')}")
         whole = len(waiting) // 2 * 2  # half a sample waits for its other half
         samples = np.frombuffer(waiting[:whole], "<i2").astype(np.float32) / 32768
@@ -953,7 +972,7 @@ def microphone():
 def listen(device, arrived, rate):
     """Packets of a running device; what goes wrong is told on standard error and survived."""
     resampler = Resampler(rate)
-    listening, zeros = False, 0
+    listening, zeros, late = False, 0, False
     while device.active or not arrived.empty():
         try:
             block, overflow = arrived.get(timeout=STALLED_S)
@@ -963,6 +982,10 @@ def listen(device, arrived, rate):
         if not listening:
             print(f"listening at {rate} Hz, until Ctrl-C", file=sys.stderr)
             listening = True
+        before, late = late, arrived.qsize() * len(block) > LATE_S * rate
+        if late and not before:
+            print(f"mic: {LATE_S:g} s of sound wait: the computer is too slow for this model",
+                  file=sys.stderr)
         if overflow:
             print("mic: some sound was lost, the computer is too slow", file=sys.stderr)
         before, zeros = zeros, 0 if block.any() else zeros + len(block)
@@ -972,7 +995,7 @@ def listen(device, arrived, rate):
         yield resampler.feed(block)
 
 
-# ---- Captions -----------------------------------------------------------------------------------
+# ---- A trained model ----------------------------------------------------------------------------
 
 def load_run(path, device="cpu"):
     """model.pt of a run -> (model, tokenizer, what else lies beside them). Raises InputError."""
@@ -994,7 +1017,7 @@ def load_run(path, device="cpu"):
 
 
 # ---- Captions: lines, a terminal, JSON, subtitles ------------------------------------------------
-# Each way to show them is called with the new words (and pauses) of a step.
+# Each way to show them is called with the new words (and pauses) of a packet.
 
 def shows(char):
     """Whether a character may reach a screen: no control, no change of direction, no line break.
@@ -1040,11 +1063,12 @@ def show_json(events):
 
 
 def show_lines(events):
-    """Lines are only ever appended: one for each stream that has new words."""
+    """Lines are only ever appended: one for each stream that has new words, of each chunk."""
     words = words_of(events)
-    for tag in dict.fromkeys(word.stream for word in words):
-        text = printable(join([word.text for word in words if word.stream == tag]))
-        print(f"{words[0].delay_ms / 1000:8.2f} s  {printable(tag):8} {text}", flush=True)
+    for delay_ms, tag in dict.fromkeys((word.delay_ms, word.stream) for word in words):
+        text = printable(join([word.text for word in words
+                               if (word.delay_ms, word.stream) == (delay_ms, tag)]))
+        print(f"{delay_ms / 1000:8.2f} s  {printable(tag):8} {text}", flush=True)
 
 
 class Terminal:
@@ -1054,9 +1078,10 @@ class Terminal:
     def __init__(self, tags):
         self.lines = {tag: [] for tag in tags}  # the words of each
         self.drawn = 0                          # lines that are on the screen and may still grow
+        self.margin = max(8, *(columns(printable(tag)) for tag in tags))
 
     def __call__(self, events):
-        width = max(1, os.get_terminal_size().columns - 10)
+        width = max(1, shutil.get_terminal_size().columns - self.margin - 2)
         for word in words_of(events):
             line = self.lines[word.stream]
             if line and columns(printable(join([*line, word.text]))) > width:
@@ -1067,7 +1092,8 @@ class Terminal:
 
     def draw(self, width):
         up = f"\x1b[{self.drawn}F" if self.drawn else ""  # so many lines
-        rows = [f"\x1b[2K\x1b[2m{printable(tag):8}\x1b[0m {fit(printable(join(line)), width)}\n"
+        rows = [f"\x1b[2K\x1b[2m{printable(tag):{self.margin}}\x1b[0m "
+                f"{fit(printable(join(line)), width)}\n"
                 for tag, line in self.lines.items()]
         print(up + "".join(rows), end="", flush=True)
         self.drawn = len(rows)
@@ -1158,12 +1184,18 @@ def file_name(tag):
     return re.sub(r"[^\w-]", "-", tag.strip("<>"))
 
 
-def open_tracks(options, tags):
+@contextmanager
+def opened_tracks(options, tags):
+    """The subtitle files asked for; whatever happens, their last cue is written."""
     tracks = []
-    for path, webvtt in ((options.srt, False), (options.vtt, True)):
-        for tag, own in track_paths(path, tags).items() if path else ():
-            tracks.append(Subtitles(own, tag, webvtt, options.pause))
-    return tracks
+    try:
+        for path, webvtt in ((options.srt, False), (options.vtt, True)):
+            for tag, own in track_paths(path, tags).items() if path else ():
+                tracks.append(Subtitles(own, tag, webvtt, options.pause))
+        yield tracks
+    finally:
+        for track in tracks:
+            track.close()
 
 
 def caption(model, tokenizer, options, restart):
@@ -1173,23 +1205,22 @@ def caption(model, tokenizer, options, restart):
         screen = Terminal(tokenizer.tags)
     streamer = Streamer(model, tokenizer, pause=options.pause, restart=restart,
                         **search_of(options))
-    tracks = open_tracks(options, tokenizer.tags)
-
-    def show(events):
-        for way in (screen, *tracks):
-            way(events)
+    incoming = packets(options.audio, options.realtime)
+    first = list(islice(incoming, 1))  # what cannot be read is told before old files are lost
     fault = None
-    try:
-        for packet in packets(options.audio, options.realtime):
-            show(streamer.accept(packet))
-    except KeyboardInterrupt:
-        pass  # the usual end of a microphone: the last words of what was heard are still to come
-    except InputError as error:
-        fault = error  # some faults, as a file cut off, show at its end: told after its words
-    if streamer.received:
-        show(streamer.flush())
-    for track in tracks:
-        track.close()
+    with opened_tracks(options, tokenizer.tags) as tracks:
+        def show(events):
+            for way in (*tracks, screen):  # the screen last: whoever reads it may have left
+                way(events)
+        try:
+            for packet in chain(first, incoming):
+                show(streamer.accept(packet))
+        except KeyboardInterrupt:
+            pass  # the usual end of a microphone: the last words are still to come
+        except InputError as error:
+            fault = error  # some faults, as a file cut off, show at its end: told after its words
+        if streamer.received:
+            show(streamer.flush())
     if streamer.search.capped:
         say(f"frames cut off at {LIMITS[0]} symbols (last: {LIMITS[1]}): {streamer.search.capped}")
     if fault:
@@ -1206,11 +1237,11 @@ def evaluate(model, tokenizer, items, *, batch_size=16, progress=False, bootstra
     """items: (row, samples) of each utterance, a list or made one after the other -> (metrics by
     stream, one record by utterance).
 
-    `batch_size` utterances are streamed in step; that changes no word and no delay, but
-    computation-aware figures become those of a server with as many. Nothing holds the sound of more
-    than a batch. progress: True, or how many there will be. babble: the evaluation breaks off,
-    saying so, when a batch writes more tokens per second of sound, as untrained models do. how:
-    the options of a Streamer.
+    `batch_size` utterances are streamed in step; that changes words only where two scores agree to
+    rounding, but computation-aware figures become those of a server with as many. Nothing holds the
+    sound of more than a batch. progress: True, or how many there will be. babble: the evaluation
+    breaks off, saying so, when a batch writes more tokens per second of sound, as untrained models
+    do. how: the options of a Streamer.
     """
     if progress:
         from tqdm import tqdm
@@ -1241,7 +1272,8 @@ def stream_group(model, tokenizer, group, babble, how):
         for streamer, (_, samples) in zip(streamers, group):
             if not streamer.closed:
                 streamer.push(samples[start:start + SAMPLE_RATE])
-                streamer.closed = start + SAMPLE_RATE >= len(samples)
+                if start + SAMPLE_RATE >= len(samples):
+                    streamer.close()
         for own, found in zip(events, advance(streamers)):
             own += found
         rate = token_rate(streamers)
@@ -1264,7 +1296,7 @@ def record_of(row, samples, streamer, words, seconds):
     """What one utterance was and what was made of it."""
     texts = {"<asr>": row.asr, **{f"<st:{lang}>": text for lang, text in row.st.items()}}
     return {"id": row.id, "audio": row.audio, "duration_ms": len(samples) / PER_MS, "words": words,
-            "references": {tag: units(text) for tag, text in texts.items() if text is not None},
+            "references": {tag: units(text) for tag, text in texts.items() if text},
             "score": streamer.search.score, "capped": streamer.search.capped,
             "invalid": dict(streamer.speller.invalid), "cut": dict(streamer.speller.cut),
             "broken_off": streamer.due() is not None or not streamer.closed, "seconds": seconds}
@@ -1388,8 +1420,8 @@ def stands_for(reference, hypothesis):
     i, where = len(reference), []
     for j in range(len(hypothesis), 0, -1):
         def replaces():
-            differs = reference[i - 1] != hypothesis[j - 1]
-            return i and cost[i, j] == cost[i - 1, j - 1] + differs
+            return i and cost[i, j] == (
+                cost[i - 1, j - 1] + (reference[i - 1] != hypothesis[j - 1]))
         while i and cost[i, j] == cost[i - 1, j] + 1 and not replaces():
             i -= 1  # a reference word that nothing stands for
         if replaces():
@@ -1404,11 +1436,15 @@ def resegment(whole, singles):
 
     Each word goes to the utterance of the reference word that it stands for, in the alignment with
     the fewest edits (Matusov et al. 2005, mwerSegmenter), and its delay counts from the start of
-    that utterance. So long streams have error rates, BLEU and delays of the same segments.
+    that utterance. So long streams have error rates, BLEU and delays of the same segments. A word
+    inserted between two utterances goes to the later one, where its delay may be below 0; counts of
+    what is malformed in the whole stream stand in its first part.
     """
     starts = np.cumsum([0.0] + [record["duration_ms"] for record in singles])
-    parts = [{**record, "words": [], "seconds": whole["seconds"] / len(singles)}
-             for record in singles]
+    kept = "id", "audio", "duration_ms", "references"
+    parts = [{name: record[name] for name in kept if name in record}
+             | {"words": [], "seconds": whole["seconds"] / len(singles)} for record in singles]
+    parts[0] |= {name: whole[name] for name in ("invalid", "cut", "broken_off") if name in whole}
     for tag in dict.fromkeys(tag for record in singles for tag in record["references"]):
         texts = [record["references"].get(tag, []) for record in singles]
         owner = [k for k, text in enumerate(texts) for _ in text] or [0]
@@ -1485,8 +1521,8 @@ def log_entry(index, row, tag):
 def evaluation(model, tokenizer, options, restart):
     """Stream all of a manifest; print figures by stream, and write logs."""
     rows = read_manifest(options.eval, allow_outside=options.allow_outside, on_bad=say)
-    has = dict.fromkeys(tag for row in rows for tag in ["<asr>"] * (row.asr is not None)
-                        + [f"<st:{lang}>" for lang in row.st])
+    has = dict.fromkeys(tag for row in rows for tag in ["<asr>"] * bool(row.asr)
+                        + [f"<st:{lang}>" for lang, text in row.st.items() if text])
     if not has.keys() & set(tokenizer.tags):
         raise InputError(f"{options.eval}: it has {' '.join(has)}, and the model writes "
                          f"{' '.join(tokenizer.tags)}: nothing to compare")
@@ -1527,6 +1563,7 @@ def demonstration():
         results.add(repr((score, words)))
         print(f"packets of {packet:6} samples: log-probability {score!r}, {len(words)} words")
     print("match" if len(results) == 1 else "NO MATCH")
+    return int(len(results) > 1)
 
 
 def at_least(lowest, kind=int):
@@ -1544,7 +1581,8 @@ def arguments():
     add = parser.add_argument
     add("checkpoint", nargs="?", help="model.pt of a run; without it, a demonstration")
     add("audio", nargs="?",
-        help="an audio file; - reads 16-bit mono PCM at 16 kHz from standard input")
+        help="an audio file; - reads 16-bit mono PCM at 16 kHz from standard input; mic, the "
+        "microphone")
     add("--chunk", type=int,
         help="encoder frames per chunk (default: the model's first; 0: everything at the end)")
     add("--beam", type=int, default=1, help="hypotheses in beam search (default 1: greedy)")
@@ -1553,7 +1591,7 @@ def arguments():
     add("--blank-penalty", type=float, default=0.0, metavar="P",
         help="taken off the log-probability of writing nothing: more words")
     add("--pause", type=at_least(0.04, float), default=1.0, metavar="SECONDS",
-        help="without a word, they end an utterance (default 1): an event of --json, a subtitle")
+        help="without a token, they end an utterance (default 1): an event of --json, a cue")
     add("--json", action="store_true", help="one line of JSON for each word and pause")
     add("--srt", metavar="FILE", help="write SubRip subtitles too, one file for each stream")
     add("--vtt", metavar="FILE", help="the same as WebVTT")
@@ -1584,11 +1622,15 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):  # a letter that the screen lacks is a question mark
         sys.stdout.reconfigure(errors="replace")
     if not options.checkpoint:
+        if options.eval:
+            parser.error("--eval wants a model before it: stream.py MODEL --eval MANIFEST")
         return demonstration()
     if bool(options.audio) == bool(options.eval):
-        parser.error("give an audio file, - for standard input, or --eval MANIFEST")
-    if options.eval and (options.srt or options.vtt):
-        parser.error("--srt and --vtt go with one recording, not with --eval")
+        parser.error("give an audio file, - for standard input, mic, or --eval MANIFEST")
+    if options.eval and (options.srt or options.vtt or options.json or options.realtime):
+        parser.error("--srt, --vtt, --json and --realtime go with one recording, not with --eval")
+    if options.log and not options.eval:
+        parser.error("--log goes with --eval")
     try:
         run(options)
         sys.stdout.flush()

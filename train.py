@@ -16,29 +16,32 @@ ignored from then on. Warm-up keeps it out. The first half of it has one task: a
 letters that the encoder hears (units that words share are learned in minutes). The second half adds
 two, still without the transducer loss; each can be solved by one side alone:
   - CTC also through the joint's own output layer, as if there were no labels, with the
-    transcription as target: so when the transducer starts, the joint already writes every word
-    when it is heard;
+    transcription as target (or the translation, if a model is to write that alone): so when the
+    transducer starts, the joint already writes every word when it is heard;
   - the label encoder learns, as a language model, what comes next: word order and translation.
-The joint starts deaf to labels (label_proj is zero), and at first all labels are hidden from the
-label encoder, then fewer. While this was built, models without the second task stayed in the trap,
-and one without the third heard as well but had nine times the errors in its translation (32.7 %
-against 3.7 % after 1500 steps, with AdamW).
+The joint starts deaf to labels (label_proj is zero), and when the transducer starts all labels are
+hidden from the label encoder, then fewer. While this was built, models without the second task
+stayed in the trap, and one without the third heard as well but had nine times the errors in its
+translation (32.7 % against 3.7 % after 1500 steps, with AdamW).
 """
 from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C while the imports run: no traceback
 
 import argparse
 import csv
 import json
 import math
 import os
-import signal
 import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,6 +71,7 @@ FORGET_STEPS = 150    # transducer steps over which ever fewer labels are hidden
 SIDE_WEIGHT = 0.3     # of each side task, beside the transducer's 1
 LOG_EVERY = 50        # steps; only then are losses fetched from the device
 GIVE_UP = 20          # steps in a row without a finite gradient
+KEPT_S = 18_000       # seconds of decoded sound that are kept in memory: 1.2 GB
 LINKS_HERE = 50_000   # rows without links that are still aligned at the start of a run
 BPE_ROWS = 50_000     # rows that the tokenizer learns from, at most
 TEST_SIZE = 200       # built-in utterances to evaluate on
@@ -85,7 +89,7 @@ def option(default, text, *, kind=None, low=None, high=None, choices=None):
 @dataclass
 class Options:
     manifest: str = option("", "JSON lines of real speech; without it, the built-in corpus")
-    dev: str = option("", "manifest to evaluate on; its rows need texts only")
+    dev: str = option("", "manifest to evaluate on; its rows need no links")
     corpus: str = option(
         "de-en", "languages of the built-in corpus: de-en, en-de,es,it or de,es,it-en")
     preset: str = option("tiny", "size of the network", choices=sorted(PRESETS))
@@ -94,7 +98,7 @@ class Options:
     resume: str = option(
         "", "go on with the run in this folder, with its options; those given here win")
     out: str = option("", "folder of the run; runs/NAME, numbered where that exists")
-    seed: int = option(0, "of every random draw", low=0)
+    seed: int = option(0, "of every random draw", low=0, high=2 ** 32 - 1)
     steps: int = option(1300, "updates of the weights", low=1)
     warm_steps: int = option(400, "of these, before the transducer loss starts", low=0)
     batch_seconds: float = option(42.0, "sound in a batch, padding included", low=0.1)
@@ -109,7 +113,9 @@ class Options:
     prune: int = option(0, "labels a frame may be at, in the transducer loss (0: all)", low=0)
     fastemit: float = option(0.0, "FastEmit's lambda (arXiv 2010.11148)", low=0)
     delay_penalty: float = option(0.0, "the penalty of arXiv 2211.00490", low=0)
-    augment: bool = option(True, "let noise, telephones, codecs and SpecAugment at the sound")
+    augment: float = option(
+        1.0, "share of streams that noise, telephones, codecs and SpecAugment disturb", low=0,
+        high=1)
     join: int = option(3, "utterances joined into one stream, at most", low=1)
     noise: str = option("", "folder of noises to mix in")
     max_seconds: float = option(
@@ -121,7 +127,8 @@ class Options:
     strict: bool = option(False, "stop at the first bad row instead of leaving it out")
 
 
-REAL = dict(steps=8500, warm_steps=5000, label_dropout=0.25, merges=240, eval_every=1000)
+REAL = dict(steps=8500, warm_steps=5000, label_dropout=0.25, merges=240, augment=0.5,
+            eval_every=1000)
 FIXED = "corpus", "preset", "interleave", "init", "seed", "merges"   # what a checkpoint decides
 
 
@@ -139,7 +146,8 @@ def make_parser():
     for f in fields(Options):
         kind, text = f.metadata["kind"], f.metadata["text"]
         if f.default not in (None, "", ()) and kind is not bool:
-            text += f" (default {f.default})"
+            real = f", with a manifest {REAL[f.name]}" if f.name in REAL else ""
+            text += f" (default {f.default}{real})"
         if f.name == "manifest":
             parser.add_argument("manifest", nargs="?", help=text)
         elif kind is bool:
@@ -172,6 +180,8 @@ def resumed_options(given):
     if not isinstance(saved, dict) or not saved.keys() <= {f.name for f in fields(Options)}:
         raise InputError(f"{folder / 'resume.pt'}: its options are not those of this train.py: "
                          f"{saved!r:.80}")
+    if "out" in given:
+        raise InputError(f"--out {given['out']}: a run goes on in its own folder, {folder}")
     for name in FIXED:
         if name in given and given[name] != saved.get(name):
             raise InputError(f"{flag(name)} {given[name]}: the checkpoint in {folder} was made "
@@ -223,10 +233,13 @@ def check(options):
     check_mode(options.interleave)
     if options.prune == 1:
         raise InputError("--prune is 1, not 0 or at least 2: a band of one row never rises")
+    if options.noise:
+        noise_files(options.noise)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise InputError(f"--device is {options.device!r}, not cpu or cuda")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"--device is {options.device!r}, not cpu or cuda (of several GPUs, "
+                         "CUDA_VISIBLE_DEVICES picks one)")
+    if device == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device is {device}, but torch {torch.__version__} sees no GPU here")
     return replace(options, device=device)
 
@@ -251,33 +264,39 @@ def train(options):
     options = replace(options, device=ranks.device)
     # What the loss needs on a GPU, it says now.
     runs_on_gpu(torch.device(options.device), torch.float32)
-    stop = StopSignal()
     folder = run_directory(options, ranks)
-    corpus, dev = open_corpus(options)
-    run = resume_run(options) if options.resume else new_run(options, corpus)
+    with locked(folder, ranks.first):
+        corpus, dev = open_corpus(options, ranks.first)
+        run = resume_run(options) if options.resume else new_run(options, corpus)
+        warn_of_unseen(run.tokenizer, dev)
+        learn(run, corpus, dev, options, ranks, folder)
+    return folder, run.step < options.steps
+
+
+def learn(run, corpus, dev, options, ranks, folder):
+    """The loop: steps, and now and then an evaluation and a checkpoint."""
     source = Source(options, run)
-    warn_of_unseen(run.tokenizer, dev)
-    log = Log(folder, run.step, ranks.first)
-    with locked(folder, ranks.first), Batches(source, corpus, run, options, ranks) as batches:
-        if ranks.first:
-            announce(run, source, corpus, options, folder)
+    if ranks.first:
+        announce(run, source, corpus, options, folder)
+    log = Log(folder, run.step, ranks)
+    with Batches(source, corpus, run, options, ranks) as batches, StopSignal() as stop:
         for group in batches:                                  # those of one step on this process
             numbers = train_step(run, group, options, ranks)
-            stop.wanted = ranks.agree(stop.wanted)
             log.add(run, group, numbers, batches.waited)
-            if stop.wanted or run.step >= options.steps:
+            if ranks.agree(stop.wanted) or run.step >= options.steps:
                 break
             if run.step % options.eval_every == 0 and ranks.first:
                 save_run(run, options, folder, log)
                 # Before, the joint cannot stop writing.
-                if run.step > options.warm_steps:
-                    assess(run, dev, options, folder)
+                if run.step > options.warm_steps and assess(run, dev, options, folder):
+                    save_run(run, options, folder, log)
+                log.start()                                    # that took its time
     log.close(run)
     if ranks.first:
         save_run(run, options, folder, log)
-        if not stop.wanted and run.step > options.warm_steps:
+        if run.step == options.steps:
             assess(run, dev, options, folder, blind=not options.manifest)
-    return folder, stop.wanted
+            save_run(run, options, folder, log)
 
 
 def train_step(run, batches, options, ranks):
@@ -290,7 +309,8 @@ def train_step(run, batches, options, ranks):
     """
     model, device = run.model.train(), options.device
     shared = [options.seed, run.step]
-    # Dropout is a function of the step, so that a resumed run is exact.
+    # Dropout is a function of the step, so that a resumed run is exact (on a CPU: a GPU adds up
+    # some gradients in an order of its own).
     torch.manual_seed(seed_of(*shared, ranks.rank))
     chunk = int(random_state(*shared, "chunk").choice(model.config.chunks))
     set_learning_rates(run.optimizers, run.step, options)
@@ -300,15 +320,14 @@ def train_step(run, batches, options, ranks):
     counts = ranks.add(counts.to(device, torch.float64)).clamp(min=1)
     sums = torch.zeros(len(weights), device=device)
     for batch in (b for b in batches if b["frames"]):
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device != "cpu"):
-            each = losses(model, to_device(batch, device), list(weights), run.step, options, chunk)
+        each = losses(model, to_device(batch, device), list(weights), run.step, options, chunk)
         weighted = (weights[task] * loss / count
                     for (task, loss), count in zip(each.items(), counts))
         sum(weighted).backward()
         sums += torch.stack([loss.detach().float() for loss in each.values()])
     ranks.add_gradients(model)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    finite = bool(torch.isfinite(norm))                        # the only wait of a step
+    finite = bool(torch.isfinite(norm))                        # one GPU's only wait in a step
     if finite:                                                 # a step that overflows is dropped
         for optimizer in run.optimizers:
             optimizer.step()
@@ -347,11 +366,17 @@ class Ranks:
     def add_gradients(self, model):
         """One message for all. DistributedDataParallel would not do: it averages, where tasks are
         divided by their counts already, and it wants a gradient for every parameter, which a phase
-        with one task does not give."""
+        with one task does not give. A process whose batch had no sound that can be used adds 0."""
         if self.world > 1:
-            given = [p for p in model.parameters() if p.grad is not None]
-            flat = self.add(torch.cat([p.grad.flatten() for p in given]))
-            for p, grad in zip(given, flat.split([p.numel() for p in given])):
+            params = list(model.parameters())
+            has = [p.grad is not None for p in params]
+            anywhere = self.add(torch.tensor(has, dtype=torch.float32, device=self.device)).tolist()
+            given = [p for p, count in zip(params, anywhere) if count]
+            for p in given:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            flat = [p.grad.flatten() for p in given]
+            total = self.add(torch.cat(flat)) if flat else torch.zeros(0)
+            for p, grad in zip(given, total.split([p.numel() for p in given])):
                 p.grad.copy_(grad.view_as(p))
 
     def agree(self, wish):
@@ -362,18 +387,22 @@ class Ranks:
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM let the step in progress end, then the run is saved; a second one ends it
-    at once."""
+    """Within it, Ctrl-C or SIGTERM let the step in progress end, then the run is saved; a second
+    one ends it at once."""
 
-    def __init__(self):
+    def __enter__(self):
         self.wanted = False
-        signal.signal(signal.SIGINT, self)
-        signal.signal(signal.SIGTERM, self)
+        self.before = {n: signal.signal(n, self.seen) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
-    def __call__(self, number, frame):
+    def seen(self, number, frame):
         if self.wanted:
             raise KeyboardInterrupt
         self.wanted = True
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 # ---- The tasks of a step -------------------------------------------------------------------------
@@ -383,9 +412,6 @@ def tasks(step, options):
     if step < options.warm_steps // 2:
         return {"letters": 1.0}
     sides = ["letters", "words", "next_label"]
-    # It must not learn to write the transcription.
-    if options.interleave == "st":
-        sides.remove("words")
     if step < options.warm_steps:
         return dict.fromkeys(sides, 1.0)
     if not options.prune:
@@ -396,7 +422,16 @@ def tasks(step, options):
 
 
 def losses(model, batch, names, step, options, chunk=None):
-    """{task: nats, summed over the batch} for the tasks named, in this order.
+    """{task: nats, summed over the batch} for the tasks named, in this order; on a GPU in bfloat16
+    where that is safe."""
+    kind = batch.mel.device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu"):
+        found = task_losses(model, batch, names, step, options, chunk)
+    return {name: found[name] for name in names}
+
+
+def task_losses(model, batch, names, step, options, chunk):
+    """See `losses`.
 
     The transducer's is -log P(targets | sound) under the logits of `Transducer.forward`, which are
     never formed: the loss is fused with the joint network. With --prune it looks only at the nodes
@@ -418,7 +453,7 @@ def losses(model, batch, names, step, options, chunk=None):
     if {"words", "simple"} & set(names):       # what the joint hears where there are no labels
         alone = model.joint.combine(heard, heard.new_zeros(()))                           # (B,T,V)
     if "words" in names:
-        found["words"] = ctc_loss(alone, frame_lengths, batch.spoken, batch.spoken_lengths)
+        found["words"] = ctc_loss(alone, frame_lengths, batch.words, batch.words_lengths)
     if "next_label" in names:
         found["next_label"] = language_loss(model, labels, batch.targets, batch.targets_lengths)
     keep = batch.keep
@@ -435,7 +470,7 @@ def losses(model, batch, names, step, options, chunk=None):
             frame_lengths, batch.targets_lengths,
             blank=0, reduction="sum", keep=keep,
             fastemit_lambda=options.fastemit, delay_penalty=options.delay_penalty)
-    return {name: found[name] for name in names}
+    return found
 
 
 def label_dropout(step, options):
@@ -502,8 +537,10 @@ class Muon(torch.optim.Optimizer):
 
     def with_momentum(self, p, momentum):
         """Nesterov's: the running mean of the gradients, and a look one step ahead."""
-        mean = self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(mean, momentum)
+        state = self.state[p]
+        if not state:
+            state["mean"] = torch.zeros_like(p)
+        return p.grad.lerp(state["mean"].lerp_(p.grad, 1 - momentum), momentum)
 
 
 def orthogonalised(matrices, iterations=5):
@@ -544,10 +581,10 @@ def learning_rate(step, steps):
 # Every draw is seeded, by epoch and row or by step, so a resumed run, more worker processes and
 # more GPUs see the same.
 
-ALONE = 0.4           # share of streams with one utterance; the others have 2 to --join
+ALONE = 0.4           # share of streams that have one utterance; the others draw 1 to --join
 BEFORE = 0.25         # share of streams with silence, up to PAUSE, before the first word
 PAUSE = 5.0           # seconds of silence between two utterances, at most; most are far shorter
-BABBLE = 0.15         # share of streams with other speakers in the background
+BABBLE = 0.15         # share of disturbed streams with other speakers in the background
 SPEAKERS = 5          # how many
 SPEEDS = 0.9, 1.0, 1.1   # of recorded speech (Ko et al., Interspeech 2015)
 
@@ -568,7 +605,8 @@ class Request:
     streams: list
     epoch: int
     after: tuple                # (epoch, batch) that follows this one
-    easy: bool                  # undisturbed: what cannot hear yet learns nothing from noise
+    easy: bool                  # undisturbed, but for pauses and speed: what cannot hear yet learns
+                                # nothing from noise
 
 
 def random_state(*key):
@@ -624,10 +662,11 @@ def neighbours(rows):
 
 def draw_stream(chosen, seconds, rows, rng, options):
     pauses = PAUSE * rng.random(len(chosen)) ** 4              # 1 s on average
-    pauses[0] = PAUSE * rng.random() if options.augment and rng.random() < BEFORE else 0
-    loud = options.augment and rng.random() < BABBLE
+    augmented = options.augment > 0
+    pauses[0] = PAUSE * rng.random() if augmented and rng.random() < BEFORE else 0
+    loud = augmented and rng.random() < BABBLE
     others = [rows[k] for k in rng.integers(len(rows), size=SPEAKERS * loud)]
-    speed = float(rng.choice(SPEEDS)) if options.augment and chosen[0].audio else 1.0
+    speed = float(rng.choice(SPEEDS)) if augmented and chosen[0].audio else 1.0
     return Stream(chosen, list(pauses), others, speed, (seconds + pauses.sum()) / speed)
 
 
@@ -661,28 +700,39 @@ def requests(corpus, run, options, ranks):
         epoch, first = epoch + 1, max(0, first - len(batches))
 
 
+def noise_files(folder):
+    files = sorted(str(path) for path in Path(folder).rglob("*")
+                   if path.suffix.lower() in (".wav", ".flac", ".ogg", ".opus", ".mp3"))
+    if not files:
+        raise InputError(f"--noise {folder}: no WAV, FLAC, Ogg, Opus or MP3 file in this folder")
+    return files
+
+
 class Source(torch.utils.data.Dataset):
     """Makes batches of what it is asked for, in this process or in a worker's."""
 
     def __init__(self, options, run):
         self.options, self.tokenizer, self.config = options, run.tokenizer, run.model.config
         self.letter = {c: 1 + k for k, c in enumerate(run.letters)}
-        self.noises = sorted(map(str, Path(options.noise).rglob("*.*"))) if options.noise else []
+        self.noises = noise_files(options.noise) if options.noise else []
+        self.kept, self.room = {}, 0 if options.workers else KEPT_S * SAMPLE_RATE
 
     def __getitem__(self, request):
         examples, bad = [], []
         for s in request.streams:
-            try:
-                examples.append(self.example(s, request))
-            except USER_ERRORS as error:
-                bad.append(f"{s.rows[0].where}: {error}")
+            sounds = [self.readable(row, bad) for row in s.rows]
+            heard = [k for k, samples in enumerate(sounds) if samples is not None]
+            if heard:
+                left = replace(s, rows=[s.rows[k] for k in heard],
+                               pauses=[s.pauses[k] for k in heard])
+                examples.append(self.example(left, [sounds[k] for k in heard], request, bad))
         batch = collate(examples) if examples else {}
         count = lambda name: int(batch[f"{name}_lengths"].sum()) if examples else 0
         symbols = {
             "transducer": count("targets"),
             "simple": count("targets"),
             "letters": count("letters"),
-            "words": count("spoken"),
+            "words": count("words"),
             "next_label": count("targets"),
         }
         return batch | {
@@ -693,56 +743,69 @@ class Source(torch.utils.data.Dataset):
             "rows": [row.where for s in request.streams for row in s.rows],
         }
 
-    def example(self, s, request):
-        """One stream -> mel (F,80); targets, the interleaved stream; spoken, the transcription
-        alone; letters, the same as classes of the CTC head; chance, what decides whether a label is
-        hidden; keep, see `blocks`."""
+    def example(self, s, sounds, request, bad):
+        """One stream and the samples of its rows -> mel (F,80); targets, the interleaved stream;
+        words, the transcription alone (the translation, where that is all there is to write);
+        letters, the transcription as classes of the CTC head; chance, what decides whether a label
+        is hidden; keep, see `blocks`."""
         options, rng = self.options, random_state(self.options.seed, request.epoch, s.rows[0].id)
-        samples, starts = self.sound(s)
-        if not request.easy:
-            samples = disturb(samples, self.background(s, len(samples), rng), rng)
+        samples, starts = joined(s, sounds)
+        disturbed = not request.easy and rng.random() < options.augment
+        if disturbed:
+            samples = disturb(samples, self.background(s, len(samples), rng, bad), rng)
         mel = mel_of(samples, self.config)
-        if not request.easy:
-            mel = without_bands(mel, rng, math.log(self.config.floor))
+        if disturbed:
+            floor = math.log(self.config.floor)
+            mel = without_bands(through_codec(mel, rng, floor), rng, floor)
             if s.rows[0].audio:        # a voice that never repeats itself needs no such help
                 mel = without_stretches(mel, rng)
-        pairs = [interleave(row, mode_of(row, options.interleave)) for row in s.rows]
+        modes = [mode_of(row, options.interleave) for row in s.rows]
+        pairs = [interleave(row, mode) for row, mode in zip(s.rows, modes)]
         targets = serialize([pair for own in pairs for pair in own], self.tokenizer)
         spoken = " ".join(row.asr for row in s.rows if row.asr)
+        words = [" ".join(word for _, word in own) if mode == "st" else row.asr
+                 for row, mode, own in zip(s.rows, modes, pairs)]
         letters = [self.letter[c] for c in spoken if c in self.letter]
         if len(letters) + repeats(letters) > len(mel) // self.config.subsampling:
             letters = []                                       # CTC has no path for so many
         example = dict(
             mel=mel,
             targets=targets,
-            spoken=self.tokenizer.encode(spoken),
+            words=self.tokenizer.encode(" ".join(words)),
             letters=letters,
             chance=torch.from_numpy(rng.random(len(targets), np.float32)))
         if options.join > 1 and not options.prune:
             example["keep"] = self.blocks(pairs, starts, len(mel), len(targets))
         return example
 
-    def sound(self, s):
-        """-> samples of the whole stream, and where each utterance starts, counted in samples."""
-        parts, starts, at = [], [], 0
-        for row, pause in zip(s.rows, s.pauses):
-            own = sound_of(row, self.options.seed)
-            if s.speed != 1:
-                own = resample(own, round(SAMPLE_RATE * s.speed), SAMPLE_RATE)
-            silence = np.zeros(round(pause * SAMPLE_RATE), np.float32)
-            starts.append(at + len(silence))
-            at += len(silence) + len(own)
-            parts += [silence, own]
-        return np.concatenate(parts), starts
+    def sound_of(self, row):
+        """The samples of a row. Those of the first files are kept, up to KEPT_S: a small corpus is
+        decoded once. (Not in worker processes: a row comes back to the same one by chance only.)"""
+        key = row.audio, row.start, row.duration
+        if key in self.kept:
+            return self.kept[key]
+        samples = sound_of(row, self.options.seed)
+        if row.audio and len(samples) <= self.room:
+            self.kept[key], self.room = samples, self.room - len(samples)
+        return samples
 
-    def background(self, s, n, rng):
+    def readable(self, row, bad):
+        """The samples of a row, or None and why in `bad`."""
+        try:
+            return self.sound_of(row)
+        except USER_ERRORS as error:
+            bad.append(f"{row.where}: {error}")
+
+    def background(self, s, n, rng, bad):
         """Other speakers, or a piece of a noise file, or None; n samples."""
         if s.background:
-            voices = [np.resize(sound_of(row, self.options.seed), n) for row in s.background]
+            voices = [self.readable(row, bad) for row in s.background]
+            voices = [np.resize(voice, n) for voice in voices if voice is not None]
             return sum(voice / (np.sqrt(np.mean(voice ** 2)) + 1e-9) for voice in voices)
         if self.noises and rng.random() < 0.5:
-            noise = read_audio(self.noises[rng.integers(len(self.noises))])
-            return np.resize(noise[rng.integers(len(noise)):], n)
+            path = self.noises[rng.integers(len(self.noises))]
+            noise = self.readable(Row(id=path, audio=path, where=path), bad)
+            return None if noise is None else np.resize(noise[rng.integers(len(noise)):], n)
 
     def blocks(self, pairs, starts, n_mel, n_labels):
         """keep (T,U1): while an utterance is heard, and one chunk longer, its labels are written
@@ -759,6 +822,19 @@ class Source(torch.utils.data.Dataset):
             keep[frame:until + margin, label:after + 1] = True
             label, frame = after, until
         return keep
+
+
+def joined(s, sounds):
+    """-> samples of the whole stream, and where each utterance starts, counted in samples."""
+    parts, starts, at = [], [], 0
+    for own, pause in zip(sounds, s.pauses):
+        if s.speed != 1:
+            own = resample(own, round(SAMPLE_RATE * s.speed), SAMPLE_RATE)
+        silence = np.zeros(round(pause * SAMPLE_RATE), np.float32)
+        starts.append(at + len(silence))
+        at += len(silence) + len(own)
+        parts += [silence, own]
+    return np.concatenate(parts), starts
 
 
 def sound_of(row, seed):
@@ -781,7 +857,7 @@ def repeats(symbols):
 def collate(examples):
     """[{name: sequence}] -> {name: padded tensor (B, longest, ...), name_lengths: (B,)}."""
     batch = {"keep": None}
-    for name in ("mel", "targets", "spoken", "letters", "chance"):
+    for name in ("mel", "targets", "words", "letters", "chance"):
         items = [e[name] if torch.is_tensor(e[name]) else torch.tensor(e[name], dtype=torch.long)
                  for e in examples]
         batch[name] = torch.nn.utils.rnn.pad_sequence(items, batch_first=True)
@@ -908,6 +984,16 @@ def mu_law(samples):
     return (peak * np.sign(code) * size / 255).astype(np.float32)
 
 
+def through_codec(mel, rng, floor):
+    """(F,80) -> as MP3 of few bits leaves it, in a quarter of the cases: from some band upwards,
+    silence wherever the sound is weak beside the loudest band of its frame."""
+    if rng.random() >= 0.25:
+        return mel
+    weak = mel < mel.amax(1, keepdim=True) - rng.uniform(1, 6)     # nats: 4 to 26 dB
+    weak[:, :rng.integers(30, 70)] = False
+    return mel.masked_fill(weak, floor)
+
+
 def without_bands(mel, rng, floor):
     """(F,80) -> the same with up to two groups of bands gone (SpecAugment, arXiv 1904.08779): each
     band at its own mean, or, as codecs leave it, at the floor."""
@@ -987,8 +1073,8 @@ class Corpus:
         return row.duration
 
 
-def open_corpus(options):
-    """-> the training corpus, and [(row, samples)] to evaluate on."""
+def open_corpus(options, evaluates=True):
+    """-> the training corpus, and [(row, samples)] to evaluate on, for the process that does."""
     if not options.manifest:
         corpus = BuiltIn(options.corpus, options.seed)
         return corpus, corpus.unseen(TEST_SIZE)
@@ -997,7 +1083,9 @@ def open_corpus(options):
     if options.interleave == "align":
         link(rows, options)
     rows = list(usable(rows, options))
-    dev = list(readable(read_manifest(options.dev, **kept), options.strict)) if options.dev else []
+    dev = []
+    if options.dev and evaluates:
+        dev = list(readable(read_manifest(options.dev, **kept), options.strict))
     frame_s = PRESETS[options.preset].frame_s
     spoken = [(row.asr or "", row.duration / frame_s) for row in rows]
     short = sum(len(text) + repeats(text) > frames for text, frames in spoken)
@@ -1052,8 +1140,8 @@ def usable(rows, options):
 def new_run(options, corpus):
     """Tokenizer, alphabet, network and the statistics of its features, from the training rows."""
     rows = corpus.rows(0)
-    rows = rows[::max(1, len(rows) // BPE_ROWS)]
-    texts = [text for row in rows for text in (row.asr, *row.st.values()) if text]
+    some = rows[::-(-len(rows) // BPE_ROWS)]
+    texts = [text for row in some for text in (row.asr, *row.st.values()) if text]
     languages = sorted({lang for row in rows for lang in row.st})
     tags = ["<asr>"] + [f"<st:{lang}>" for lang in languages]
     tokenizer = Tokenizer.train(texts, 1 + len(tags) + 256 + options.merges, tags)
@@ -1074,7 +1162,7 @@ def new_run(options, corpus):
 
 
 def feature_statistics(rows, config, options):
-    """Mean and deviation (80,) of every band, over about 300 rows."""
+    """Mean and deviation (80,) of every band, over 300 to 600 rows."""
     mels = []
     for row in rows[::max(1, len(rows) // 300)]:
         try:
@@ -1162,35 +1250,40 @@ class Log:
     COLUMNS = ("step", "epoch", "learning_rate", *TASKS,
                "gradient_norm", "skipped", "audio_s_per_s", "waited_s")
 
-    def __init__(self, folder, step, first):
-        self.path, self.first, self.skipped, self.in_a_row = folder / "log.csv", first, 0, 0
+    def __init__(self, folder, step, ranks):
+        self.path, self.first, self.world = folder / "log.csv", ranks.first, ranks.world
         lines = [line for line in self.past() if int(line["step"]) <= step] if step else []
-        if first:
+        self.skipped, self.in_a_row = int(lines[-1]["skipped"]) if lines else 0, 0
+        self.waited = 0.0
+        if self.first:
             # What a resumed run does again, it writes again.
             with open(self.path, "w", newline="") as file:
                 writer = csv.DictWriter(file, self.COLUMNS)
                 writer.writeheader()
                 writer.writerows(lines)
         self.bar = tqdm(initial=step, unit="step", dynamic_ncols=True,
-                        disable=None if first else True)
+                        disable=None if self.first else True)
         self.start()
 
     def past(self):
         if not self.path.exists():
             return []
         with open(self.path, newline="") as file:
-            return list(csv.DictReader(file))
+            # A line that a power cut left half written is none.
+            return [line for line in csv.DictReader(file)
+                    if (line["step"] or "").isdecimal() and (line["skipped"] or "").isdecimal()]
 
     def start(self):
-        self.sums, self.counts, self.frames = {}, {}, 0
-        self.began, self.waited0 = time.perf_counter(), None
+        self.sums, self.counts, self.frames, self.steps = {}, {}, 0, 0
+        self.began, self.waited_before = time.perf_counter(), self.waited
 
     def add(self, run, group, numbers, waited):
-        self.waited0 = waited if self.waited0 is None else self.waited0
         self.waited, self.lr = waited, run.optimizers[-1].param_groups[0]["lr"]
-        self.frames += sum(batch["frames"] for batch in group)
-        self.count(numbers.pop("finite"), run, group)
-        for name, number in numbers.items():                   # on the device still: no wait here
+        # Those of the other processes are about as many.
+        self.frames += self.world * sum(batch["frames"] for batch in group)
+        self.steps, finite = self.steps + 1, numbers.pop("finite")
+        self.count(finite, run, group)
+        for name, number in numbers.items() if finite else ():  # on the device still: no wait here
             self.sums[name] = self.sums.get(name, 0) + number
             self.counts[name] = self.counts.get(name, 0) + 1
         self.bar.update()
@@ -1207,7 +1300,7 @@ class Log:
                              f"step: {rows}")
 
     def flush(self, run):
-        if not self.sums:
+        if not self.steps:
             return
         seconds = time.perf_counter() - self.began
         line = {name: f"{float(total) / self.counts[name]:.5g}"
@@ -1220,7 +1313,7 @@ class Log:
             "learning_rate": f"{self.lr:.4g}",
             "skipped": self.skipped,
             "audio_s_per_s": f"{self.frames / 100 / seconds:.4g}",
-            "waited_s": f"{self.waited - self.waited0:.3f}",
+            "waited_s": f"{self.waited - self.waited_before:.3f}",
         }
         if self.first:
             with open(self.path, "a", newline="") as file:
@@ -1260,7 +1353,7 @@ def announce(run, source, corpus, options, folder):
         left = max(0, length - done)
         done = max(0, done - length)
         if left and batch["frames"]:
-            total += left * trial(run, batch, first, options)
+            total += left * options.accumulate * trial(run, batch, first, options)
     print(f"that is about {total / 60:.0f} minutes here, beside the evaluations; Ctrl-C stops and "
           "saves", flush=True)
 
@@ -1289,15 +1382,16 @@ def warn_of_unseen(tokenizer, dev):
 # ---- Evaluation on the way -----------------------------------------------------------------------
 
 def assess(run, dev, options, folder, blind=False):
-    """Scores on the development set; `blind`, also with noise for sound: who still writes well
-    does not listen."""
+    """Scores on the development set -> whether they are the best so far; `blind`, also with noise
+    for sound: who still writes well does not listen."""
     if not dev:
-        return
+        return False
     metrics, records = evaluate(run.model, run.tokenizer, dev)
-    tqdm.write(f"step {run.step}, {len(dev)} unseen utterances:")
+    tqdm.write(f"step {run.step}, {len(records)} unseen utterances:")
     show_scores(metrics, records)
     chrf = [m["chrf"] for m in metrics.values() if m["chrf"] is not None]
-    if chrf and np.mean(chrf) > run.best:
+    best = len(records) == len(dev) and bool(chrf) and np.mean(chrf) > run.best
+    if best:
         run.best = float(np.mean(chrf))
         save_model(run, options, folder / "best.pt")
     if blind:
@@ -1312,7 +1406,10 @@ def assess(run, dev, options, folder, blind=False):
     past = json.loads(path.read_text()) if path.exists() else []
     # What a resumed run does again, it writes again.
     past = [entry for entry in past if entry["step"] < run.step]
-    path.write_text(json.dumps(past + [{"step": run.step, "streams": metrics}], indent=1))
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(past + [{"step": run.step, "streams": metrics}], indent=1))
+    os.replace(new, path)                                      # never half written
+    return best
 
 
 def show_scores(metrics, records, examples=3):
@@ -1725,6 +1822,8 @@ def main(argv=None):
             write_corpus(folder, whole_number("--write-corpus", size), options)
             return 0
         folder, stopped = train(options)
+        if int(os.environ.get("RANK", 0)):                     # the first process tells the rest
+            return 0
         if stopped:
             print(f"stopped; go on with: python train.py --resume {folder}")
             return 0
@@ -1741,4 +1840,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -238,7 +238,7 @@ def many_streams(preset, count, seconds):
         for mine, found in zip(words, advance(streamers)):
             mine += found
     for streamer in streamers:
-        streamer.closed = True
+        streamer.close()
     for mine, found in zip(words, advance(streamers)):
         mine += found
     batched = now() - began

@@ -45,6 +45,10 @@ MUTATIONS = [
      "test_train.py", "muon"),
     ("train.py", "keep[frame:until + margin, label:after + 1] = True",
      "keep[frame:until, label:after + 1] = True", "test_train.py", "lattice_of_blocks"),
+    ("train.py", "if mode == \"st\" else row.asr", "if mode == \"asr\" else row.asr",
+     "test_train.py", "learned_as_that_text"),
+    ("train.py", "weak[:, :rng.integers(30, 70)] = False", "weak[:, rng.integers(30, 70):] = False",
+     "test_train.py", "codec"),
     # The loss.
     ("rnnt_loss.py", "ways.append(alpha[t - 1, u] + logp[t - 1, u, blank])",
      "ways.append(alpha[t - 1, u] + logp[t, u, blank])", "test_rnnt_loss.py", "enumeration"),

@@ -38,7 +38,7 @@ EXPERIMENTS = {
         "all ingredients": [],
         "no CTC start": ["--warm-steps", "0"],
         "whole words": ["--merges", "1000"],
-        "single clean utterances": ["--join", "1", "--no-augment"],
+        "single clean utterances": ["--join", "1", "--augment", "0"],
     },
     "languages": {
         "de,es,it -> en": ["--corpus", "de,es,it-en"],
@@ -233,7 +233,7 @@ TRAINING_ROWS = 6400
 TEST_ROWS = 500
 FIRST = ["--steps", "700", "--warm-steps", "300"]
 NEXT = ["--steps", "700", "--warm-steps", "150"]
-SHARED = ["--merges", "100", "--label-dropout", "0.1", "--join", "1", "--no-augment",
+SHARED = ["--merges", "100", "--label-dropout", "0.1", "--join", "1", "--augment", "0",
           "--prune", "0", "--eval-every", "700"]
 ORDERS = {"INTER 0.0": "ratio:0", "INTER 0.5": "ratio:0.5", "ALIGN": "align", "TIME": "time"}
 NOISES_DB = 30, 25, 20, 15, 10, 5

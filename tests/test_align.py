@@ -1,6 +1,7 @@
 """The aligner against enumeration, planted dictionaries and gold links; its files; long pairs; word
 times; contextual links."""
 import itertools
+import json
 import random
 import subprocess
 import sys
@@ -649,7 +650,7 @@ def test_textgrids_as_the_montreal_forced_aligner_writes_them(tmp_path, capsys):
     rows = [Row(id=name, audio="", asr="das haus", speaker=speaker) for name, speaker in
             [("u1", "bob"), ("u2", ""), ("anna/u1", ""), ("u1", "")]]
     times = {n: streams["<asr>"] for n, (_, streams) in
-             enumerate(align.annotated_times(rows, tmp_path))}
+             enumerate(align.times_from(str(tmp_path))(rows))}
     assert times == {0: [0.4, 0.85], 1: [0.4, 0.75], 2: [0.4, 0.75]}
 
 
@@ -673,11 +674,41 @@ def test_the_characters_of_a_longer_word_share_its_time():
     assert align.match_words(["cafe\u0301"], [("CAF\u00c9", 1.0)]) == [1.0]
 
 
+def test_forced_aligners_leave_punctuation_out():
+    words = ["\u201eHallo,", "-", "Welt!\u201c", "\u2026"]
+    assert align.match_words(words, [("hallo", 0.5), ("welt", 0.9)]) == [0.5, 0.5, 0.9, 0.9]
+    assert align.match_words(["-", "ja"], [("ja", 0.5)]) == [0.0, 0.5]
+    assert align.match_words(["it's"], [("it's", 0.5)]) == [0.5]
+    assert align.match_words(["ja", "-"], [("nein", 0.5)]) is None
+    assert align.match_words(["-", "..."], [("-", 0.5)]) is None
+    assert align.match_words(["ja"], [("ja", 0.5), ("ja", 0.7)]) is None
+
+
+def test_what_is_wrong_with_the_times_shows_before_the_alignment(tmp_path, monkeypatch):
+    manifest(tmp_path / "in.jsonl", [{"id": "u1", "asr": "das haus", "st": {"xx": "a"}}])
+    monkeypatch.setattr(align, "add_links", lambda *_, **__: pytest.fail("hours of work"))
+    (tmp_path / "bad.ctm").write_text("nothing\n")
+    for name in ("no.ctm", "no.pt", "bad.ctm"):
+        with pytest.raises((ValueError, OSError)) as caught:
+            align.main([str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "--times",
+                        str(tmp_path / name)])
+        assert name in str(caught.value) and not (tmp_path / "out.jsonl").exists()
+
+
+def test_more_text_is_of_one_language(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"audio": "x.wav", "asr": "das haus", "st": {"xx": "a", "yy": "c"}}))
+    (tmp_path / "more.pairs").write_text("das ||| a\n")
+    with pytest.raises(align.InputError, match="--train is of one target language.*xx, yy"):
+        align.main([str(path), "-o", str(tmp_path / "out.jsonl"), "--train",
+                    str(tmp_path / "more.pairs")])
+
+
 def test_silence_in_praat_is_no_word(tmp_path):
     (tmp_path / "u1.TextGrid").write_text(LONG)
     from serialize import Row
     rows = [Row(id="u1", audio="", asr="das haus"), Row(id="u2", audio="", asr="das haus")]
-    assert list(align.annotated_times(rows, tmp_path)) == [(rows[0], {"<asr>": [0.4, 0.75]})]
+    assert list(align.times_from(str(tmp_path))(rows)) == [(rows[0], {"<asr>": [0.4, 0.75]})]
 
 
 def viterbi_by_the_book(log_probs, ids):
@@ -726,11 +757,14 @@ def test_times_by_a_checkpoint(tmp_path):
     soundfile.write(tmp_path / "x.wav", samples, 16000, subtype="FLOAT")
     row = {"asr": "das haus", "st": {"en": "the house"}, "links": {"en": [(0, 0), (1, 1)]}}
     gone = {"id": "gone", **row, "audio": str(tmp_path / "y.wav")}
-    manifest(tmp_path / "in.jsonl", [{"id": "u1", **row}, gone])
+    alone, other = {"id": "alone", "asr": "das haus"}, {"id": "other", "st": {"fr": "la maison"}}
+    manifest(tmp_path / "in.jsonl", [{"id": "u1", **row}, gone, alone, other])
     out = tmp_path / "out.jsonl"
     _, said = run(tmp_path / "in.jsonl", "-o", out, "--times", tmp_path / "model.pt")
-    first, second = read_manifest(out)
+    first, second, alone, other = read_manifest(out)
     assert second.times is None and "in.jsonl:2: skipped" in said
+    assert len(alone.times) == 2 and alone.times == sorted(alone.times)      # as it was learned
+    assert not other.st_times and "in.jsonl:4: no times: no text of a stream" in said
 
     words = [("<asr>", "das"), ("<st:en>", "the"), ("<asr>", "haus"), ("<st:en>", "house")]
     ids = serialize(words, tokenizer)

@@ -41,7 +41,7 @@ def refused(path, message, ffmpeg=True, **piece):
 
 # ---- Resampling ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000])
+@pytest.mark.parametrize("rate", [4096, 8000, 8192, 11025, 16384, 22050, 32768, 44100, 48000])
 def test_resampling(rate):
     """A tone below half of both rates keeps its shape; one above half of the new rate is gone."""
     t = np.arange(rate) / rate
@@ -55,7 +55,7 @@ def test_resampling(rate):
         assert np.abs(gone[inner]).max() < 1e-3
 
 
-@pytest.mark.parametrize("rate", [8000, 12345, 44100, 48000, 96000])
+@pytest.mark.parametrize("rate", [8000, 8192, 12345, 32768, 44100, 48000, 96000])
 def test_resampling_in_pieces(rate):
     """Pieces of any sizes give what one piece gives; the control forgets what was before."""
     samples = noise(rate)
@@ -118,7 +118,8 @@ def test_memory_stays_flat_and_the_first_block_does_not_wait(tmp_path):
 
 
 def test_one_channel(tmp_path, capsys):
-    """The mean where it keeps the sound; the louder channel, told, where the mean would lose it."""
+    """The mean where all have sound, the sum where one alone has, as yet; the louder channel, told,
+    where they cancel each other."""
     x, y = noise(SECOND * 2) * 0.5, noise(SECOND * 2, 1) * 0.5
     zero, late = x * 0, np.zeros(SECOND * 12, np.float32)
 
@@ -129,11 +130,17 @@ def test_one_channel(tmp_path, capsys):
     for channels in ([x, y], [x, x], [x, 0.5 * x], [x, y, x, y]):
         samples, told = read(*channels)
         assert np.abs(samples - np.mean(channels, 0)).max() < 1e-6 and not told
-    for channels, loudest in (([x, -x], 0), ([0.5 * x, -x], 1), ([zero, x], 1), ([x, zero], 0),
-                              ([zero, zero, x, zero, zero, zero], 2)):
+    for channels, loudest in (([x, -x], 0), ([0.5 * x, -x], 1)):
         samples, told = read(*channels)
         assert np.array_equal(samples, channels[loudest])
         assert f"channel {loudest + 1} of {len(channels)}" in told and told.count("\n") == 1
+    # One that has it all is taken as it is, and who speaks later is heard too.
+    for channels in ([zero, x], [x, zero], [zero, zero, x, zero, zero, zero]):
+        samples, told = read(*channels)
+        assert np.array_equal(samples, x) and not told
+    first = np.concatenate([np.tile(x, 6), zero])
+    samples, told = read(first, np.concatenate([np.tile(zero, 6), y]))
+    assert np.array_equal(samples, np.concatenate([np.tile(x, 6), y])) and not told
     # Silence decides nothing: the ten seconds begin with the first sound.
     samples, told = read(np.concatenate([late, x]), np.concatenate([late, -x]))
     assert np.array_equal(samples[-len(x):], x) and "channel 1 of 2" in told
@@ -359,7 +366,7 @@ def test_samples_of_other_types():
         return streamer.search.score, [(word.stream, word.text) for word in words]
     exact = heard(samples / np.float32(32768))
     assert heard(samples) == exact == heard(samples / 32768.0) and len(exact[1]) > 3
-    assert heard(samples.astype(np.float32)) != exact
+    assert heard(samples.astype(np.float32) / 20000) != exact
     streamer = Streamer(lively(), TOKENIZER)
     for kind in (np.uint8, np.int8, np.uint16, np.int32, np.int64, bool, complex, str):
         with pytest.raises(ValueError, match="float in -1..1, or int16, not"):
@@ -367,11 +374,27 @@ def test_samples_of_other_types():
     assert streamer.received == 0
 
 
+def test_the_callers_buffer_may_be_used_again():
+    """As audio callbacks do: what waits for its chunk to be full is a copy."""
+    samples = noise(SECOND)
+    once, again = (Streamer(lively(), TOKENIZER, limits=LIMITS) for _ in range(2))
+    words, buffer = [once.accept(samples), []], np.zeros(1000, np.float32)
+    for start in range(0, SECOND, 1000):
+        buffer[:] = samples[start:start + 1000]
+        words[1] += again.accept(buffer)
+        buffer[:] = 9.0
+    assert once.search.score == again.search.score and len(words[0]) == len(words[1]) > 3
+
+
 def test_bad_samples_are_refused():
     streamer = Streamer(lively(), TOKENIZER, limits=LIMITS)
     for bad in (np.array([0.1, np.nan]), np.zeros((2, 2)), np.array([np.inf])):
         with pytest.raises(ValueError, match="finite numbers in one dimension"):
             streamer.accept(bad)
+    with pytest.raises(ValueError, match="in -1..1, not 20000"):
+        streamer.accept(np.array([0.0, -20000.0]))
+    with pytest.raises(ValueError, match="eval"):
+        Streamer(lively().train(), TOKENIZER)
     streamer.flush()
     with pytest.raises(ValueError, match="was flushed"):
         streamer.accept(np.zeros(1))
@@ -530,6 +553,15 @@ def test_microphone_in_trouble(folder, capsys, monkeypatch):
         "mic: some sound was lost, the computer is too slow",
         "mic: nothing but zeros for 0.01 s: muted, or not allowed to listen?",
         "stream.py: mic: the device has stopped"]
+
+
+def test_a_model_too_slow_for_the_microphone_is_told(folder, capsys, monkeypatch):
+    monkeypatch.setattr(stream, "LATE_S", 0.02)
+    packet = noise(480) * 0.5, False
+    for script, times in (([[packet] * 8], 1), ([[packet] * 8, [packet], [packet] * 8], 2),
+                          ([[packet]] * 3, 0)):
+        _, _, err = from_microphone(monkeypatch, capsys, folder, sounddevice(script))
+        assert err.count("too slow for this model") == times
 
 
 def test_no_microphone(folder, capsys, monkeypatch):

@@ -989,6 +989,57 @@ def test_mustc_lines_stay_beside_each_other(tmp_path):
     assert told[5].endswith("dev.yaml: 5 lines skipped")
 
 
+def test_mustc_of_two_pairs_and_what_else_lies_beside(tmp_path):
+    """The same English lines with other translations and their own sound; manifests, backups and
+    tables beside the texts are no translations."""
+    line = "- {duration: 2.0, offset: 1.0, speaker_id: s, wav: ted_1.wav}\n"
+    folders = []
+    for lang in ("de", "fr"):
+        folders.append(tmp_path / f"en-{lang}" / "txt")
+        folders[-1].mkdir(parents=True)
+        for name, text in (("yaml", line), ("en", "one\n"), (lang, f"{lang} 1\n"), ("de~", "x\n"),
+                           ("jsonl", "{}\n"), ("tsv", "a\nb\nc\n")):
+            (folders[-1] / f"dev.{name}").write_text(text)
+    told = []
+    rows = module.import_mustc(*(folder / "dev.yaml" for folder in folders), on_bad=told.append)
+    assert [row.st for row in rows] == [{"de": "de 1"}, {"fr": "fr 1"}]
+    assert rows[0].id == "ted_1_1" and rows[1].id == "dev:1"
+    assert not any("skipped" in message for message in told)
+
+
+def test_rows_without_ids_in_files_of_one_name(tmp_path):
+    """Their ids are made here, and made different."""
+    paths = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        lines = [{"audio_filepath": f"/{folder}/{n}.wav", "duration": 1.0, "text": "x",
+                  "speaker": 1034, "lang": "de"} for n in range(3)]
+        paths.append(manifest(tmp_path / folder, *lines, name="manifest.json"))
+    rows = module.import_nemo(*paths, strict=True)
+    assert len({row.id for row in rows}) == 6 and {row.speaker for row in rows} == {"1034"}
+
+
+def test_nemo_texts_are_what_they_say(tmp_path):
+    line = {"audio_filepath": "/x.wav", "duration": 1.0}
+    path = manifest(tmp_path, {**line, "answer": "na", "source_lang": "de"},
+                    {**line, "text": None, "answer": "ja", "source_lang": "de"},
+                    {**line, "text": "yes", "target_lang": "en"}, name="n.json")
+    told = []
+    rows = module.import_nemo(path, on_bad=told.append)
+    assert [row.asr for row in rows] == ["ja"]
+    assert "n.json:1: skipped: no text" in told[0]
+    assert "n.json:3: skipped: target_lang 'en' without source_lang" in told[1]
+
+
+def test_time_needs_no_times_of_a_text_that_is_not_there():
+    row = Row("1", "a", asr="a b", st={"en": "x", "fr": ""}, times=[1.0, 2.0],
+              st_times={"en": [1.5]})
+    assert interleave(row, "time") == [("<asr>", "a"), ("<st:en>", "x"), ("<asr>", "b")]
+    row.st["fr"] = "y"
+    with pytest.raises(ValueError, match="no times"):
+        interleave(row, "time")
+
+
 def test_the_mustc_case(tmp_path):
     if not (DATA / "cases" / "mustc").exists():
         pytest.skip(f"needs {DATA / 'cases' / 'mustc'}")

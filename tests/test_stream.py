@@ -615,7 +615,7 @@ def test_captions(folder, capsys, monkeypatch):
 def test_captions_grow_in_place(monkeypatch, capsys):
     """A terminal of 30 columns, played back: a full line stays, and the next words begin a block
     below."""
-    monkeypatch.setattr(stream.os, "get_terminal_size", lambda *_: os.terminal_size((30, 24)))
+    monkeypatch.setattr(stream.shutil, "get_terminal_size", lambda *_: os.terminal_size((30, 24)))
     terminal = stream.Terminal(["<asr>", "<st:en>"])
     for k, text in enumerate(["ich", "habe", "e\u0301te\u0301", "gekauft\x1b[2J", "was?"]):
         terminal([Word("<asr>", text, 0, 0, 0, 0)] + [Word("<st:en>", "I", 0, 0, 0, 0)] * (k == 0))
@@ -630,6 +630,18 @@ def test_captions_grow_in_place(monkeypatch, capsys):
             screen[row] = re.sub(r"\x1b\[\d*[Km]", "", part).rstrip()
     assert screen == {0: "<asr>    ich habe e\u0301te\u0301", 1: "<st:en>  I",
                       2: "<asr>    gekauft\ufffd[2J was?", 3: "<st:en>"}
+
+
+def test_lines_have_the_time_of_their_chunk_and_long_tags_their_room(monkeypatch, capsys):
+    said = [("<asr>", "a", 640), ("<st:pt-BR>", "b", 640), ("<asr>", "c", 1280)]
+    stream.show_lines([Word(tag, text, ms, 0, 0, 0) for tag, text, ms in said])
+    assert capsys.readouterr().out.splitlines() == [
+        "    0.64 s  <asr>    a", "    0.64 s  <st:pt-BR> b", "    1.28 s  <asr>    c"]
+    monkeypatch.setattr(stream.shutil, "get_terminal_size", lambda *_: os.terminal_size((20, 24)))
+    terminal = stream.Terminal(["<asr>", "<st:pt-BR>"])
+    terminal([Word("<st:pt-BR>", "abcdefghijklm", 0, 0, 0, 0)])
+    rows = re.sub(r"\x1b\[\d*[Km]", "", capsys.readouterr().out).splitlines()
+    assert rows == ["<asr>      ", "<st:pt-BR> abcdefgh"]
 
 
 def test_realtime_keeps_the_pace(folder, capsys, monkeypatch):
@@ -657,9 +669,12 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, monkeypatch, tmp_
         assert not out and err.startswith(f"stream.py: {checkpoint}: ") and message in err
     assert stream.main([str(folder / "model.pt"), "--eval", str(folder / "missing.jsonl")]) == 2
     assert captions(folder, capsys, monkeypatch, audio, "--beam", "0")[0] == 2
-    with pytest.raises(SystemExit) as caught:
-        stream.main([str(folder / "model.pt")])
-    assert caught.value.code == 2
+    model, rows = str(folder / "model.pt"), str(folder / "set.jsonl")
+    for wrong in ([model], ["--eval", rows], [model, audio, "--log", str(tmp_path)],
+                  [model, "--eval", rows, "--json"], [model, "--eval", rows, "--srt", "x.srt"]):
+        with pytest.raises(SystemExit) as caught:
+            stream.main(wrong)
+        assert caught.value.code == 2, wrong
 
 
 def test_eval(folder, capsys, monkeypatch):
@@ -688,6 +703,56 @@ def test_eval(folder, capsys, monkeypatch):
         assert all(
             x["delays"] == sorted(x["delays"]) <= [x["source_length"]] * 10**4 for x in lines
         )
+
+
+def test_subtitles_survive_whatever_ends_the_captions(folder, capsys, monkeypatch, tmp_path):
+    """A reader who leaves, and audio that is not there: the cues written so far are in the file, an
+    older file is not emptied."""
+    track = tmp_path / "x.srt"
+    more = "--srt", str(track)
+    assert captions(folder, capsys, monkeypatch, str(folder / "2.wav"), *more)[0] == 0
+    tracks = {path: path.read_text() for path in tmp_path.glob("x*.srt")}
+    assert len(tracks) == 2 and all("-->" in text for text in tracks.values())
+    assert captions(folder, capsys, monkeypatch, str(tmp_path / "nothing.wav"), *more)[0] == 2
+    assert {path: path.read_text() for path in tracks} == tracks
+
+    def gone(events):
+        if events:
+            raise BrokenPipeError
+    monkeypatch.setattr(stream, "show_lines", gone)
+    monkeypatch.setattr(stream.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(stream.sys.stdout, "fileno", lambda: 1, raising=False)
+    assert captions(folder, capsys, monkeypatch, str(folder / "2.wav"), *more)[0] == 0
+    left = {path: path.read_text() for path in tracks}
+    assert any("-->" in text for text in left.values()) and left != tracks
+
+
+def test_an_empty_text_is_no_reference(folder):
+    row = Row(id="x", audio="x", asr="", st={"en": "la"})
+    model, tokenizer, _ = stream.load_run(folder / "model.pt")
+    metrics, records = stream.evaluate(model, tokenizer, [(row, noise(16000))], babble=1e9)
+    assert list(records[0]["references"]) == ["<st:en>"] == list(metrics)
+
+
+def test_an_idle_stream_does_not_keep_its_batch():
+    model = lively()
+    streamers = [Streamer(model, TOKENIZER) for _ in range(8)]
+    for k, streamer in enumerate(streamers):
+        streamer.push(noise(16000, k))
+    stream.advance(streamers)
+    for state in (streamers[0].encoder_state, streamers[0].search.labels.state):
+        for tensor in state.tensors().values():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_a_pause_waits_for_the_end_of_a_word():
+    """A word whose last token came after the pause would else stand behind it, and began before."""
+    streamer = Streamer(lively(), TOKENIZER, pause=0.1)
+    streamer.in_utterance, streamer.search.quiet = True, 100
+    assert [type(event) for event in streamer.events([], False, 0.0)] == [stream.Pause]
+    streamer.in_utterance = True
+    streamer.speller.pending = [stream.Written(5, 0, -0.1)]
+    assert streamer.events([], False, 0.0) == []
 
 
 def test_closed_pipe_and_interrupt(folder):
@@ -738,6 +803,10 @@ def test_joined_streams_are_cut_back():
     ]
     assert parts == [[("a", 400.0), ("x", 900.0)], [("d", 500.0), ("e", 600.0)], [],
                      [("g", 400.0), ("h", 500.0), ("h", 1000.0)]]
+    none = [{"references": {"<asr>": []}, "duration_ms": 1000.0}]
+    short = {"seconds": 1.0, "words": whole["words"][:1], "cut": {"<asr>": 2}}
+    alone = stream.resegment(short, none)
+    assert alone[0]["words"] == whole["words"][:1] and alone[0]["cut"] == {"<asr>": 2}
     items = [(Row(id="x", audio="x"), np.zeros(16000 * n)) for n in (1, 2, 3, 1, 1)]
     assert [len(group) for group in long_streams.join(items, 3)] == [2, 1, 2]
     assert [len(group) for group in long_streams.join(items, 4)] == [3, 2] and len(

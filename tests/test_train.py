@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from model import PRESETS, load  # noqa: E402
 from rnnt_loss import rnnt_loss  # noqa: E402
-from serialize import interleave  # noqa: E402
+from serialize import interleave, parse  # noqa: E402
 from stream import greedy_batch, load_run  # noqa: E402
 
 
@@ -187,6 +187,10 @@ def refused(capsys, *argv):
         ["--corpus", "de"],
         ["--corpus", "de-de"],
         ["--chunks", "-3"],
+        ["--device", "cpu:0"],
+        ["--device", "cuda:1"],
+        ["--seed", str(2 ** 32)],
+        ["--augment", "1.5"],
     ],
 )
 def test_a_value_out_of_range_is_named(argv, capsys, tmp_path):
@@ -225,6 +229,8 @@ def test_resume_of_nothing_and_of_another_model(small, capsys, tmp_path):
     ):
         said = refused(capsys, "--resume", folder, flag, value, "--steps", "9")
         assert flag in said and value in said
+    assert "its own folder" in refused(
+        capsys, "--resume", folder, "--out", tmp_path / "x", "--steps", "9")
     assert "--steps is 6" in refused(capsys, "--resume", folder)
     assert "--steps is 5" in refused(capsys, "--resume", folder / "model.pt", "--steps", "5")
     said = refused(capsys, "--out", folder, *SHORT)
@@ -232,6 +238,15 @@ def test_resume_of_nothing_and_of_another_model(small, capsys, tmp_path):
 
 
 # ---- Data
+
+def example_of(source, s, easy=True):
+    """What the model is given of one stream."""
+    bad = []
+    sounds = [source.sound_of(row) for row in s.rows]
+    example = source.example(s, sounds, train.Request([s], 0, (0, 1), easy), bad)
+    assert not bad
+    return example
+
 
 def write_rows(folder, rows):
     path = folder / "rows.jsonl"
@@ -303,7 +318,7 @@ def test_rows_with_one_text_are_learned_as_that_text(small, tmp_path):
     rows = [{"audio": "tone.wav", "asr": "a b", "st": {"en": "c d"}, "links": {"en": "0-0 1-1"}},
             {"audio": "tone.wav", "asr": "a b"}, {"audio": "tone.wav", "st": {"en": "c d"}}]
     options = train.parse_options(
-        [str(write_rows(tmp_path, rows)), "--device", "cpu", "--join", "1", "--no-augment"]
+        [str(write_rows(tmp_path, rows)), "--device", "cpu", "--join", "1", "--augment", "0"]
     )
     corpus, _ = train.open_corpus(options)
     made = train.new_run(options, corpus)
@@ -311,9 +326,18 @@ def test_rows_with_one_text_are_learned_as_that_text(small, tmp_path):
     batches = [
         source[train.Request([s], 0, (0, 1), True)] for s in train.epoch_streams(corpus, 0, options)
     ]
-    texts = {tuple(train.parse(batch["targets"][0].tolist(), tokenizer)) for batch in batches}
+    texts = {tuple(parse(batch["targets"][0].tolist(), tokenizer)) for batch in batches}
     both = (("<asr>", "a"), ("<st:en>", "c"), ("<asr>", "b"), ("<st:en>", "d"))
     assert texts == {both, both[::2], both[1::2]}
+    # What the joint is to write without labels: the transcription where there is one to write.
+    alone = {(len(parse(batch["targets"][0].tolist(), tokenizer)),
+              tuple(batch["words"][0].tolist())) for batch in batches}
+    transcription, translation = (tuple(tokenizer.encode(text)) for text in ("a b", "c d"))
+    assert alone == {(4, transcription), (2, transcription), (2, translation)}
+    source.options = replace(options, interleave="st")
+    s = next(s for s in train.epoch_streams(corpus, 0, options) if s.rows[0].asr and s.rows[0].st)
+    example = example_of(source, s)
+    assert tuple(example["words"]) == translation and len(example["letters"]) == 3
 
 
 def streams_of(corpus, options, epoch=0):
@@ -391,13 +415,13 @@ def test_rows_of_one_file_are_joined_in_their_order(tmp_path):
 
 def test_an_example_of_joined_utterances_has_their_words_in_turn_and_a_lattice_of_blocks():
     corpus = train.BuiltIn("de-en", 0)
-    options = train.parse_options(["--device", "cpu", "--no-augment"])
+    options = train.parse_options(["--device", "cpu", "--augment", "0"])
     source = train.Source(options, train.new_run(options, corpus))
     s = next(s for s in streams_of(corpus, options) if len(s.rows) == 3)
-    example = source.example(s, train.Request([s], 0, (0, 1), True))
-    pairs = train.parse(example["targets"], source.tokenizer)
+    example = example_of(source, s)
+    pairs = parse(example["targets"], source.tokenizer)
     assert pairs == [pair for row in s.rows for pair in interleave(row, "align")]
-    samples, starts = source.sound(s)
+    samples, starts = train.joined(s, [source.sound_of(row) for row in s.rows])
     for row, start in zip(s.rows, starts):
         own = train.speak_row(row)[0]
         assert np.array_equal(samples[start:start + len(own)], own)
@@ -474,13 +498,42 @@ def test_the_first_phase_hears_the_sound_as_it_is(small):
     for row in corpus.rows(0):
         s = train.Stream([row], [0.0], [], 1.0, 3.0)
         plain = train.mel_of(train.sound_of(row, 0), source.config)
-        heard = {easy: source.example(s, train.Request([s], 0, (0, 1), easy))["mel"]
-                 for easy in (True, False)}
+        heard = {easy: example_of(source, s, easy)["mel"] for easy in (True, False)}
         assert torch.equal(heard[True], plain) and not torch.equal(heard[False], plain)
     wanted = train.requests(corpus, train.new_run(options, corpus), options, train.Ranks())
     easy = [next(wanted).easy for _ in range(options.warm_steps)]
     half = options.warm_steps // 2
     assert all(easy[:half]) and not any(easy[half:])
+
+
+def test_a_share_of_the_streams_is_disturbed(small):
+    options = train.parse_options(["--device", "cpu", "--join", "1"])
+    corpus = train.BuiltIn("de-en", 0)
+    made = train.new_run(options, corpus)
+    streams = [train.Stream([row], [0.0], [], 1.0, 3.0) for row in corpus.rows(0)[:60]]
+    plain = [train.mel_of(train.sound_of(s.rows[0], 0), made.model.config) for s in streams]
+    for share, low, high in ((0, 0, 0), (0.5, 0.25, 0.75), (1, 1, 1)):
+        source = train.Source(replace(options, augment=share), made)
+        heard = [example_of(source, s, easy=False)["mel"] for s in streams]
+        assert low <= np.mean([not torch.equal(a, b) for a, b in zip(heard, plain)]) <= high
+
+
+def test_a_codec_silences_what_is_weak_above_a_band_in_a_quarter_of_the_streams():
+    mel, floor, changed_by = torch.randn(200, 80), -11.5, []
+    for seed in range(200):
+        coded = train.through_codec(mel, np.random.default_rng(seed), floor)
+        changed = coded != mel
+        if changed.any():
+            changed_by.append(seed)
+            assert (coded[changed] == floor).all()
+            first = changed.any(0).nonzero()[0].item()
+            assert first >= 30                                 # the lower bands stay
+            above = torch.arange(80) >= first
+            depth = mel.amax(1, keepdim=True) - mel
+            # Above it, exactly what lies deeper below the loudest band than some bound.
+            assert depth[changed].min() >= depth[:, above][~changed[:, above]].max()
+            assert 1 <= depth[changed].min() <= 6.5
+    assert 30 < len(changed_by) < 70
 
 
 def test_stretches_are_taken_to_the_mean_of_their_bands():
@@ -535,6 +588,64 @@ def test_a_row_that_turns_out_bad_is_named_once_and_left_out(tmp_path, capsys, s
     assert capsys.readouterr().err.count("rows.jsonl:2") == 1
 
 
+def test_a_bad_row_takes_no_good_one_with_it(tmp_path, small):
+    """Neither the utterances that it is joined to, nor the one that it is a background to."""
+    tone = (0.1 * np.sin(np.arange(16000) / 20)).astype(np.float32)
+    rows = [{"audio": f"{name}.wav", "duration": 1.0, "asr": f"{name} y"} for name in "abc"]
+    for name in "abc":
+        soundfile.write(tmp_path / f"{name}.wav", tone, 16000)
+    options = train.parse_options(
+        [str(write_rows(tmp_path, rows)), "--device", "cpu", "--augment", "1"])
+    corpus, _ = train.open_corpus(options)
+    source = train.Source(options, train.new_run(options, corpus))
+    (tmp_path / "b.wav").write_bytes(b"no longer a sound")
+    s = train.Stream(corpus.rows(0), [0.5, 1.0, 0.0], [corpus.rows(0)[1]], 1.0, 4.5)
+    batch = source[train.Request([s], 0, (0, 1), False)]
+    pairs = parse(batch["targets"][0].tolist(), source.tokenizer)
+    assert pairs == [("<asr>", word) for word in "a y c y".split()]
+    assert batch["mel"].shape[1] == 252                        # 0.5 + 1 + 0 + 1 s, whole frames
+    assert len(batch["bad"]) == 2 and all("rows.jsonl:2" in message for message in batch["bad"])
+
+
+def test_noise_comes_from_a_folder_with_sound_in_it(tmp_path, capsys, small):
+    assert "nowhere" in refused(capsys, "--noise", tmp_path / "nowhere", "--device", "cpu")
+    (tmp_path / "README.txt").write_text("noises")
+    said = refused(capsys, "--noise", tmp_path, "--device", "cpu")
+    assert "--noise" in said and str(tmp_path) in said
+    hum = (0.5 * np.sin(np.arange(8000) / 10)).astype(np.float32)
+    soundfile.write(tmp_path / "hum.wav", hum, 16000)
+    (tmp_path / "broken.wav").write_bytes(b"none")
+    options = train.parse_options(["--noise", str(tmp_path), "--device", "cpu", "--join", "1"])
+    corpus = train.BuiltIn("de-en", 0)
+    source, bad, found = train.Source(options, train.new_run(options, corpus)), [], []
+    s = train.Stream(corpus.rows(0)[:1], [0.0], [], 1.0, 3.0)
+    for seed in range(40):
+        found.append(source.background(s, 20000, np.random.default_rng(seed), bad))
+    heard = [noise for noise in found if noise is not None]
+    assert bad and all("broken.wav" in message for message in bad) and 4 < len(heard) < 20
+    for noise in heard:
+        assert noise.shape == (20000,) and np.isin(np.round(noise, 3), np.round(hum, 3)).all()
+
+
+def test_small_corpora_are_decoded_once(tmp_path, small, monkeypatch):
+    for name in "ab":
+        soundfile.write(tmp_path / f"{name}.wav", np.full(16000, 0.1, np.float32), 16000)
+    rows = [{"audio": f"{name}.wav", "duration": 1.0, "asr": "x"} for name in "ab"]
+    options = train.parse_options([str(write_rows(tmp_path, rows)), "--device", "cpu"])
+    corpus, _ = train.open_corpus(options)
+    made, decoded = train.new_run(options, corpus), []
+    real = train.read_audio
+    monkeypatch.setattr(train, "read_audio", lambda *of: decoded.append(of[0]) or real(*of))
+    monkeypatch.setattr(train, "KEPT_S", 1.5)                  # there is room for the first
+    for workers, times in ((0, [1, 3]), (2, [3, 3])):
+        source = train.Source(replace(options, workers=workers), made)
+        decoded.clear()
+        for _ in range(3):
+            for row in corpus.rows(0):
+                assert np.array_equal(source.sound_of(row), real(row.audio))
+        assert [sum(Path(path).stem == name for path in decoded) for name in "ab"] == times
+
+
 # ---- Tasks and losses
 
 def test_tasks_come_one_after_the_other():
@@ -545,8 +656,7 @@ def test_tasks_come_one_after_the_other():
         and at(9) == {"letters", "words", "next_label"}
         and at(10) == at(9) | {"transducer"}
     )
-    # a model that only translates must not learn to write them
-    assert "words" not in at(10, "--interleave", "st")
+    assert at(10, "--interleave", "st") == at(10)
     assert at(10, "--prune", "8") == {"letters", "simple", "transducer"}
 
 
@@ -575,7 +685,7 @@ def test_weights_and_rates_at_chosen_steps():
 @pytest.fixture
 def batch_of_eight():
     options = train.parse_options(
-        ["--device", "cpu", "--join", "1", "--no-augment", "--dropout", "0"]
+        ["--device", "cpu", "--join", "1", "--augment", "0", "--dropout", "0"]
     )
     corpus = train.BuiltIn("de-en", 0)
     made = train.new_run(options, corpus)
@@ -691,7 +801,7 @@ def test_eight_utterances_are_overfitted_and_noise_is_not(batch_of_eight):
 def test_encoder_learns_to_spell_in_two_hundred_steps():
     """A fixed number of steps from a fixed seed. CTC on letters starts above 3 nats and falls below
     1 on sentences and speakers never heard; on noise of the same length it does not."""
-    options = train.parse_options(["--device", "cpu", "--join", "1", "--no-augment"])
+    options = train.parse_options(["--device", "cpu", "--join", "1", "--augment", "0"])
     corpus, dev = train.open_corpus(options)
     made = train.new_run(options, corpus)
     source = train.Source(options, made)
@@ -961,6 +1071,49 @@ def test_a_gradient_that_is_not_finite_is_dropped_and_twenty_stop_the_run(
     folder = run(tmp_path / "other", "--steps", "6", "--eval-every", "100")
     assert same_weights(before, weights_of(folder / "resume.pt"))
     assert list(csv.DictReader(open(folder / "log.csv")))[-1]["skipped"] == "6"
+    monkeypatch.setattr(train, "losses", real)                 # a resumed run counts on, and
+    assert train.main(["--resume", str(folder), "--steps", "8"]) == 0
+    last = list(csv.DictReader(open(folder / "log.csv")))[-1]  # such steps are in no mean
+    assert last["skipped"] == "6" and 0 < float(last["letters"]) < 1e6
+
+
+def test_a_process_without_usable_sound_adds_nothing():
+    """Two processes of which this one has gradients of some parameters, and the other of none."""
+    class Two(train.Ranks):
+        def add(self, tensor):
+            return tensor
+
+    model = torch.nn.Linear(3, 2)
+    for filled in (False, True):
+        model.bias.grad = torch.ones(2) if filled else None
+        Two(0, 2).add_gradients(model)
+        assert model.weight.grad is None and (model.bias.grad is not None) == filled
+
+    class Other(Two):
+        def add(self, tensor):
+            return tensor.copy_(torch.full_like(tensor, 7.0))   # all have gradients elsewhere
+    model.bias.grad = None
+    Other(1, 2).add_gradients(model)
+    assert (model.bias.grad == 7).all() and (model.weight.grad == 7).all()
+
+
+def test_the_best_so_far_is_remembered_by_a_resumed_run(small, tmp_path, monkeypatch):
+    scores = iter([50.0, 60.0, 40.0])
+    monkeypatch.setattr(train, "evaluate", lambda model, tokenizer, dev: (
+        {"<asr>": dict.fromkeys(["wer", "cer", "bleu", "laal_ms", "silent"], 0.0)
+         | {"chrf": next(scores), "utterances": 3}}, [{}] * 3))
+    monkeypatch.setattr(train, "show_scores", lambda *args: None)
+    options = ["--steps", "6", "--augment", "0"]
+    monkeypatch.setattr(train, "open_corpus", lambda options, _=True: (
+        train.BuiltIn("de-en", 0), [None] * 3))
+    monkeypatch.setattr(train, "warn_of_unseen", lambda *args: None)
+    monkeypatch.setattr(train, "assess", lambda *a, blind=False, real=train.assess: real(*a))
+    folder = run(tmp_path / "run", *options)
+    assert load(folder / "resume.pt")[1]["best"] == 50 == load(folder / "best.pt")[1]["step"] + 44
+    for steps, best, at in (("8", 60, 8), ("9", 60, 8)):
+        assert train.main(["--resume", str(folder), "--steps", steps]) == 0
+        assert load(folder / "resume.pt")[1]["best"] == best
+        assert load(folder / "best.pt")[1]["step"] == at
 
 
 def test_start_from_another_model(small, tmp_path, capsys):
@@ -978,6 +1131,14 @@ def test_start_from_another_model(small, tmp_path, capsys):
     assert "joint.output.bias" in said and "ctc" not in said.split(" not ")[1]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to a process")
+def test_ctrl_c_while_importing_ends_without_a_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run([sys.executable, train.__file__, "--help"], capture_output=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)}, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
 def test_one_run_a_folder_and_a_number_for_the_next(small, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -985,9 +1146,13 @@ def test_one_run_a_folder_and_a_number_for_the_next(small, tmp_path, capsys, mon
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["de-en", "de-en-2"]
     with train.locked(tmp_path / "runs" / "de-en", True):
         capsys.readouterr()
+        log = (tmp_path / "runs" / "de-en" / "log.csv").read_text()
+        (tmp_path / "runs" / "de-en" / "log.csv").write_text(log + log.splitlines()[-1] + "\n")
         assert "another run" in refused(
             capsys, "--resume", tmp_path / "runs" / "de-en", "--steps", "9"
         )
+        # What that one has told since its last checkpoint is still there.
+        assert len((tmp_path / "runs" / "de-en" / "log.csv").read_text()) > len(log)
 
 
 def test_disk_full_keeps_the_old_checkpoint(small, tmp_path, capsys, monkeypatch):
@@ -1008,15 +1173,13 @@ def test_training_hears_the_sound_of_its_manifest(small, tmp_path):
     folder = tmp_path / "corpus"
     assert train.main(["--write-corpus", str(folder), "8"]) == 0
     options = train.parse_options(
-        [str(folder / "manifest.jsonl"), "--device", "cpu", "--join", "1", "--no-augment"]
+        [str(folder / "manifest.jsonl"), "--device", "cpu", "--join", "1", "--augment", "0"]
     )
     rows, _ = train.open_corpus(options)
     made = train.new_run(options, rows)
     source = train.Source(options, made)
     for row, own in zip(rows.rows(0), corpus.rows(0, 8)):
-        example = source.example(
-            train.Stream([row], [0.0], [], 1.0, 3.0), train.Request([], 0, (0, 1), True)
-        )
+        example = example_of(source, train.Stream([row], [0.0], [], 1.0, 3.0))
         spoken = train.mel_of(train.speak_row(own)[0].clip(-1, 1), made.model.config)
         assert torch.allclose(example["mel"], spoken, atol=0.2) and example["mel"].std() > 1
         assert row.asr == own.asr and row.links == own.links
