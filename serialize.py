@@ -478,7 +478,8 @@ def _count_in_units(row):
                          f"translations for {sorted(row.st)}")
     for lang, text in row.links.items():
         source, target = _spans(row.asr or ""), _spans(row.st[lang])
-        pairs = [tuple(map(int, link.split("-"))) for link in text.split()]
+        numbers = list(map(int, re.findall(r"\d+", text)))
+        pairs = list(zip(numbers[::2], numbers[1::2]))
         needs(len(source), target, pairs)  # refuses links out of range
         row.links[lang] = [(a, b) for i, j in pairs for a in source[i] for b in target[j]]
     if row.times is not None:

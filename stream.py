@@ -111,7 +111,7 @@ class Streamer:
         restart = self.seconds_to_frames("restart", restart)
         self.search = new_search(model, self.chunk, restart=restart, **search)
         self.speller, self.n_tokens = Speller(tokenizer), 0
-        self.in_utterance = False                 # a word was written, and no pause since
+        self.in_utterance = False                 # something was written, and no pause since
 
     def seconds_to_frames(self, name, seconds):
         if seconds is None:
@@ -176,7 +176,10 @@ class Streamer:
         depends on packets but the computing time in `elapsed_ms`."""
         self.n_tokens += len(tokens)
         spelled = [word for written in tokens for word in self.speller.feed(written)]
-        spelled += self.speller.flush() if final else []
+        self.in_utterance |= bool(spelled or self.speller.pending)
+        pause = bool(self.pause and self.in_utterance and self.search.quiet >= self.pause)
+        if final or pause:  # a word that is half written ends with its utterance
+            spelled += self.speller.flush()
         last_sample = HOP * (self.frames * self.config.subsampling - 1) + WINDOW
         delay_ms = min(last_sample, self.received) / PER_MS
         self.clock_ms = max(delay_ms, self.clock_ms) + (time.perf_counter() - began) * 1000
@@ -185,9 +188,7 @@ class Streamer:
                        end_s=(tokens[-1].frame + 1) * frame_s, elapsed_ms=self.clock_ms,
                        confidence=math.exp(sum(t.log_prob for t in tokens) / len(tokens)))
                   for tag, text, tokens in spelled]
-        self.in_utterance |= bool(events)
-        long = self.pause and self.search.quiet >= self.pause
-        if long and self.in_utterance and not self.speller.pending:
+        if pause:
             self.in_utterance = False
             events.append(Pause(delay_ms, (self.frames - self.search.quiet) * frame_s,
                                 self.frames * frame_s, self.clock_ms))
@@ -268,8 +269,8 @@ def new_search(model, chunk, *, beam=1, limits=LIMITS, hold=HALF_CHUNK, blank_pe
     """
     if beam < 1:
         raise InputError(f"beam {beam} must be 1 or more")
-    if not math.isfinite(blank_penalty):
-        raise InputError(f"blank penalty {blank_penalty} must be a finite number")
+    if not isinstance(blank_penalty, (int, float)) or not math.isfinite(blank_penalty):
+        raise InputError(f"blank penalty {blank_penalty!r} must be a finite number")
     if beam == 1:
         return Greedy(model, limits, blank_penalty, restart)
     hold = chunk // 2 if hold == HALF_CHUNK else hold
@@ -612,8 +613,8 @@ def audio_blocks(path, start=0.0, duration=None):
     silent)."""
     with opened(path) as (file, *ends):
         rate = file.samplerate
-        blocks = stored_blocks(path, start, duration, file, *ends)
-        blocks = checked(path, one_channel(path, rate, blocks))
+        blocks = checked(path, stored_blocks(path, start, duration, file, *ends))
+        blocks = one_channel(path, rate, blocks)
         yield from blocks if rate == SAMPLE_RATE else resampled(blocks, rate)
 
 
@@ -786,12 +787,16 @@ def mixing_weights(path, head):
 
 
 def checked(path, blocks):
-    """The same blocks; AudioError at the end for silence or clipping."""
+    """The same blocks (N, C); AudioError for another scale, and at the end for silence or
+    clipping."""
     n = clipped = 0
     heard = False
     for samples in blocks:
-        n, heard = n + len(samples), heard or samples.any()
-        clipped += np.count_nonzero(np.abs(samples) >= 0.999)
+        peaks = np.abs(samples).max(1)
+        if peaks.max() > LOUDEST:
+            raise AudioError(f"{path}: a sample of {peaks.max():g}, where full scale is 1")
+        n, heard = n + len(samples), heard or peaks.any()
+        clipped += np.count_nonzero(peaks >= 0.999)
         yield samples
     if not heard:
         raise AudioError(f"{path}: silent, all {n} samples are zero")
@@ -1198,22 +1203,23 @@ def opened_tracks(options, tags):
             track.close()
 
 
-def caption(model, tokenizer, options, restart):
+def caption(model, tokenizer, options, search):
     """Stream one recording, or whatever comes in, and show its words as they are ready."""
     screen = show_json if options.json else show_lines
     if sys.stdout.isatty() and not options.json:
         screen = Terminal(tokenizer.tags)
-    streamer = Streamer(model, tokenizer, pause=options.pause, restart=restart,
-                        **search_of(options))
-    incoming = packets(options.audio, options.realtime)
-    first = list(islice(incoming, 1))  # what cannot be read is told before old files are lost
-    fault = None
+    streamer = Streamer(model, tokenizer, pause=options.pause, **search)
+    incoming, fault = packets(options.audio, options.realtime), None
+    try:  # what cannot be read is told before files of older captions are lost
+        first = next((packet for packet in incoming if len(packet)), np.zeros(0, np.float32))
+    except KeyboardInterrupt:
+        return
     with opened_tracks(options, tokenizer.tags) as tracks:
         def show(events):
             for way in (*tracks, screen):  # the screen last: whoever reads it may have left
                 way(events)
         try:
-            for packet in chain(first, incoming):
+            for packet in chain([first], incoming):
                 show(streamer.accept(packet))
         except KeyboardInterrupt:
             pass  # the usual end of a microphone: the last words are still to come
@@ -1438,14 +1444,17 @@ def resegment(whole, singles):
     the fewest edits (Matusov et al. 2005, mwerSegmenter), and its delay counts from the start of
     that utterance. So long streams have error rates, BLEU and delays of the same segments. A word
     inserted between two utterances goes to the later one, where its delay may be below 0; counts of
-    what is malformed in the whole stream stand in its first part.
+    what is malformed in the whole stream stand in the first part that has the text.
     """
     starts = np.cumsum([0.0] + [record["duration_ms"] for record in singles])
     kept = "id", "audio", "duration_ms", "references"
     parts = [{name: record[name] for name in kept if name in record}
              | {"words": [], "seconds": whole["seconds"] / len(singles)} for record in singles]
-    parts[0] |= {name: whole[name] for name in ("invalid", "cut", "broken_off") if name in whole}
     for tag in dict.fromkeys(tag for record in singles for tag in record["references"]):
+        first = next(part for part in parts if tag in part["references"])
+        first["broken_off"] = whole.get("broken_off", False)
+        for name in ("invalid", "cut"):
+            first.setdefault(name, {})[tag] = whole.get(name, {}).get(tag, 0)
         texts = [record["references"].get(tag, []) for record in singles]
         owner = [k for k, text in enumerate(texts) for _ in text] or [0]
         words = [word for word in whole["words"] if word.stream == tag]
@@ -1518,7 +1527,7 @@ def log_entry(index, row, tag):
             "source_length": row["duration_ms"]}
 
 
-def evaluation(model, tokenizer, options, restart):
+def evaluation(model, tokenizer, options, search):
     """Stream all of a manifest; print figures by stream, and write logs."""
     rows = read_manifest(options.eval, allow_outside=options.allow_outside, on_bad=say)
     has = dict.fromkeys(tag for row in rows for tag in ["<asr>"] * bool(row.asr)
@@ -1527,8 +1536,7 @@ def evaluation(model, tokenizer, options, restart):
         raise InputError(f"{options.eval}: it has {' '.join(has)}, and the model writes "
                          f"{' '.join(tokenizer.tags)}: nothing to compare")
     metrics, records = evaluate(model, tokenizer, readable(rows), batch_size=1,
-                                progress=len(rows), bootstrap=1000, restart=restart,
-                                **search_of(options))
+                                progress=len(rows), bootstrap=1000, **search)
     if not records:
         raise InputError(f"{options.eval}: no row with usable audio")
     for tag, figures in metrics.items():
@@ -1588,8 +1596,8 @@ def arguments():
     add("--beam", type=int, default=1, help="hypotheses in beam search (default 1: greedy)")
     add("--hold", type=at_least(0), metavar="FRAMES",
         help="a beam shows what its best hypothesis has held so long (default: half a chunk)")
-    add("--blank-penalty", type=float, default=0.0, metavar="P",
-        help="taken off the log-probability of writing nothing: more words")
+    add("--blank-penalty", type=float, metavar="P",
+        help="taken off the log-probability of writing nothing: more words (default: the model's)")
     add("--pause", type=at_least(0.04, float), default=1.0, metavar="SECONDS",
         help="without a token, they end an utterance (default 1): an event of --json, a cue")
     add("--json", action="store_true", help="one line of JSON for each word and pause")
@@ -1606,11 +1614,13 @@ def arguments():
     return parser
 
 
-def search_of(options):
-    """The options of a Streamer that the command line has."""
-    hold = HALF_CHUNK if options.hold is None else options.hold
-    return {"chunk": options.chunk, "beam": options.beam, "hold": hold,
-            "blank_penalty": options.blank_penalty}
+def search_of(options, beside):
+    """The options of a Streamer that the command line has, or else the model's file."""
+    penalty = options.blank_penalty
+    return {"chunk": options.chunk, "beam": options.beam,
+            "hold": HALF_CHUNK if options.hold is None else options.hold,
+            "blank_penalty": beside.get("blank_penalty", 0.0) if penalty is None else penalty,
+            "restart": beside.get("restart")}  # seconds, if it was trained to forget
 
 
 def main(argv=None):
@@ -1648,7 +1658,7 @@ def run(options):
     torch.set_num_threads(options.threads)
     model, tokenizer, beside = load_run(options.checkpoint, options.device)
     do = evaluation if options.eval else caption
-    do(model, tokenizer, options, beside.get("restart"))  # seconds, if it was trained to forget
+    do(model, tokenizer, options, search_of(options, beside))
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ FORGET_STEPS = 150    # transducer steps over which ever fewer labels are hidden
 SIDE_WEIGHT = 0.3     # of each side task, beside the transducer's 1
 LOG_EVERY = 50        # steps; only then are losses fetched from the device
 GIVE_UP = 20          # steps in a row without a finite gradient
+BLANK_PENALTY = 0.5   # nats, for the search: labels hidden in training leave blank too likely
 KEPT_S = 18_000       # seconds of decoded sound that are kept in memory: 1.2 GB
 LINKS_HERE = 50_000   # rows without links that are still aligned at the start of a run
 BPE_ROWS = 50_000     # rows that the tokenizer learns from, at most
@@ -127,7 +128,7 @@ class Options:
     strict: bool = option(False, "stop at the first bad row instead of leaving it out")
 
 
-REAL = dict(steps=8500, warm_steps=5000, label_dropout=0.25, merges=240, augment=0.5,
+REAL = dict(steps=7500, warm_steps=5000, label_dropout=0.25, merges=240, augment=0.5,
             eval_every=1000)
 FIXED = "corpus", "preset", "interleave", "init", "seed", "merges"   # what a checkpoint decides
 
@@ -180,7 +181,7 @@ def resumed_options(given):
     if not isinstance(saved, dict) or not saved.keys() <= {f.name for f in fields(Options)}:
         raise InputError(f"{folder / 'resume.pt'}: its options are not those of this train.py: "
                          f"{saved!r:.80}")
-    if "out" in given:
+    if Path(given.get("out", folder)).resolve() != folder.resolve():
         raise InputError(f"--out {given['out']}: a run goes on in its own folder, {folder}")
     for name in FIXED:
         if name in given and given[name] != saved.get(name):
@@ -279,24 +280,25 @@ def learn(run, corpus, dev, options, ranks, folder):
     if ranks.first:
         announce(run, source, corpus, options, folder)
     log = Log(folder, run.step, ranks)
-    with Batches(source, corpus, run, options, ranks) as batches, StopSignal() as stop:
-        for group in batches:                                  # those of one step on this process
-            numbers = train_step(run, group, options, ranks)
-            log.add(run, group, numbers, batches.waited)
-            if ranks.agree(stop.wanted) or run.step >= options.steps:
-                break
-            if run.step % options.eval_every == 0 and ranks.first:
-                save_run(run, options, folder, log)
-                # Before, the joint cannot stop writing.
-                if run.step > options.warm_steps and assess(run, dev, options, folder):
+    with StopSignal() as stop:
+        with Batches(source, corpus, run, options, ranks) as batches:
+            for group in batches:                              # those of one step on this process
+                numbers = train_step(run, group, options, ranks)
+                log.add(run, group, numbers, batches.waited)
+                if ranks.agree(stop.wanted) or run.step >= options.steps:
+                    break
+                if run.step % options.eval_every == 0 and ranks.first:
                     save_run(run, options, folder, log)
-                log.start()                                    # that took its time
-    log.close(run)
-    if ranks.first:
-        save_run(run, options, folder, log)
-        if run.step == options.steps:
-            assess(run, dev, options, folder, blind=not options.manifest)
+                    # Before, the joint cannot stop writing.
+                    if run.step > options.warm_steps and assess(run, dev, options, folder):
+                        save_run(run, options, folder, log)
+                    log.start()                                # that took its time
+        log.close(run)
+        if ranks.first:
             save_run(run, options, folder, log)
+            if run.step == options.steps:
+                assess(run, dev, options, folder, blind=not options.manifest)
+                save_run(run, options, folder, log)
 
 
 def train_step(run, batches, options, ranks):
@@ -661,13 +663,13 @@ def neighbours(rows):
 
 
 def draw_stream(chosen, seconds, rows, rng, options):
-    pauses = PAUSE * rng.random(len(chosen)) ** 4              # 1 s on average
+    pauses = [PAUSE * x ** 4 for x in rng.random(len(chosen)).tolist()]      # 1 s on average
     augmented = options.augment > 0
     pauses[0] = PAUSE * rng.random() if augmented and rng.random() < BEFORE else 0
     loud = augmented and rng.random() < BABBLE
-    others = [rows[k] for k in rng.integers(len(rows), size=SPEAKERS * loud)]
+    others = [rows[k] for k in rng.integers(len(rows), size=SPEAKERS)] if loud else []
     speed = float(rng.choice(SPEEDS)) if augmented and chosen[0].audio else 1.0
-    return Stream(chosen, list(pauses), others, speed, (seconds + pauses.sum()) / speed)
+    return Stream(chosen, pauses, others, speed, (seconds + sum(pauses)) / speed)
 
 
 def epoch_batches(corpus, epoch, options):
@@ -700,11 +702,13 @@ def requests(corpus, run, options, ranks):
         epoch, first = epoch + 1, max(0, first - len(batches))
 
 
+SOUND = ".wav .flac .ogg .oga .opus .mp3 .aif .aiff .caf .au .rf64".split()
+
+
 def noise_files(folder):
-    files = sorted(str(path) for path in Path(folder).rglob("*")
-                   if path.suffix.lower() in (".wav", ".flac", ".ogg", ".opus", ".mp3"))
+    files = sorted(str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in SOUND)
     if not files:
-        raise InputError(f"--noise {folder}: no WAV, FLAC, Ogg, Opus or MP3 file in this folder")
+        raise InputError(f"--noise {folder}: no file called {', '.join(SOUND)} in this folder")
     return files
 
 
@@ -725,7 +729,10 @@ class Source(torch.utils.data.Dataset):
             if heard:
                 left = replace(s, rows=[s.rows[k] for k in heard],
                                pauses=[s.pauses[k] for k in heard])
-                examples.append(self.example(left, [sounds[k] for k in heard], request, bad))
+                try:
+                    examples.append(self.example(left, [sounds[k] for k in heard], request, bad))
+                except USER_ERRORS as error:                   # a language without a tag
+                    bad.append(f"{left.rows[0].where}: {error}")
         batch = collate(examples) if examples else {}
         count = lambda name: int(batch[f"{name}_lengths"].sum()) if examples else 0
         symbols = {
@@ -801,7 +808,8 @@ class Source(torch.utils.data.Dataset):
         if s.background:
             voices = [self.readable(row, bad) for row in s.background]
             voices = [np.resize(voice, n) for voice in voices if voice is not None]
-            return sum(voice / (np.sqrt(np.mean(voice ** 2)) + 1e-9) for voice in voices)
+            levelled = [voice / (np.sqrt(np.mean(voice ** 2)) + 1e-9) for voice in voices]
+            return sum(levelled) if levelled else None
         if self.noises and rng.random() < 0.5:
             path = self.noises[rng.integers(len(self.noises))]
             noise = self.readable(Row(id=path, audio=path, where=path), bad)
@@ -887,7 +895,8 @@ class Batches:
     processes."""
 
     def __init__(self, source, corpus, run, options, ranks):
-        self.group, self.waited, self.told = options.accumulate, 0.0, set()
+        self.group, self.strict = options.accumulate, options.strict
+        self.waited, self.told = 0.0, set()
         wanted = requests(corpus, run, options, ranks)
         workers = {}
         if options.workers:
@@ -921,6 +930,8 @@ class Batches:
 
     def tell(self, bad):
         for message in bad:
+            if self.strict:
+                raise InputError(message)
             if message not in self.told:
                 tqdm.write(f"{message}: left out", file=sys.stderr)
             self.told.add(message)
@@ -1241,6 +1252,7 @@ def save_model(run, options, path):
          tokenizer=run.tokenizer.to_dict(),
          letters=run.letters,
          mode=options.interleave,
+         blank_penalty=BLANK_PENALTY,
          step=run.step)
 
 
@@ -1386,7 +1398,7 @@ def assess(run, dev, options, folder, blind=False):
     for sound: who still writes well does not listen."""
     if not dev:
         return False
-    metrics, records = evaluate(run.model, run.tokenizer, dev)
+    metrics, records = evaluate(run.model, run.tokenizer, dev, blank_penalty=BLANK_PENALTY)
     tqdm.write(f"step {run.step}, {len(records)} unseen utterances:")
     show_scores(metrics, records)
     chrf = [m["chrf"] for m in metrics.values() if m["chrf"] is not None]
@@ -1398,7 +1410,7 @@ def assess(run, dev, options, folder, blind=False):
         rng = np.random.default_rng(0)
         noise = [(row, rng.normal(0, 0.05, len(samples)).astype(np.float32))
                  for row, samples in dev]
-        blind_metrics, _ = evaluate(run.model, run.tokenizer, noise)
+        blind_metrics, _ = evaluate(run.model, run.tokenizer, noise, blank_penalty=BLANK_PENALTY)
         metrics = metrics | {f"blind {tag}": m for tag, m in blind_metrics.items()}
         tqdm.write("the same with noise instead of the audio (a model that listens fails here):")
         show_scores(blind_metrics, [])

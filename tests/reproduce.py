@@ -214,8 +214,9 @@ def sound(path, n=60):
     model, tokenizer, beside = load_run(path)
     print(HEAD)
     rows = {}
+    penalty = beside.get("blank_penalty", 0.0)
     for name, items in conditions(train.BuiltIn("de-en", 0).unseen(n)):
-        streams = evaluate(model, tokenizer, items)[0]
+        streams = evaluate(model, tokenizer, items, blank_penalty=penalty)[0]
         rows[name] = {tag: {"wer": m["wer"], "laal_ms": m["laal_ms"]}
                       for tag, m in streams.items()}
         show(name, beside["step"], streams)

@@ -1,6 +1,7 @@
 """stream.py, its sound: files, standard input, microphone.
 
 What can be shown to be whole is read, all else is refused in one line."""
+import copy
 import io
 import itertools
 import os
@@ -138,6 +139,9 @@ def test_one_channel(tmp_path, capsys):
     for channels in ([zero, x], [x, zero], [zero, zero, x, zero, zero, zero]):
         samples, told = read(*channels)
         assert np.array_equal(samples, x) and not told
+    loud = np.tile(0.9 * np.sign(x), 6)  # both at once: louder than 1, and yet not clipped
+    samples, told = read(np.concatenate([loud, loud]), np.concatenate([0 * loud, loud]))
+    assert np.array_equal(samples[:len(loud)], loud) and np.allclose(samples[len(loud):], 2 * loud)
     first = np.concatenate([np.tile(x, 6), zero])
     samples, told = read(first, np.concatenate([np.tile(zero, 6), y]))
     assert np.array_equal(samples, np.concatenate([np.tile(x, 6), y])) and not told
@@ -394,7 +398,7 @@ def test_bad_samples_are_refused():
     with pytest.raises(ValueError, match="in -1..1, not 20000"):
         streamer.accept(np.array([0.0, -20000.0]))
     with pytest.raises(ValueError, match="eval"):
-        Streamer(lively().train(), TOKENIZER)
+        Streamer(copy.deepcopy(lively()).train(), TOKENIZER)
     streamer.flush()
     with pytest.raises(ValueError, match="was flushed"):
         streamer.accept(np.zeros(1))
@@ -558,7 +562,7 @@ def test_microphone_in_trouble(folder, capsys, monkeypatch):
 def test_a_model_too_slow_for_the_microphone_is_told(folder, capsys, monkeypatch):
     monkeypatch.setattr(stream, "LATE_S", 0.02)
     packet = noise(480) * 0.5, False
-    for script, times in (([[packet] * 8], 1), ([[packet] * 8, [packet], [packet] * 8], 2),
+    for script, times in (([[packet] * 8], 1), ([[packet] * 8, *[[]] * 7, [packet] * 8], 2),
                           ([[packet]] * 3, 0)):
         _, _, err = from_microphone(monkeypatch, capsys, folder, sounddevice(script))
         assert err.count("too slow for this model") == times

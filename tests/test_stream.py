@@ -249,6 +249,29 @@ def test_state_keeps_its_shape():
     assert len(shapes) == 1
 
 
+def test_a_burst_of_garbage_is_forgotten():
+    """Whatever was heard, the encoder knows nothing of it once it lies further back than all layers
+    together see; in the middle of it, as a control, it does."""
+    model, rng = lively(), np.random.default_rng(0)
+    before, after, n = noise(10240, 1), noise(4 * 16000, 2), 4 * 5120
+    garbage = [np.zeros(n), np.clip(50 * noise(n, 3), -1, 1), np.sign(rng.normal(size=n)),
+               np.full(n, 10.0), rng.uniform(-10, 10, n) * (rng.random(n) < 0.01)]
+    states = []
+    for burst in garbage:
+        streamer, heard = Streamer(model, TOKENIZER, limits=LIMITS), []
+        for part in (before, burst, after):
+            while len(part):
+                size = int(rng.integers(0, 3000))
+                streamer.accept(part[:size].astype(np.float32))
+                part = part[size:]
+            heard.append(streamer.encoder_state)
+        states.append(heard)
+    for _, during, end in states[1:]:
+        for name, wanted in states[0][2].tensors().items():
+            assert torch.allclose(end.tensors()[name], wanted, atol=1e-5), name
+        assert not torch.allclose(during.keys, states[0][1].keys, atol=1e-2)
+
+
 # ---- Search --------------------------------------------------------------------------------------
 
 def lattice(model, samples, ids, chunk=None):
@@ -745,14 +768,32 @@ def test_an_idle_stream_does_not_keep_its_batch():
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
-def test_a_pause_waits_for_the_end_of_a_word():
-    """A word whose last token came after the pause would else stand behind it, and began before."""
+def test_a_pause_ends_the_word_that_is_half_written():
+    """Its last token after the pause would else make a word that stands behind it and began
+    before it."""
     streamer = Streamer(lively(), TOKENIZER, pause=0.1)
-    streamer.in_utterance, streamer.search.quiet = True, 100
-    assert [type(event) for event in streamer.events([], False, 0.0)] == [stream.Pause]
-    streamer.in_utterance = True
-    streamer.speller.pending = [stream.Written(5, 0, -0.1)]
-    assert streamer.events([], False, 0.0) == []
+    half = [stream.Written(TOKENIZER.pieces.index(b"l"), 3, -0.1)]
+    assert streamer.events(half, False, 0.0) == []
+    streamer.search.quiet = 100
+    word, pause = streamer.events([], False, 0.0)
+    assert isinstance(word, Word) and isinstance(pause, stream.Pause)
+    assert word.text == "l" and word.start_s == pytest.approx(0.12)
+    assert streamer.events([], False, 0.0) == [] and streamer.speller.flush() == []
+
+
+def test_the_search_is_that_of_the_models_file_unless_the_command_says_otherwise(folder, capsys):
+    model, beside = load(folder / "model.pt")
+    save(folder / "eager.pt", model, **beside | {"blank_penalty": 3.0})
+
+    def shown(name, *more):
+        assert stream.main([str(folder / name), str(folder / "2.wav"), *more]) == 0
+        return capsys.readouterr().out
+    plain, eager = shown("model.pt"), shown("eager.pt")
+    assert len(eager) > len(plain) and shown("eager.pt", "--blank-penalty", "0") == plain
+    assert shown("model.pt", "--blank-penalty", "3") == eager
+    save(folder / "bad.pt", model, **beside | {"blank_penalty": "x"})
+    assert stream.main([str(folder / "bad.pt"), str(folder / "2.wav")]) == 2
+    assert "blank penalty 'x'" in capsys.readouterr().err
 
 
 def test_closed_pipe_and_interrupt(folder):
@@ -807,6 +848,8 @@ def test_joined_streams_are_cut_back():
     short = {"seconds": 1.0, "words": whole["words"][:1], "cut": {"<asr>": 2}}
     alone = stream.resegment(short, none)
     assert alone[0]["words"] == whole["words"][:1] and alone[0]["cut"] == {"<asr>": 2}
+    second = [{"references": {"<st:en>": []}, "duration_ms": 1000.0}, *none]
+    assert stream.resegment(short, second)[1]["cut"] == {"<asr>": 2}
     items = [(Row(id="x", audio="x"), np.zeros(16000 * n)) for n in (1, 2, 3, 1, 1)]
     assert [len(group) for group in long_streams.join(items, 3)] == [2, 1, 2]
     assert [len(group) for group in long_streams.join(items, 4)] == [3, 2] and len(
