@@ -836,11 +836,11 @@ def times_from(path):
     return partial(annotated_times, found=found, path=path)
 
 
-def add_times(rows, path, source=None):
-    """Fill row.times and row.st_times by `times_from(path)`. Times that a row has are replaced, and
-    ours are compared with them."""
+def add_times(rows, path, source):
+    """Fill row.times and row.st_times by `source`, which is times_from(path). Times that a row has
+    are replaced, and ours are compared with them."""
     errors, count = {}, 0
-    for row, streams in (source or times_from(path))(rows):
+    for row, streams in source(rows):
         for tag, ends in streams.items():
             known = row.times if tag == "<asr>" else row.st_times.get(tag[4:-1])
             differences = [abs(a - b) for a, b in zip(ends, known or []) if b is not None]

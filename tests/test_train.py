@@ -1,5 +1,6 @@
 """The built-in corpus, its voice, the data path and the training loop."""
 import csv
+import itertools
 import json
 import os
 import signal
@@ -369,10 +370,12 @@ def test_epoch_after_epoch_brings_other_utterances(small):
     corpus = train.BuiltIn("de-en", 0)
     made = train.new_run(options, corpus)
     wanted, seen, requests = train.requests(corpus, made, options, train.Ranks()), {}, []
-    while len(seen) < 3:
-        requests.append(next(wanted))
-        seen.setdefault(requests[-1].epoch, set()).update(
-            row.id for s in requests[-1].streams for row in s.rows)
+    for request in itertools.islice(wanted, 3 * corpus.SIZE):  # more than three epochs have
+        requests.append(request)
+        seen.setdefault(request.epoch, set()).update(
+            row.id for s in request.streams for row in s.rows)
+        if len(seen) == 3:
+            break
     assert set(seen) == {0, 1, 2} and not seen[0] & seen[1] and len(seen[0]) == corpus.SIZE
     for k, request in enumerate(requests):
         place = sum(other.epoch == request.epoch for other in requests[:k])
