@@ -728,6 +728,14 @@ def test_eval(folder, capsys, monkeypatch):
         )
 
 
+def test_eval_searches_as_it_is_told(folder, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(stream, "evaluate", lambda *_, **how: asked.update(how) or ({}, [None]))
+    command = [str(folder / "model.pt"), "--eval", str(folder / "set.jsonl")]
+    assert stream.main([*command, "--chunk", "4", "--beam", "3", "--blank-penalty", "2"]) == 0
+    assert (asked["chunk"], asked["beam"], asked["blank_penalty"]) == (4, 3, 2)
+
+
 def test_subtitles_survive_whatever_ends_the_captions(folder, capsys, monkeypatch, tmp_path):
     """A reader who leaves, and audio that is not there: the cues written so far are in the file, an
     older file is not emptied."""
