@@ -9,7 +9,7 @@ blank, and moves to frame t+1, or the next label, and stays at frame t.
       u=2   o--o--o--o--->    a path climbs from the lower left corner to the upper right one and
             |  |  |  |        leaves by a blank
       u=1   o--o--o--o            --  blank: (t,u) to (t+1,u)
-            |  |  |  |            |   label y[u]: (t,u) to (t,u+1)
+            |  |  |  |            |   label u+1: (t,u) to (t,u+1)
       u=0   o--o--o--o
            t=0  1  2  3       alpha(t,u): log of the summed probability of all paths to (t,u)
 
@@ -18,11 +18,11 @@ blank, and moves to frame t+1, or the next label, and stays at frame t.
                                                    (Graves 2012, arXiv 1211.3711, eq. 16 and 17)
 
 `rnnt_loss_reference` says just that. Of a node's V logits it needs two numbers, the
-log-probabilities of its two arcs; and the gradient needs one number for each arc, its posterior: of
-the probability of all paths that spell the labels, the part that goes over this arc. (P is a sum
-over paths and a path the product of its arcs, so dlogP/darc, the derivative by an arc's
-log-probability, is the probability of the paths over the arc divided by P.) So all other versions
-are the same three steps, first in plain numpy (`plain_log_probs`, `plain_lattice`,
+log-probabilities of its two arcs, which we also call arcs; and the gradient needs one number for
+each arc, its posterior: the fraction of P(labels | frames) that is carried by the paths over this
+arc. (P is a sum over paths and a path the product of its arcs, so dlogP/darc, the derivative by an
+arc's log-probability, is the probability of the paths over the arc divided by P.) So all other
+versions are the same three steps, first in plain numpy (`plain_log_probs`, `plain_lattice`,
 `plain_gradient`), later as kernels (B utterances, padded to T frames and U1 = U + 1 rows; n nodes,
 all B T U1 of them or those in use):
 
@@ -44,7 +44,8 @@ waiting for the one before, over two numbers a node.
 
 Processes: numba's OpenMP threads do not survive a fork. Workers that call the loss must be spawned
 (`DataLoader(..., multiprocessing_context="spawn")`); or prepare data in workers and take the loss
-in the parent, as train.py does. After a fork the loss raises RuntimeError instead of dying.
+in the parent, as train.py does. In a child forked after the loss has run, it raises RuntimeError
+where OpenMP would end the process.
 
 Threads: the loss runs on as many as torch does and leaves both libraries' counts as it found them;
 call it from one thread at a time unless numba uses TBB or OpenMP (`numba.threading_layer()`).
@@ -76,9 +77,11 @@ except RuntimeError as error:
                       f"that can be written ({error})") from None
 
 # The two arcs of a node, in arrays (...,2); `blank` in lower case is the class among the V logits.
+# Such an array is used again and again: log-probabilities before `lattice`, shares during its way
+# forward, posteriors (-dcost/darc) after it.
 BLANK, LABEL = 0, 1
-# In y, which says for every node the label that it may write: none is left, as u = U; the node is
-# not in its utterance.
+# y[b,t,u] is the label that node (t,u) may write. Two values are none: all labels are written
+# (u = U); the node lies outside its utterance.
 NO_LABEL, PADDING = -1, -2
 SLAB_BYTES = 4 << 20          # on a CPU, half-precision logits become float32 in slabs of this size
 TILE_BYTES = 48 << 20         # of about this size are the tiles of the fused joint
@@ -112,7 +115,7 @@ def rnnt_loss_reference(logits, targets, logit_lengths, target_lengths, *, blank
 # ---- The three steps in plain numpy, for one utterance -------------------------------------------
 
 def plain_log_probs(logits, labels, blank):
-    """(T,U1,V), (U,) -> arcs (T,U1,2):  arc[j] = logit[j] - log sum_k exp(logit[k]), where j is the
+    """(T,U1,V), (U,) -> arcs (T,U1,2):  arc = logit[c] - log sum_k exp(logit[k]), where c is the
     blank or the node's label."""
     top = logits.max(-1, keepdims=True)               # log-sum-exp without overflow
     normalizer = top[..., 0] + np.log(np.exp(logits - top).sum(-1))                   # (T,U1)
@@ -126,8 +129,8 @@ def plain_log_probs(logits, labels, blank):
 def plain_lattice(arcs):
     """(T,U1,2) -> log P and the posteriors of the arcs (T,U1,2).
 
-    Forward, each arc gets its share of the node it leads to: of the probability of all paths to
-    that node, the part that came over this arc,
+    Forward, each arc gets its share of the node it leads to: the fraction of the probability of all
+    paths to that node that came over this arc,
 
       share(arc) = exp(alpha(where it starts) + arc - alpha(where it leads)),
 
@@ -137,9 +140,9 @@ def plain_lattice(arcs):
       posterior(arc) = share(arc) * posterior(the node it leads to)
       posterior(node) = the sum of the posteriors of its two outgoing arcs
 
-    and every path takes the last blank: 1. This is forward-backward without beta, the
-    log-probability of finishing from a node: no alpha + beta - log P, whose digits cancel in long
-    audio.
+    beginning with the last blank, out of (T-1,U), which every path takes: 1. This is
+    forward-backward without beta, the log-probability of finishing from a node: no
+    alpha + beta - log P, whose digits cancel in long audio.
     """
     T, U1, _ = arcs.shape
     alpha, posteriors = np.zeros((T, U1)), np.zeros_like(arcs)
@@ -163,8 +166,8 @@ def plain_lattice(arcs):
 
 
 def plain_gradient(logits, labels, blank, posteriors):
-    """-> dcost/dlogits (T,U1,V):  dcost/dlogit[k] = g[k] - softmax[k] sum_j g[j], where g[j] is
-    dcost/darc[j] = -posterior for the blank and the node's label, and 0 for all else."""
+    """-> dcost/dlogits (T,U1,V):  dcost/dlogit[k] = (g_blank if k is the blank, g_label if k is the
+    node's label, else 0) - softmax[k] (g_blank + g_label), where g = dcost/darc = -posterior."""
     g = -posteriors
     softmax = np.exp(logits - logits.max(-1, keepdims=True))
     softmax /= softmax.sum(-1, keepdims=True)
@@ -189,15 +192,16 @@ def rnnt_loss(logits, targets, logit_lengths, target_lengths, blank=-1, clamp=-1
     order, defaults.
 
     logits (B,T,U1,V), float32, float64 (CPU only), float16 or bfloat16; targets (B,U) and both
-    lengths (B,), integers in tensors, arrays or lists. clamp > 0 bounds each |dcost/dlogit|.
+    lengths (B,), integers in tensors, arrays or lists. clamp > 0 bounds each |dcost/dlogit|
+    of an utterance's own cost.
     fastemit_lambda scales the label arcs' part of the gradient by 1 + lambda, not the cost
     (FastEmit, arXiv 2010.11148). delay_penalty adds delay_penalty ((T-1)/2 - t), T the utterance's
     own, to a label's log-probability at frame t, in cost and gradient (arXiv 2211.00490). "mean" is
     over utterances. Costs are float32, or float64 for such logits.
 
-    Raises ValueError for what does not fit. With logits on a GPU, the values of targets, and of
-    lengths that lie there, are checked only if validate, since that waits for them; else one out of
-    range makes the cost of its utterance NaN.
+    Raises ValueError for what does not fit, a target that is the blank included. With logits on a
+    GPU, the values of targets, and of lengths that lie there, are checked only if validate, since
+    that waits for them; else one out of range makes the cost of its utterance NaN.
     """
     batch = check_arguments(logits, targets, logit_lengths, target_lengths, blank,
                             reduction=reduction, validate=validate, fused=fused_log_softmax,
@@ -210,7 +214,8 @@ def rnnt_loss(logits, targets, logit_lengths, target_lengths, blank=-1, clamp=-1
 class _Loss(Function):
     @staticmethod
     def forward(ctx, logits, batch, clamp, need_grad):
-        # norms: the maximum of a node's logits, and the logarithm of the sum without it.
+        # norms, a node's log-normaliser in two parts: top = max_k logit[k], and
+        # log sum_k exp(logit[k] - top).
         arcs, norms = log_probs(logits.flatten(0, 2), batch.y.flatten(), batch)       # (n,2), (n,2)
         arcs = arcs.view(*batch.y.shape, 2)                                           # (B,T,U1,2)
         costs = lattice(arcs, batch, need_grad=need_grad)                             # (B,)
@@ -258,10 +263,10 @@ def joint_rnnt_loss(encoder_out, label_out, weight, bias, targets, logit_lengths
     encoder_out (B,T,J) and label_out (B,U1,J) are already projected; weight (V,J), bias (V,); the
     rest as rnnt_loss's. Under autocast the logits have its dtype, else encoder_out's. Lengths and
     keep, where they lie on a GPU, are fetched, each a wait; nothing else waits. A tile, a slice of
-    the nodes, takes about tile_bytes. If every utterance fits a tile,
-    the gradient takes three matrix products of size n J V; else four, as logits are dropped and
-    computed again. reduction="none" runs one utterance at a time and keeps a weight gradient for
-    each.
+    the nodes, takes about tile_bytes. If the longest utterance fits a tile, the gradient takes
+    three matrix products of size n J V; else four, as logits are overwritten and computed again
+    once the lattice has run. reduction="none" runs one utterance at a time and keeps a weight
+    gradient for each.
 
     keep (B,T,U1), bool: a node outside it has no arcs (log-probability -inf), no logits and no
     gradient; only the light lattice still visits it. The loss is then of the paths inside alone:
@@ -290,8 +295,9 @@ def joint_rnnt_loss(encoder_out, label_out, weight, bias, targets, logit_lengths
 
 
 class _JointLoss(Function):
-    """The sum of the costs. The gradient is formed in forward, tile by tile, while its logits are
-    there; backward only multiplies it."""
+    """The sum of the costs. The gradient is formed in forward, tile by tile: from logits that are
+    still in the buffer where a group has one tile, else from logits computed again. backward only
+    multiplies it."""
 
     @staticmethod
     def forward(ctx, joint, need_grad, *inputs):
@@ -334,7 +340,8 @@ class _Joint:
 
     The nodes of all utterances are packed in one list, in the order (b,t,u), without padding and
     without those that `keep` leaves out. A tile is a slice of that list, of no more nodes than have
-    room in tile_bytes: its logits are computed at once, reduced to two arcs a node, and dropped.
+    room in tile_bytes: its logits are computed together in one buffer, are reduced to two arcs a
+    node, and stay there until the next tile's overwrite them.
 
       nodes     a a a a a a b b b c c c c c d d       of the utterances a, b, c, d
       tiles    [a a a a a a b b b][c c c c c d d]     room for 12, twice the longest: two groups,
@@ -342,8 +349,8 @@ class _Joint:
                [a a a a][a a b b][b c c c][c c d d]   room for 4: one group of many tiles
 
     `places` are the nodes' places in the padded (B,T,U1), where the lattice wants their arcs;
-    `encoder_rows` and `label_rows` say which rows of encoder_out (B*T,J) and label_out (B*U1,J)
-    meet in them.
+    `encoder_rows` and `label_rows` say for each node which row of encoder_out (B*T,J) and which of
+    label_out (B*U1,J) are added for it.
     """
 
     def __init__(self, inputs, targets, logit_lengths, target_lengths, blank,
@@ -367,7 +374,8 @@ class _Joint:
         self.encoder_rows, self.label_rows = b * T + t, b * U1 + u
         self.places = self.encoder_rows * U1 + u
         self.y = self.batch.y.flatten()[self.places]
-        # What no tile fills: padding, which the lattice never reads, and nodes that are not kept.
+        # What no tile fills: padding, which the lattice never reads, and nodes that are not kept,
+        # out of which there is no way.
         nothing = 0.0 if keep is None else -math.inf
         self.arcs = torch.full((B * T * U1, 2), nothing, dtype=self.batch.arc_dtype, device=device)
         self.norms = torch.empty(len(u), 2, dtype=torch.promote_types(dtype, torch.float32),
@@ -381,7 +389,7 @@ class _Joint:
 
     def compute(self, tile):
         """-> hidden (n,J), logits (n,V), and a buffer (n,V) for their gradient. The tile computed
-        last is still there."""
+        last is not computed again."""
         if self.current != tile:
             hidden = self.encoder_out.index_select(0, self.encoder_rows[tile])        # (n,J)
             hidden.add_(self.label_out.index_select(0, self.label_rows[tile])).tanh_()
@@ -457,9 +465,9 @@ def simple_rnnt_loss(am, lm, targets, logit_lengths, target_lengths, *, blank, r
     am (B,T,V) says what frame t sounds like, lm (B,U1,V) what may follow u labels; the rest as
     rnnt_loss's. The cost is differentiable in am and lm. A node's posterior is the probability that
     the path goes through it, for prune_band. All is in float32 at least, under autocast too. Nodes
-    whose product of exponentials underflows (no label lies within some 60 nats of the peaks of both
-    am and lm) are summed directly; on a GPU, finding them is a wait. Raises ValueError for what
-    does not fit.
+    whose product of exponentials underflows (in float32, where for every class the distances below
+    the peak of am and the peak of lm add up to more than some 60 nats) are summed directly; on a
+    GPU, finding them is a wait. Raises ValueError for what does not fit.
     """
     a, l = tuple(am.shape), tuple(lm.shape)
     if [len(a), len(l)] != [3, 3] or a[::2] != l[::2]:
@@ -497,7 +505,7 @@ def _log_sum_exp_of_sums(am, lm):
     # more than a rounding error of it.
     lost = product < am.shape[-1] * info.tiny / info.eps
     result = product.masked_fill(lost, 1).log()
-    b, t, u = lost.nonzero(as_tuple=True)             # none, but where peaks are 60 nats apart
+    b, t, u = lost.nonzero(as_tuple=True)             # none, but where am and lm exclude each other
     if not len(b):
         return result
     rows = max(1, SLAB_BYTES // (am.shape[-1] * am.element_size()))
@@ -518,7 +526,7 @@ class _Lattice(Function):
 
     @staticmethod
     def forward(ctx, arcs, batch):
-        posteriors = arcs.to(batch.arc_dtype, copy=True)
+        posteriors = arcs.to(batch.arc_dtype, copy=True)   # `lattice` makes them so
         costs = lattice(posteriors, batch)
         nodes = posteriors.sum(-1)                    # a path leaves a node by one arc or the other
         ctx.save_for_backward(posteriors)
@@ -534,13 +542,14 @@ class _Lattice(Function):
 
 @torch.no_grad()
 def prune_band(posteriors, logit_lengths, target_lengths, width):
-    """-> keep (B,T,U1), bool: for each frame the `width` rows that hold the most posterior, as a
-    band with paths in it.
+    """-> keep (B,T,U1), bool: for each frame the `width` neighbouring rows that together hold the
+    most posterior, as a band with paths in it.
 
     posteriors (B,T,U1) as simple_rnnt_loss gives them; both lengths (B,). To have paths, a band
-    starts at row 0, ends at row U, never falls, and rises by at most width - 1 a frame, so that two
-    frames share a row. Where the heaviest rows break these rules, the lower row wins: labels then
-    move to later frames, which have heard more; only the end may pull them forward.
+    starts at row 0, ends at row U, never falls, and rises by at most width - 1 a frame, so that a
+    frame shares a row with the next. Where the heaviest rows break these rules, the lower row wins:
+    labels then move to later frames, which have heard more. Only the rule that the band ends at row
+    U moves rows up, and labels to earlier frames.
 
     A path in the band writes at most width - 1 labels in a frame, and where a translation waits for
     a word, labels come in bursts: width must be above the longest. Where even (width - 1) T < U,
@@ -571,7 +580,7 @@ def prune_band(posteriors, logit_lengths, target_lengths, width):
 
 def _heaviest_windows(posteriors, width, highest):
     """(B,T): the first row, at most `highest`, of each frame's window of `width` rows with the most
-    posterior; of equal ones, the most central."""
+    posterior; of those within 1e-4, the one most central to the frame's mean row."""
     T, U1 = posteriors.shape[1:]
     u = torch.arange(U1, device=posteriors.device)
     # The mass of the rows [u, u + width) is a difference of two running sums.
@@ -746,8 +755,8 @@ def _max32(row):
 # Adding up in any order is what lets a sum vectorise.
 @njit(fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
 def _log_sum_exp32(row):
-    """In two parts, to be subtracted one by one: for logits near 1e4 their float32 sum is right to
-    three decimals only."""
+    """In two parts, to be subtracted one by one: for logits near 1e4 the float32 sum of the two is
+    right to three decimals only."""
     top, total = _max32(row), np.float32(0)
     for k in range(row.shape[0]):
         total += _exp32(row[k] - top)                 # at most 1 each: no overflow
@@ -914,8 +923,8 @@ def _gpu_gradient(blank, fused, brain, x, y, norms, arc_grads, out):
 # ---- The three steps, on either ------------------------------------------------------------------
 
 def log_probs(x, y, batch):
-    """Logits x (n,V) of nodes with the labels y (n,) -> arcs (n,2), float64 on a CPU, and
-    log-normalisers (n,2), each in two parts."""
+    """Logits x (n,V) of nodes with the labels y (n,) -> arcs (n,2), float64 on a CPU, and the
+    log-normalisers in two parts (n,2): the maximum, and the rest."""
     arcs = torch.zeros((len(x), 2), dtype=batch.arc_dtype, device=x.device)
     norms_dtype = torch.promote_types(x.dtype, torch.float32)
     norms = torch.empty((len(x), 2), dtype=norms_dtype, device=x.device)
@@ -925,8 +934,9 @@ def log_probs(x, y, batch):
 
 
 def lattice(arcs, batch, utterances=slice(None), need_grad=True, viterbi=False):
-    """Costs (B,) of some utterances. Their arcs (B,T,U1,2) become posteriors, those of labels times
-    1 + fastemit; if viterbi, 1 on the best path and 0 off it."""
+    """Costs (B,) of some utterances. Their arcs (B,T,U1,2) are overwritten, if need_grad by
+    posteriors, those of labels times 1 + fastemit; if viterbi, by 1 on the best path and 0 off
+    it."""
     (B, T, U1, _), frames, counts = arcs.shape, batch.frames[utterances], batch.counts[utterances]
     if batch.delay:
         t = torch.arange(T, device=arcs.device)       # a late label costs, an early one gains
@@ -1039,8 +1049,8 @@ def check_arguments(logits, targets, logit_lengths, target_lengths, blank, *, re
     """-> a Batch, or a ValueError that names what is wrong. Of logits only shape, device and dtype
     are used.
 
-    On a GPU, values are not checked unless validate: an utterance out of range gets no frames, and
-    its cost is NaN.
+    With logits on a GPU, targets, and lengths that lie there too, are not checked unless validate:
+    an utterance out of range gets no frames, and its cost is NaN.
     """
     shape, dtype, device = logits.shape, logits.dtype, logits.device
     if len(shape) != 4 or 0 in shape[2:] or not dtype.is_floating_point:
@@ -1102,14 +1112,14 @@ def _integers(name, value, dims, B):
 
 # ---- python rnnt_loss.py -------------------------------------------------------------------------
 
-def draw_lattice(arcs, labels):
-    """A picture in text of an utterance's lattice (T,U1,2): at every node its posterior, which is
-    how many of a hundred paths, drawn by their probability, go through it."""
-    T, U1, _ = arcs.shape
+def draw_lattice(posteriors, labels):
+    """A picture in text of an utterance's lattice, from the posteriors of its arcs (T,U1,2): at
+    every node, how many of a hundred paths, drawn by their probability, go through it."""
+    T, U1, _ = posteriors.shape
     rows = []
     for u in reversed(range(U1)):
         written = f"u={u} {labels[u - 1] if u else '':>6} "
-        percent = [f"{100 * arcs[t, u].sum():3.0f}" for t in range(T)]
+        percent = [f"{100 * posteriors[t, u].sum():3.0f}" for t in range(T)]
         rows.append(written + " -- ".join(percent) + (" -->" if u == U1 - 1 else ""))
         if u:
             rows.append(" " * 11 + "      ".join("|" * T))
@@ -1117,8 +1127,8 @@ def draw_lattice(arcs, labels):
 
 
 def demonstrate():
-    """Each version: a known example's cost, a batch's costs, and the largest error of its
-    gradient."""
+    """The costs of a batch by each version, and where it has them, a known example's cost and the
+    largest error of the gradient."""
     known = torch.tensor([[[[1, 6, 1, 1, 1], [1, 1, 6, 1, 1], [1, 1, 2, 8, 1]],
                            [[1, 6, 1, 1, 1], [1, 1, 2, 1, 1], [7, 1, 2, 1, 1]]]]) / 10
     of_known = [[1, 2]], [2], [2]                     # its cost is 4.495667

@@ -190,15 +190,6 @@ def mode_of(row, mode):
     return "asr" if asr else "st"
 
 
-def joined(rows, mode):
-    """The pairs of several utterances spoken one after the other in one stream: row after row.
-
-    No word of an utterance comes before the one before it is written whole. In mode time this is
-    the merge of all words by their times in the joined sound: every later row's are later.
-    """
-    return [pair for row in rows for pair in interleave(row, mode_of(row, mode))]
-
-
 def deinterleave(pairs):
     """Undo any of them: {tag: [word]}."""
     streams = {}

@@ -416,11 +416,12 @@ def tasks(step, options):
     sides = ["letters", "words", "next_label"]
     if step < options.warm_steps:
         return dict.fromkeys(sides, 1.0)
+    sides = dict.fromkeys(sides, SIDE_WEIGHT)
     if not options.prune:
-        return {"transducer": 1.0} | dict.fromkeys(sides, SIDE_WEIGHT)
+        return {"transducer": 1.0} | sides
     # As the authors of the pruned loss do: first learn where to look.
     begun = min(1.0, (step - options.warm_steps) / FORGET_STEPS)
-    return {"transducer": 0.1 + 0.9 * begun, "simple": 1 - 0.5 * begun, "letters": SIDE_WEIGHT}
+    return {"transducer": 0.1 + 0.9 * begun, "simple": 1 - 0.5 * begun} | sides
 
 
 def losses(model, batch, names, step, options, chunk=None):
@@ -516,8 +517,8 @@ class Muon(torch.optim.Optimizer):
 
     For a gradient G = U S V', five Newton-Schulz iterations X <- a X + (b A + c A^2) X, A = X X',
     pull all singular values of G / |G| towards 1, so that U V' is learned: no direction of a matrix
-    waits for the others. They run in the parameters' type, not in bfloat16, which most
-    laptops emulate, and on all matrices of one shape at once.
+    waits for the others. They run in the parameters' type, not in bfloat16, which most laptops
+    emulate, and on all matrices of one shape at once.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
@@ -550,9 +551,15 @@ def orthogonalised(matrices, iterations=5):
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    # Each iteration multiplies X by a polynomial of A = X X'. These commute, so X itself, the only
+    # matrix that is not small and square, is needed twice: for the first A, and at the end.
+    square, product = x @ x.mT, None
+    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     for _ in range(iterations):
-        square = x @ x.mT
-        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+        factor = 3.4445 * identity - 4.775 * square + 2.0315 * square @ square
+        product = factor if product is None else factor @ product
+        square = factor @ square @ factor
+    x = product @ x
     return x.mT if tall else x
 
 

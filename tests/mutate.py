@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # (file, what stands there, what it becomes, test file, pytest's -k)
 MUTATIONS = [
     # The weights, labels and rows of training.
-    ("train.py", 'return {"transducer": 1.0} | dict', 'return {"transducer": 0.0} | dict',
+    ("train.py", 'return {"transducer": 1.0} | sides', 'return {"transducer": 0.0} | sides',
      "test_train.py", "weights_and_rates"),
     ("train.py", "next_label_scores(model, labels[:, :-1])",
      "next_label_scores(model, labels[:, 1:])", "test_train.py", "does_not_see_what_it_predicts"),

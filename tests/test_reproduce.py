@@ -1,6 +1,7 @@
 """What the tables of the experiments count."""
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,16 @@ def record(stream, words, reference):
 def test_the_evidence_of_a_word_is_its_own():
     assert reproduce.evidence_of(ROW) == {"<asr>": [0.5, 1.0, 1.5, 2.0],
                                           "<st:en>": [0.5, 2.0, 1.5]}
+
+
+def test_words_that_time_puts_elsewhere():
+    """ALIGN writes "I" after 1 word, "bought" and "it" after 4; by these times "I" comes after 1,
+    "bought" after 3, "it" after 4. The second row is as ALIGN has it."""
+    moved = replace(ROW, st_times={"en": [0.6, 1.7, 2.1]})
+    same = replace(ROW, st_times={"en": [0.6, 2.1, 2.2]})
+    assert reproduce.moved_by_time([moved]) == pytest.approx(1 / 3)
+    assert reproduce.moved_by_time([same]) == 0
+    assert reproduce.moved_by_time([moved, same]) == pytest.approx(1 / 6)
 
 
 @pytest.mark.parametrize("words, guessed, errors", [

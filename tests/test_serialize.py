@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import serialize as module  # noqa: E402
 from serialize import (ASR, InputError, Row, StreamParser, Tokenizer, deinterleave,  # noqa: E402
                        interleave, interleave_align, interleave_ratio, interleave_time, join,
-                       joined, mode_of, needs, parse, read_manifest, serialize, units,
+                       mode_of, needs, parse, read_manifest, serialize, units,
                        write_manifest)
 
 settings.register_profile("here", deadline=None, max_examples=150)
@@ -855,6 +855,11 @@ def test_a_row_with_one_text_is_written_as_that_text():
 
 
 def test_joined_utterances_are_written_one_after_the_other():
+    """As training writes them: row after row, which in mode time is the merge of all words by
+    their times in the joined sound, and in mode ratio is not."""
+    def joined(rows, mode):
+        return [pair for row in rows for pair in interleave(row, mode_of(row, mode))]
+
     first = Row("1", "a", asr="a b", st={"fr": "x y"}, links={"fr": [(0, 0), (1, 1)]},
                 times=[1.0, 2.0], st_times={"fr": [1.5, 2.5]})
     second = Row("2", "b", asr="c d", st={"fr": "z"}, links={"fr": [(1, 0)]}, times=[0.5, 1.0],
