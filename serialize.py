@@ -36,7 +36,7 @@ import stat
 import sys
 import unicodedata
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby, zip_longest
 from pathlib import Path
@@ -433,7 +433,7 @@ def make_row(record, path, number, allow_outside=False):
         if not _fits(value, KINDS[key]):
             raise InputError(f"{key} cannot be {value!r:.60}")
     other = {key: value for key, value in record.items() if key not in KINDS}
-    if "id" not in given:
+    if not given.get("id"):
         given["id"] = f"{Path(path).stem}:{number}"
     row = Row(**given, other=other, where=f"{path}:{number}")
     parts = row.audio.replace(os.altsep or os.sep, os.sep).split(os.sep)   # Path's are slow
@@ -569,7 +569,7 @@ class Intake:
     def add(self, record, path, number, allow_outside=False):
         """A line's object becomes a row, or joins the one that has its sound."""
         row = make_row(record, path, number, allow_outside)
-        if record.get("id") is None and row.id in self.ids:
+        if not record.get("id") and row.id in self.ids:
             row.id = row.where        # a name of ours, so ours to change
         sound = (row.audio, row.start, row.duration)
         if self.by_sound and sound in self.sounds:
@@ -634,7 +634,11 @@ def write_manifest(path, rows):
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: a folder, a pipe or a device, not a file that can be replaced")
     lines = [json.dumps(record_of(row, Path(path).parent), ensure_ascii=False) for row in rows]
-    content = "".join(line + "\n" for line in lines).encode()
+    try:
+        content = "".join(line + "\n" for line in lines).encode()
+    except UnicodeEncodeError as error:
+        name = error.object[max(0, error.start - 40):error.end]
+        raise InputError(f"{path}: a name that is not UTF-8 cannot stand in it: {name!r}") from None
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
@@ -642,7 +646,8 @@ def write_manifest(path, rows):
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None  # not the temporary name
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 # ---- What an order costs: how long a translated word waits, how much is guessed ------------------
@@ -1078,15 +1083,13 @@ def read_rows(options):
 def main(arguments):
     """The exit code: 0, or 2 after one line about what is wrong."""
     options = read_arguments(arguments)
-    if not options.files:
-        demonstrate()
-        return 0
     try:
-        rows = read_rows(options)
+        rows = read_rows(options) if options.files else []
         for row in rows if options.project else []:
             project_times(row)
         if not options.out:
-            print_table(rows, options.size)
+            print_table(rows, options.size) if options.files else demonstrate()
+            print(end="", flush=True)   # here, where a pipe that nobody reads is caught
             return 0
         write_manifest(options.out, rows)
         outside = any(record_of(row, Path(options.out).parent)["audio"].startswith("..")
@@ -1096,6 +1099,9 @@ def main(arguments):
         return 0
     except InputError as error:
         tell(f"serialize.py: {error}")
+    except BrokenPipeError:           # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         tell(f"serialize.py: {error.filename or 'output'}: {error.strerror}")
     return 2

@@ -30,7 +30,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import chain, islice
@@ -177,7 +177,8 @@ class Streamer:
         self.n_tokens += len(tokens)
         spelled = [word for written in tokens for word in self.speller.feed(written)]
         self.in_utterance |= bool(spelled or self.speller.pending)
-        pause = bool(self.pause and self.in_utterance and self.search.quiet >= self.pause)
+        pause = bool(self.pause and self.in_utterance and not final
+                     and self.search.quiet >= self.pause and not self.search.withheld)
         if final or pause:  # a word that is half written ends with its utterance
             spelled += self.speller.flush()
         last_sample = HOP * (self.frames * self.config.subsampling - 1) + WINDOW
@@ -317,6 +318,7 @@ class Labels:
 class Greedy:
     """One stream's way through the lattice: up by a label, on to the next frame by blank, the
     better one each time."""
+    withheld = False            # what it has written, it has shown
 
     def __init__(self, model, limits=LIMITS, blank_penalty=0.0, restart=None):
         self.model, self.limits = model, limits
@@ -456,6 +458,11 @@ class Beam:
         """Frames since the last label of the likeliest hypothesis."""
         written = self.hyps[0].written
         return self.done - 1 - (written[-1].frame if written else self.shown_at)
+
+    @property
+    def withheld(self):
+        """Whether the likeliest hypothesis has written what is not shown yet."""
+        return bool(self.hyps[0].tokens)
 
     def one_frame(self, frame, limit):
         """All hypotheses through one frame, with up to `limit` labels each. In each round every
@@ -1048,6 +1055,15 @@ def fit(text, width):
     return text
 
 
+def pieces(text, width):
+    """A text in parts of at most `width` characters and columns."""
+    parts = []
+    while text:
+        parts.append(fit(text[:width], width) or text[0])
+        text = text[len(parts[-1]):]
+    return parts
+
+
 def say(message):
     print(printable(message), file=sys.stderr)
 
@@ -1088,17 +1104,18 @@ class Terminal:
     def __call__(self, events):
         width = max(1, shutil.get_terminal_size().columns - self.margin - 2)
         for word in words_of(events):
-            line = self.lines[word.stream]
-            if line and columns(printable(join([*line, word.text]))) > width:
-                self.lines = {tag: [] for tag in self.lines}
-                self.drawn = 0
-            self.lines[word.stream].append(word.text)
-            self.draw(width)
+            for text in pieces(printable(word.text), width):
+                line = self.lines[word.stream]
+                if line and columns(join([*line, text])) > width:
+                    self.lines = {tag: [] for tag in self.lines}
+                    self.drawn = 0
+                self.lines[word.stream].append(text)
+                self.draw(width)
 
     def draw(self, width):
         up = f"\x1b[{self.drawn}F" if self.drawn else ""  # so many lines
         rows = [f"\x1b[2K\x1b[2m{printable(tag):{self.margin}}\x1b[0m "
-                f"{fit(printable(join(line)), width)}\n"
+                f"{fit(join(line), width)}\n"
                 for tag, line in self.lines.items()]
         print(up + "".join(rows), end="", flush=True)
         self.drawn = len(rows)
@@ -1135,17 +1152,13 @@ class Subtitles:
         if self.words and (word.start_s - self.words[-1].end_s >= self.pause
                            or word.end_s - self.words[0].start_s > self.LONGEST_S):
             self.finish()
-        for text in self.pieces(printable(word.text)):
+        for text in pieces(printable(word.text), self.WIDTH):
             lines = self.with_text(text)
             if len(lines) > self.LINES:
                 self.finish()
                 lines = [[text]]
             self.lines = lines
             self.words.append(word)
-
-    def pieces(self, text):
-        """A word, in parts where it is longer than a line."""
-        return [text[k:k + self.WIDTH] for k in range(0, len(text), self.WIDTH)]
 
     def with_text(self, text):
         """The lines of the cue with one more text, in the last line if it fits."""
@@ -1172,13 +1185,15 @@ class Subtitles:
         return text.replace(",", ".") if self.webvtt else text
 
     def close(self):
-        self.finish()
-        self.file.close()
+        with self.file:
+            self.finish()
 
 
 def track_paths(path, tags):
     """tag -> file: `path` for the only stream, else one for each, talk.srt as talk.st-fr.srt."""
     path = Path(path)
+    if not path.name:
+        raise InputError(f"{path}: not the name of a file")
     if len(tags) == 1:
         return {tags[0]: path}
     return {tag: path.with_name(f"{path.stem}.{file_name(tag)}{path.suffix}") for tag in tags}
@@ -1189,18 +1204,32 @@ def file_name(tag):
     return re.sub(r"[^\w-]", "-", tag.strip("<>"))
 
 
+def planned_tracks(options, tags):
+    """[(file, tag, whether it is WebVTT)] of the subtitles asked for; what cannot be written is
+    refused before any file is touched."""
+    planned = [(own, tag, webvtt)
+               for path, webvtt in ((options.srt, False), (options.vtt, True)) if path
+               for tag, own in track_paths(path, tags).items()]
+    taken = {os.path.realpath(options.audio): "the recording"}
+    for own, tag, _ in planned:
+        real = os.path.realpath(own)
+        if real in taken:
+            raise InputError(f"{own}: subtitles of {tag} would overwrite {taken[real]}")
+        if os.path.isdir(real) or not os.path.isdir(os.path.dirname(real)):
+            raise InputError(f"{own}: a folder, or in a folder that is not there")
+        taken[real] = f"other subtitles, of {tag}"
+    return planned
+
+
 @contextmanager
-def opened_tracks(options, tags):
-    """The subtitle files asked for; whatever happens, their last cue is written."""
-    tracks = []
-    try:
-        for path, webvtt in ((options.srt, False), (options.vtt, True)):
-            for tag, own in track_paths(path, tags).items() if path else ():
-                tracks.append(Subtitles(own, tag, webvtt, options.pause))
+def opened_tracks(planned, pause):
+    """The subtitle files; whatever happens, the last cue of each is written."""
+    with ExitStack() as stack:
+        tracks = []
+        for own, tag, webvtt in planned:
+            tracks.append(Subtitles(own, tag, webvtt, pause))
+            stack.callback(tracks[-1].close)
         yield tracks
-    finally:
-        for track in tracks:
-            track.close()
 
 
 def caption(model, tokenizer, options, search):
@@ -1208,13 +1237,14 @@ def caption(model, tokenizer, options, search):
     screen = show_json if options.json else show_lines
     if sys.stdout.isatty() and not options.json:
         screen = Terminal(tokenizer.tags)
+    planned = planned_tracks(options, tokenizer.tags)
     streamer = Streamer(model, tokenizer, pause=options.pause, **search)
     incoming, fault = packets(options.audio, options.realtime), None
     try:  # what cannot be read is told before files of older captions are lost
         first = next((packet for packet in incoming if len(packet)), np.zeros(0, np.float32))
     except KeyboardInterrupt:
         return
-    with opened_tracks(options, tokenizer.tags) as tracks:
+    with opened_tracks(planned, options.pause) as tracks:
         def show(events):
             for way in (*tracks, screen):  # the screen last: whoever reads it may have left
                 way(events)
@@ -1523,7 +1553,7 @@ def log_entry(index, row, tag):
     return {"index": index, "prediction": " ".join(word.text for word in words),
             "delays": [word.delay_ms for word in words],
             "elapsed": [word.elapsed_ms for word in words], "prediction_length": len(words),
-            "reference": " ".join(row["references"][tag]), "source": [row["audio"]],
+            "reference": " ".join(row["references"][tag]), "source": [printable(row["audio"])],
             "source_length": row["duration_ms"]}
 
 
@@ -1535,6 +1565,8 @@ def evaluation(model, tokenizer, options, search):
     if not has.keys() & set(tokenizer.tags):
         raise InputError(f"{options.eval}: it has {' '.join(has)}, and the model writes "
                          f"{' '.join(tokenizer.tags)}: nothing to compare")
+    if options.log:  # not after hours
+        Path(options.log).mkdir(parents=True, exist_ok=True)
     metrics, records = evaluate(model, tokenizer, readable(rows), batch_size=1,
                                 progress=len(rows), bootstrap=1000, **search)
     if not records:
@@ -1634,31 +1666,32 @@ def main(argv=None):
     if not options.checkpoint:
         if options.eval:
             parser.error("--eval wants a model before it: stream.py MODEL --eval MANIFEST")
-        return demonstration()
-    if bool(options.audio) == bool(options.eval):
+    elif bool(options.audio) == bool(options.eval):
         parser.error("give an audio file, - for standard input, mic, or --eval MANIFEST")
     if options.eval and (options.srt or options.vtt or options.json or options.realtime):
         parser.error("--srt, --vtt, --json and --realtime go with one recording, not with --eval")
     if options.log and not options.eval:
         parser.error("--log goes with --eval")
     try:
-        run(options)
+        code = run(options) if options.checkpoint else demonstration()
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (InputError, CheckpointError, OSError) as error:
         say(f"stream.py: {error}")
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
+    return code
 
 
 def run(options):
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(min(options.threads, os.cpu_count() or 1))
     model, tokenizer, beside = load_run(options.checkpoint, options.device)
     do = evaluation if options.eval else caption
     do(model, tokenizer, options, search_of(options, beside))
+    return 0
 
 
 if __name__ == "__main__":

@@ -515,9 +515,26 @@ def test_nothing_half_written(tmp_path):
     before = path.read_bytes()
     good = Row("1", str(tmp_path / "a.wav"), asr="a")
     bad = Row("2", str(tmp_path / "b.wav"), asr="\udc80")
-    with pytest.raises(ValueError, match="surrogates"):
+    with pytest.raises(InputError, match="not UTF-8"):
         write_manifest(path, [good, bad])
+    elsewhere = Row("3", os.fsdecode(bytes(tmp_path.parent) + b"/caf\xe9/a.wav"), asr="a")
+    with pytest.raises(InputError, match="m.jsonl: a name that is not UTF-8"):
+        write_manifest(path, [good, elsewhere])
+    with pytest.raises(OSError, match="m.jsonl/x.jsonl'$"):    # not the temporary name
+        write_manifest(path / "x.jsonl", [good])
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["m.jsonl"]
+
+
+def test_an_empty_id_is_none(tmp_path):
+    lines = [json.dumps({"audio": f"{k}.wav", "asr": "a", "id": ""}).encode() for k in range(3)]
+    rows = read_manifest(manifest(tmp_path, *lines))
+    assert [row.id for row in rows] == ["m:1", "m:2", "m:3"]
+
+
+def test_a_reader_who_leaves_is_no_error():
+    script = f"{sys.executable} serialize.py | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---- Delays, importers, command line -------------------------------------------------------------
@@ -741,7 +758,8 @@ def rows_of_a_manifest(draw):
         links[lang] = draw(some.lists(pairs, max_size=4)) if n and m else []
     name = some.sampled_from(["", "0", "s/1", "id"])
     other = some.dictionaries(some.sampled_from(["", "x", "where", "other"]), JSON, max_size=2)
-    return Row(draw(name), "a.wav", draw(SECONDS), draw(some.one_of(some.none(), SECONDS)),
+    given_name = some.sampled_from(["0", "s/1", "id"])     # "" is none: see test_an_empty_id_is_none
+    return Row(draw(given_name), "a.wav", draw(SECONDS), draw(some.one_of(some.none(), SECONDS)),
                draw(name), asr, st, links, times, st_times, draw(name), draw(other))
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -664,7 +665,9 @@ def test_lines_have_the_time_of_their_chunk_and_long_tags_their_room(monkeypatch
     terminal = stream.Terminal(["<asr>", "<st:pt-BR>"])
     terminal([Word("<st:pt-BR>", "abcdefghijklm", 0, 0, 0, 0)])
     rows = re.sub(r"\x1b\[\d*[Km]", "", capsys.readouterr().out).splitlines()
-    assert rows == ["<asr>      ", "<st:pt-BR> abcdefgh"]
+    assert rows == ["<asr>      ", "<st:pt-BR> abcdefgh", "<asr>      ", "<st:pt-BR> ijklm"]
+    assert stream.pieces("\uac00" * 30, 42) == ["\uac00" * 21, "\uac00" * 9]  # two columns each
+    assert stream.pieces("\uac00b", 1) == ["\uac00", "b"]        # wider than the screen, and shown
 
 
 def test_realtime_keeps_the_pace(folder, capsys, monkeypatch):
@@ -758,6 +761,44 @@ def test_subtitles_survive_whatever_ends_the_captions(folder, capsys, monkeypatc
     assert any("-->" in text for text in left.values()) and left != tracks
 
 
+def test_subtitles_that_cannot_be_written_touch_no_file(folder, capsys, monkeypatch, tmp_path):
+    old, sound = tmp_path / "y.asr.srt", tmp_path / "x.st-en.srt"
+    old.write_text("older captions")
+    shutil.copy(folder / "2.wav", sound)
+    for more, message in (
+            (("--srt", str(tmp_path / "y.srt"), "--vtt", str(tmp_path / "none" / "y.vtt")),
+             "in a folder that is not there"),
+            (("--srt", "."), "not the name of a file"),
+            (("--srt", str(tmp_path / "x"), "--vtt", str(tmp_path / "x")), "other subtitles"),
+            (("--srt", str(tmp_path / "x.srt")), "overwrite the recording")):
+        code, lines, err = captions(folder, capsys, monkeypatch, str(sound), *more)
+        assert code == 2 and not lines and message in err and len(err.splitlines()) == 1, more
+    assert old.read_text() == "older captions"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.st-en.srt", "y.asr.srt"]
+
+
+def test_the_last_cue_of_every_track_is_written(tmp_path, monkeypatch):
+    """A disk that is full for the first does not cost the second its words."""
+    planned = [(tmp_path / name, "<asr>", False) for name in ("a", "b")]
+    with pytest.raises(OSError, match="full"):
+        with stream.opened_tracks(planned, 1.0) as tracks:
+            for track in tracks:
+                track([Word("<asr>", "ja", 0, 0.0, 0.5, 0)])
+
+            def full():
+                raise OSError(28, "the disk is full")
+            monkeypatch.setattr(tracks[1], "finish", full)     # closed first, as it came last
+    assert (tmp_path / "a").read_text() == "1\n00:00:00,000 --> 00:00:01,000\nja\n\n"
+    assert all(track.file.closed for track in tracks)
+
+
+def test_where_logs_cannot_go_is_told_before_the_evaluation(folder, capsys, monkeypatch):
+    monkeypatch.setattr(stream, "evaluate", lambda *_, **__: pytest.fail("after hours"))
+    command = [str(folder / "model.pt"), "--eval", str(folder / "set.jsonl")]
+    assert stream.main([*command, "--log", str(folder / "0.wav")]) == 2
+    assert "0.wav" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_an_empty_text_is_no_reference(folder):
     row = Row(id="x", audio="x", asr="", st={"en": "la"})
     model, tokenizer, _ = stream.load_run(folder / "model.pt")
@@ -787,6 +828,24 @@ def test_a_pause_ends_the_word_that_is_half_written():
     assert isinstance(word, Word) and isinstance(pause, stream.Pause)
     assert word.text == "l" and word.start_s == pytest.approx(0.12)
     assert streamer.events([], False, 0.0) == [] and streamer.speller.flush() == []
+
+
+def test_no_pause_where_a_beam_withholds_a_token_or_the_audio_ends():
+    streamer = Streamer(lively(), TOKENIZER, pause=0.1, beam=2)
+    half = [stream.Written(TOKENIZER.pieces.index(b"l"), 3, -0.1)]
+    assert streamer.events(half, False, 0.0) == []
+    streamer.search.done = 100
+    first = streamer.search.hyps[0]
+    streamer.search.hyps = [replace(first, tokens=(5,), written=(stream.Written(5, 9, -0.1),))]
+    assert streamer.search.quiet == 90 and streamer.search.withheld
+    assert streamer.events([], False, 0.0) == []               # the rest of "l" may be on its way
+    streamer.search.hyps = [first]
+    word, pause = streamer.events([], False, 0.0)
+    assert word.text == "l" and isinstance(pause, stream.Pause)
+    streamer.search.done = 1
+    assert streamer.events(half, False, 0.0) == []
+    streamer.search.done = 200
+    assert [type(event) for event in streamer.events([], True, 0.0)] == [Word]
 
 
 def test_the_search_is_that_of_the_models_file_unless_the_command_says_otherwise(folder, capsys):
