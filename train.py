@@ -128,8 +128,8 @@ class Options:
     strict: bool = option(False, "stop at the first bad row instead of leaving it out")
 
 
-REAL = dict(steps=7500, warm_steps=5000, label_dropout=0.25, merges=240, augment=0.5,
-            eval_every=1000)
+REAL = dict(steps=9000, warm_steps=4500, label_dropout=0.25, merges=240, prune=16, augment=0.5,
+            eval_every=1500)
 FIXED = "corpus", "preset", "interleave", "init", "seed", "merges"   # what a checkpoint decides
 
 

@@ -758,7 +758,7 @@ def rows_of_a_manifest(draw):
         links[lang] = draw(some.lists(pairs, max_size=4)) if n and m else []
     name = some.sampled_from(["", "0", "s/1", "id"])
     other = some.dictionaries(some.sampled_from(["", "x", "where", "other"]), JSON, max_size=2)
-    given_name = some.sampled_from(["0", "s/1", "id"])     # "" is none: see test_an_empty_id_is_none
+    given_name = some.sampled_from(["0", "s/1", "id"])         # an empty one counts as none
     return Row(draw(given_name), "a.wav", draw(SECONDS), draw(some.one_of(some.none(), SECONDS)),
                draw(name), asr, st, links, times, st_times, draw(name), draw(other))
 
