@@ -84,11 +84,11 @@ MUTATIONS = [
     ("serialize.py", "latest[j] = max(latest[j], i)", "latest[j] = i",
      "test_serialize.py", "test_align"),
     ("serialize.py", "return list(accumulate(latest, max))", "return latest",
-     "test_serialize.py", "test_align"),
+     "test_serialize.py", "words_without_links"),
     ("serialize.py", "if most < 2:", "if most < 1:",
      "test_serialize.py", "byte_pair or example_in_the_documentation"),
     ("serialize.py", "finished = self.flush()\n", "finished = []\n",
-     "test_serialize.py", "any_ids or a_word_comes"),
+     "test_serialize.py", "a_tag_ends_the_word"),
     # Streaming and its scores.
     ("stream.py", "select([b + B * (token != BLANK)", "select([b + B",
      "test_stream.py", "batch or training_score"),

@@ -296,6 +296,17 @@ def test_manifest(tmp_path):
     assert [row.asr for row in found[:200]] == [row["asr"] for row in rows]
 
 
+def test_gold_links_stay_inside_their_pair(tmp_path, capsys):
+    """Two words and three: the last of each is 1 and 2, and what lies one beyond is named."""
+    path = tmp_path / "x.gold"
+    path.write_text("0-0 1p2 2-0 0-3 2-3\n")
+    assert align.read_gold(path, [(["a", "b"], ["x", "y", "z"])]) == ([{(0, 0)}], [{(1, 2)}])
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3
+    assert all(f"left out, '{link}' is not a link" in line
+               for link, line in zip(("2-0", "0-3", "2-3"), said))
+
+
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data/word-alignment")
 def test_gold_links():
     """Two points above what was measured (20.0), eight below eflomal (29.3 on the same lines)."""

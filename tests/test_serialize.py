@@ -297,6 +297,14 @@ def test_a_word_comes_with_its_last_token(pairs):
         assert parser.flush() == [] and parser.invalid == 0
 
 
+def test_a_tag_ends_the_word_that_is_open():
+    """Its own last token, the separator, has not come: the word is the stream's it was begun in."""
+    parser = StreamParser(TRAINED)
+    assert parser.feed(TRAINED.pieces.index(b"l")) == []
+    assert parser.feed(TRAINED.tag_id[TAGS[1]]) == [(TAGS[0], "l")]
+    assert parser.tag == TAGS[1] and parser.flush() == []
+
+
 @given(some.lists(some.integers(0, len(TRAINED) - 1), max_size=40),
        some.randoms(use_true_random=False))
 def test_any_ids_are_read(ids, rng):
