@@ -759,8 +759,10 @@ def read_tier(tokens):
     next(tokens), next(tokens)  # xmin, xmax
     intervals = []
     for _ in range(int(next(tokens))):
-        start = float(next(tokens))
-        end = float(next(tokens)) if kind == '"IntervalTier"' else start
+        start = seconds(next(tokens))
+        end = seconds(next(tokens)) if kind == '"IntervalTier"' else start
+        if start is None or end is None:
+            raise ValueError("no time")
         intervals.append((start, end, unquote(next(tokens))))
     return name, intervals
 
@@ -780,12 +782,12 @@ def in_time(words):
 
 
 def seconds(text):
-    """-> float, or None if it is no time"""
+    """-> float, or None if it is no time that a manifest may have"""
     try:
         value = float(text)
     except ValueError:
         return None
-    return value if 0 <= value < math.inf else None
+    return value if 0 <= value < 1e9 else None
 
 
 def annotated_times(rows, found, path):

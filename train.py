@@ -58,7 +58,7 @@ from align import add_links, align_bitext
 from model import PRESETS, SAMPLE_RATE, InputError, Transducer, load, log_mel, pad_samples, save
 from rnnt_loss import joint_rnnt_loss, prune_band, runs_on_gpu, simple_rnnt_loss
 from serialize import InputError as TextError
-from serialize import (Row, Tokenizer, interleave, mode_of, needs, parse, read_manifest,
+from serialize import (Row, Tokenizer, interleave, mode_of, needs, read_manifest,
                        serialize, write_manifest)
 from stream import evaluate, read_audio, readable, resample
 
@@ -225,8 +225,9 @@ def check(options):
         value, low, high = getattr(options, f.name), f.metadata["low"], f.metadata["high"]
         if value is None or low is None and high is None:
             continue
-        if not math.isfinite(value) or value < low or high is not None and value > high:
-            allowed = f"{low} or more" if high is None else f"from {low} to {high}"
+        most = 2 ** 31 - 1 if high is None else high
+        if value > most or value < low or not math.isfinite(value):
+            allowed = f"{low} or more" if high is None and value < low else f"from {low} to {most}"
             raise InputError(f"{flag(f.name)} is {value}, not {allowed}")
     if options.warm_steps >= options.steps:
         raise InputError(f"--warm-steps is {options.warm_steps} of --steps {options.steps}: the "
@@ -329,7 +330,8 @@ def train_step(run, batches, options, ranks):
         sums += torch.stack([loss.detach().float() for loss in each.values()])
     ranks.add_gradients(model)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    finite = bool(torch.isfinite(norm))                        # one GPU's only wait in a step
+    finite = bool(torch.isfinite(norm))                        # one GPU's only wait in a step,
+                                                               # but for the band of --prune
     if finite:                                                 # a step that overflows is dropped
         for optimizer in run.optimizers:
             optimizer.step()
@@ -1233,8 +1235,9 @@ def resume_run(options):
         for optimizer, state in zip(optimizers, beside["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         tokenizer = Tokenizer.from_dict(beside["tokenizer"])
+        best = beside["best"] if beside["options"]["dev"] == options.dev else Run.best
         return Run(model, tokenizer, beside["letters"], optimizers, beside["step"],
-                   tuple(beside["position"]), beside["best"])
+                   tuple(beside["position"]), best)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: a damaged checkpoint: {error}") from None
 
@@ -1276,10 +1279,12 @@ class Log:
         self.waited = 0.0
         if self.first:
             # What a resumed run does again, it writes again.
-            with open(self.path, "w", newline="") as file:
+            new = self.path.with_suffix(".new")
+            with open(new, "w", newline="") as file:
                 writer = csv.DictWriter(file, self.COLUMNS)
                 writer.writeheader()
                 writer.writerows(lines)
+            os.replace(new, self.path)                         # never half a history
         self.bar = tqdm(initial=step, unit="step", dynamic_ncols=True,
                         disable=None if self.first else True)
         self.start()

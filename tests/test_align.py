@@ -296,6 +296,16 @@ def test_manifest(tmp_path):
     assert [row.asr for row in found[:200]] == [row["asr"] for row in rows]
 
 
+@pytest.mark.parametrize("start, end", [("-0.5", "-0.1"), ("0", "1e999"), ("0", "nan"),
+                                        ("0", "2e9")])
+def test_a_grid_has_no_times_that_a_manifest_refuses(start, end):
+    def tokens(*times):
+        return iter(['"IntervalTier"', '"words"', "0", "9", "1", *times, '"a"'])
+    assert align.read_tier(tokens("0", "1")) == ("words", [(0.0, 1.0, "a")])
+    with pytest.raises(ValueError):
+        align.read_tier(tokens(start, end))
+
+
 def test_gold_links_stay_inside_their_pair(tmp_path, capsys):
     """Two words and three: the last of each is 1 and 2, and what lies one beyond is named."""
     path = tmp_path / "x.gold"
