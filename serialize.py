@@ -1088,7 +1088,10 @@ def main(arguments):
         for row in rows if options.project else []:
             project_times(row)
         if not options.out:
-            print_table(rows, options.size) if options.files else demonstrate()
+            if options.files:
+                print_table(rows, options.size)
+            else:
+                demonstrate()
             print(end="", flush=True)   # here, where a pipe that nobody reads is caught
             return 0
         write_manifest(options.out, rows)

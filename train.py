@@ -555,12 +555,12 @@ def orthogonalised(matrices, iterations=5):
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     # Each iteration multiplies X by a polynomial of A = X X'. These commute, so X itself, the only
     # matrix that is not small and square, is needed twice: for the first A, and at the end.
-    square, product = x @ x.mT, None
+    square = x @ x.mT
     identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    for _ in range(iterations):
+    for k in range(iterations):
+        square = factor @ square @ factor if k else square
         factor = 3.4445 * identity - 4.775 * square + 2.0315 * square @ square
-        product = factor if product is None else factor @ product
-        square = factor @ square @ factor
+        product = factor @ product if k else factor
     x = product @ x
     return x.mT if tall else x
 
