@@ -1037,11 +1037,33 @@ def parse_options(argv):
     add("-o", "--out", help="the file to write; links: standard output if not given")
     add("--train", nargs="+", default=[], metavar="FILE.pairs", help="more text to learn from")
     add("--gold", help="`i-j` sure, `ipj` possible: print the alignment error rate")
-    add("--method", choices=METHODS, default=Recipe.method, help="how the directions are joined")
+    add("--method", choices=METHODS, help=f"how the directions are joined (default {Recipe.method})")
     add("--model", help="link by this encoder instead: a name for transformers, or its folder")
     add("--times", help="RUN/model.pt, a CTM, or a folder of TextGrids named by row id")
     add("--allow-outside", action="store_true", help="sound may lie outside the manifest's folder")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    refuse_useless(options)
+    return options
+
+
+def refuse_useless(options):
+    """An option that would change nothing is told, not ignored."""
+    given = {"--" + name.replace("_", "-") for name, value in vars(options).items()
+             if value and name != "input"}
+    if given and not options.input:
+        raise InputError(f"{min(given)} needs an input, FILE.pairs or a manifest IN.jsonl")
+    manifest = (options.input or "").endswith(".jsonl")
+    no_manifest = f"is for a manifest, a file called .jsonl, not {options.input!r}"
+    no_learning = "is for what is learned from the text; --model links by what it knows"
+    for name, useless, why in (
+            ("--gold", manifest,
+             "is for FILE.pairs; the links of a manifest are compared anyway"),
+            ("--times", not manifest, no_manifest),
+            ("--allow-outside", not manifest, no_manifest),
+            ("--train", options.model, no_learning),
+            ("--method", options.model, no_learning)):
+        if name in given and useless:
+            raise InputError(f"{name} {why}")
 
 
 def main(argv=None):
@@ -1051,17 +1073,13 @@ def main(argv=None):
     def align(pairs):
         if options.model:
             return contextual_links(pairs, options.model)
-        return align_bitext(pairs + more, Recipe(method=options.method))[:len(pairs)]
+        recipe = Recipe(method=options.method or Recipe.method)
+        return align_bitext(pairs + more, recipe)[:len(pairs)]
 
-    manifest = (options.input or "").endswith(".jsonl")
     if not options.input:
         demonstrate()
-    elif manifest and options.gold:
-        raise InputError("--gold is for FILE.pairs; the links of a manifest are compared anyway")
-    elif manifest:
+    elif options.input.endswith(".jsonl"):
         align_manifest(options, align)
-    elif options.times:
-        raise InputError(f"--times is for a manifest, a file called .jsonl, not {options.input!r}")
     else:
         align_pairs(options, align)
 

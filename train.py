@@ -102,7 +102,8 @@ class Options:
     seed: int = option(0, "of every random draw", low=0, high=2 ** 32 - 1)
     steps: int = option(1300, "updates of the weights", low=1)
     warm_steps: int = option(400, "of these, before the transducer loss starts", low=0)
-    batch_seconds: float = option(42.0, "sound in a batch, padding included", low=0.1)
+    batch_seconds: float = option(
+        42.0, "sound in a batch, padding included; a longer stream is a batch of its own", low=0.1)
     accumulate: int = option(1, "batches in an update, on each process", low=1)
     lr: float = option(2e-3, "peak learning rate", low=0, high=1)
     chunks: tuple = option(
@@ -120,7 +121,8 @@ class Options:
     join: int = option(3, "utterances joined into one stream, at most", low=1)
     noise: str = option("", "folder of noises to mix in")
     max_seconds: float = option(
-        30.0, "rows that are longer are left out, and joining stops there", low=0.1)
+        30.0, "rows that are longer are left out, and joining stops there, pauses not counted",
+        low=0.1)
     workers: int = option(0, "processes that prepare sound (0: a thread)", low=0)
     eval_every: int = option(500, "updates between two evaluations", low=1)
     device: str = option("", "cpu or cuda (default: cuda where there is one)")
@@ -233,6 +235,10 @@ def check(options):
         raise InputError(f"--warm-steps is {options.warm_steps} of --steps {options.steps}: the "
                          "transducer would never start")
     check_mode(options.interleave)
+    longest = round(stream.LONGEST_CHUNK_S / PRESETS[options.preset].frame_s)
+    if too_long := [chunk for chunk in options.chunks if chunk > longest]:
+        raise InputError(f"--chunks has {too_long[0]}, but stream.py takes chunks of at most "
+                         f"{longest} frames, a minute (0: the whole utterance)")
     if options.prune == 1:
         raise InputError("--prune is 1, not 0 or at least 2: a band of one row never rises")
     if options.noise:
@@ -282,24 +288,22 @@ def learn(run, corpus, dev, options, ranks, folder):
         announce(run, source, corpus, options, folder)
     log = Log(folder, run.step, ranks)
     with StopSignal() as stop:
+        left = run.step < options.steps
+        if ranks.first and left and evaluation_owed(run.step, options, folder):
+            milestone(run, dev, options, folder, log)
         with Batches(source, corpus, run, options, ranks) as batches:
-            for group in batches:                              # those of one step on this process
+            for group in batches if left else ():              # those of one step on this process
                 numbers = train_step(run, group, options, ranks)
                 log.add(run, group, numbers, batches.waited)
                 if ranks.agree(stop.wanted) or run.step >= options.steps:
                     break
                 if run.step % options.eval_every == 0 and ranks.first:
-                    save_run(run, options, folder, log)
-                    # Before, the joint cannot stop writing.
-                    if run.step > options.warm_steps and assess(run, dev, options, folder):
-                        save_run(run, options, folder, log)
-                    log.start()                                # that took its time
+                    milestone(run, dev, options, folder, log)
         log.close(run)
-        if ranks.first:
+        if ranks.first and run.step == options.steps:
+            milestone(run, dev, options, folder, log)
+        elif ranks.first:
             save_run(run, options, folder, log)
-            if run.step == options.steps:
-                assess(run, dev, options, folder, blind=not options.manifest)
-                save_run(run, options, folder, log)
 
 
 def train_step(run, batches, options, ranks):
@@ -317,7 +321,7 @@ def train_step(run, batches, options, ranks):
     torch.manual_seed(seed_of(*shared, ranks.rank))
     chunk = int(random_state(*shared, "chunk").choice(model.config.chunks))
     set_learning_rates(run.optimizers, run.step, options)
-    weights = tasks(run.step, options)
+    weights = tasks(run.step, options, bool(run.letters))
     symbols = [[batch["symbols"][task] for task in weights] for batch in batches]
     counts = torch.tensor(symbols).sum(0)
     counts = ranks.add(counts.to(device, torch.float64)).clamp(min=1)
@@ -411,9 +415,10 @@ class StopSignal:
 
 # ---- The tasks of a step -------------------------------------------------------------------------
 
-def tasks(step, options):
-    """{task: weight} of what is learned at this step."""
-    if step < options.warm_steps // 2:
+def tasks(step, options, letters=True):
+    """{task: weight} of what is learned at this step; `letters`, whether there are any to spell:
+    rows with translations only have none."""
+    if letters and step < options.warm_steps // 2:
         return {"letters": 1.0}
     sides = ["letters", "words", "next_label"]
     if step < options.warm_steps:
@@ -924,6 +929,7 @@ class Batches:
 
     def __exit__(self, *error):
         self.pool.shutdown(cancel_futures=True)
+        self.loader = None                                     # the workers end here, in order
 
     def __iter__(self):
         ahead = [self.pool.submit(next, self.loader) for _ in range(2)]
@@ -947,8 +953,10 @@ class Batches:
 
 
 def quiet_worker(_):
-    """Ctrl-C reaches every process of a terminal; only the first is to act on it."""
+    """Ctrl-C reaches every process of a terminal, and SIGTERM all of a job; only the first is to
+    act on them, and tells the workers when there is nothing left to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ---- Sounds as people have them ------------------------------------------------------------------
@@ -1222,7 +1230,8 @@ def resume_run(options):
     needed = {"tokenizer", "letters", "step", "position", "optimizers", "best"}
     if missing := needed - beside.keys():
         raise InputError(f"{path} lacks {', '.join(sorted(missing))}: it cannot be resumed")
-    if options.steps <= beside["step"]:
+    owed = evaluation_owed(beside["step"], options, options.resume)
+    if options.steps < beside["step"] or options.steps == beside["step"] and not owed:
         raise InputError(f"--steps is {options.steps}, but {path} has done {beside['step']}")
     if options.chunks or options.dropout is not None:
         dropout = model.config.dropout if options.dropout is None else options.dropout
@@ -1387,7 +1396,8 @@ def trial(run, batch, step, options):
     for _ in range(2):                                         # the first one compiles
         began = time.perf_counter()
         on_device = to_device(batch, options.device)
-        each = losses(run.model.train(), on_device, list(tasks(step, options)), step, options)
+        names = list(tasks(step, options, bool(run.letters)))
+        each = losses(run.model.train(), on_device, names, step, options)
         sum(each.values()).backward()
         if options.device != "cpu":
             torch.cuda.synchronize()
@@ -1405,11 +1415,35 @@ def warn_of_unseen(tokenizer, dev):
 
 # ---- Evaluation on the way -----------------------------------------------------------------------
 
+def evaluation_owed(step, options, folder):
+    """Whether an evaluation was due after this step, and the run was ended before it was done."""
+    due = step > options.warm_steps and (step % options.eval_every == 0 or step == options.steps)
+    has_dev = options.dev or not options.manifest
+    done = any(entry["step"] == step for entry in past_metrics(folder))
+    return bool(has_dev and due and not done)
+
+
+def milestone(run, dev, options, folder, log):
+    """Checkpoint, evaluation, and the checkpoint again, which now knows the best score."""
+    save_run(run, options, folder, log)
+    blind = run.step == options.steps and not options.manifest
+    # Before the transducer starts, the joint cannot stop writing.
+    if run.step > options.warm_steps:
+        assess(run, dev, options, folder, blind=blind)
+        save_run(run, options, folder, log)
+    log.start()                                                # that took its time
+
+
+def past_metrics(folder):
+    path = Path(folder) / "metrics.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def assess(run, dev, options, folder, blind=False):
-    """Scores on the development set -> whether they are the best so far; `blind`, also with noise
-    for sound: who still writes well does not listen."""
+    """Scores on the development set, to metrics.json; the best model so far, to best.pt; `blind`,
+    also with noise for sound: who still writes well does not listen."""
     if not dev:
-        return False
+        return
     metrics, records = evaluate(run.model, run.tokenizer, dev, blank_penalty=BLANK_PENALTY)
     tqdm.write(f"step {run.step}, {len(records)} unseen utterances:")
     show_scores(metrics, records)
@@ -1427,13 +1461,11 @@ def assess(run, dev, options, folder, blind=False):
         tqdm.write("the same with noise instead of the audio (a model that listens fails here):")
         show_scores(blind_metrics, [])
     path = folder / "metrics.json"
-    past = json.loads(path.read_text()) if path.exists() else []
     # What a resumed run does again, it writes again.
-    past = [entry for entry in past if entry["step"] < run.step]
+    past = [entry for entry in past_metrics(folder) if entry["step"] < run.step]
     new = path.with_suffix(".new")
     new.write_text(json.dumps(past + [{"step": run.step, "streams": metrics}], indent=1))
     os.replace(new, path)                                      # never half written
-    return best
 
 
 def show_scores(metrics, records, examples=3):
@@ -1459,13 +1491,12 @@ def show_scores(metrics, records, examples=3):
 def live_captions(folder, options):
     """Stream two sentences in a row, never heard, at their own pace, through the command that
     users have."""
-    import soundfile
     items = BuiltIn(options.corpus, options.seed).unseen(2)
     pause = np.zeros(SAMPLE_RATE, np.float32)
     parts = [part for _, own in items for part in (own * (0.5 / np.abs(own).max()), pause)]
     samples = np.concatenate(parts)
     example = folder / "unseen.wav"
-    soundfile.write(example, samples, SAMPLE_RATE)
+    write_sound(example, samples)
     print(f"\nlive captions of {example}, which says: {' / '.join(row.asr for row, _ in items)}")
     stream.main([str(folder / "model.pt"), str(example), "--realtime"])
     return example
@@ -1820,16 +1851,23 @@ class BuiltIn:
         return [(row, speak_row(row, self.seed)[0]) for row in self.rows(0, n, test=True)]
 
 
+def write_sound(path, samples):
+    import soundfile
+    try:
+        soundfile.write(path, samples, SAMPLE_RATE)
+    except soundfile.SoundFileError as error:                  # a full disk, as a rule
+        raise InputError(f"{path}: cannot be written: {error}") from None
+
+
 def write_corpus(folder, n, options):
     """N built-in utterances as audio files and a manifest, with links and times."""
-    import soundfile
     corpus, folder = BuiltIn(options.corpus, options.seed), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = corpus.rows(0, n)
     for row in tqdm(rows, unit="utt", leave=False, disable=None):
         samples, _ = speak_row(row, options.seed)
         row.audio = str(folder / f"{row.id}.flac")
-        soundfile.write(row.audio, np.clip(samples, -1, 1), SAMPLE_RATE)
+        write_sound(row.audio, np.clip(samples, -1, 1))
     write_manifest(folder / "manifest.jsonl", rows)
     minutes = sum(row.duration for row in rows) / 60
     print(f"{n} utterances, {minutes:.1f} minutes: {folder / 'manifest.jsonl'}")

@@ -527,6 +527,22 @@ def test_misused_options(tmp_path):
     assert "nowhere.jsonl" in refused("nowhere.jsonl", "-o", tmp_path / "b.jsonl")
 
 
+@pytest.mark.parametrize("argv, named", [
+    (["-o", "x"], "--out needs an input"),
+    (["--times", "run/model.pt"], "--times needs an input"),
+    (["--method", "union"], "--method needs an input"),
+    (["a.jsonl", "-o", "b.jsonl", "--gold", "g"], "--gold is for FILE.pairs"),
+    (["a.pairs", "--allow-outside"], "--allow-outside is for a manifest"),
+    (["a.jsonl", "-o", "b.jsonl", "--model", "m", "--train", "t"], "--train is for what is learn"),
+    (["a.pairs", "--model", "m", "--method", "union"], "--method is for what is learned"),
+])
+def test_an_option_that_would_change_nothing_is_refused(argv, named):
+    with pytest.raises(align.InputError, match=named):
+        align.parse_options(argv)
+    if argv[0].startswith("a."):                       # the control: what has use is taken
+        align.parse_options([a for a in argv if a in ("a.jsonl", "a.pairs", "--model", "m")])
+
+
 def test_sound_outside_the_folder(tmp_path):
     import json
     (tmp_path / "in").mkdir()

@@ -191,6 +191,7 @@ def refused(capsys, *argv):
         ["--corpus", "de"],
         ["--corpus", "de-de"],
         ["--chunks", "-3"],
+        ["--chunks", "1501"],
         ["--device", "cpu:0"],
         ["--device", "cuda:1"],
         ["--seed", str(2 ** 32)],
@@ -983,6 +984,111 @@ def test_killed_between_the_two_renames(small, tmp_path):
     assert [line["step"] for line in csv.DictReader(open(killed / "log.csv"))] == [
         line["step"] for line in csv.DictReader(open(whole / "log.csv"))
     ]
+
+
+def evaluations(folder):
+    return [entry["step"] for entry in train.past_metrics(folder)]
+
+
+@pytest.mark.parametrize("every, done, left", [(3, [], [6, 9, 10]), (4, [8], [10])])
+def test_an_evaluation_that_was_cut_off_is_made_up(small, tmp_path, monkeypatch, every, done, left):
+    """Killed while it evaluates: after step 6, or after the last step, 10. The checkpoint stands,
+    and the same command makes the evaluation first."""
+    class Killed(BaseException):
+        pass
+
+    def killed(run, *args, real=train.assess, **how):
+        if run.step == (6 if every == 3 else 10):
+            raise Killed
+        real(run, *args, **how)
+    folder, options = tmp_path / "run", ["--steps", "10", "--eval-every", str(every)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "assess", killed)
+        with pytest.raises(Killed):
+            run(folder, *options)
+    assert evaluations(folder) == done
+    assert train.main(["--resume", str(folder)]) == 0
+    assert evaluations(folder) == done + left
+    assert list(train.past_metrics(folder)[-1]["streams"]) == [
+        "<asr>", "<st:en>", "blind <asr>", "blind <st:en>"]
+    # Then there is nothing left to do, as before.
+    assert train.main(["--resume", str(folder)]) == 2
+    assert evaluations(folder) == done + left
+
+
+def test_a_run_without_a_development_set_is_evaluated_when_it_gets_one(small, tmp_path, capsys):
+    assert train.main(["--write-corpus", str(tmp_path / "c"), "8"]) == 0
+    manifest = tmp_path / "c" / "manifest.jsonl"
+    folder = tmp_path / "run"
+    own = [option for option in SHORT if option not in ("--corpus", "de-en")]
+    assert train.main([str(manifest), *own, "--steps", "6", "--out", str(folder)]) == 0
+    assert evaluations(folder) == []
+    assert "has done 6" in refused(capsys, "--resume", folder)
+    assert train.main(["--resume", str(folder), "--dev", str(manifest)]) == 0
+    assert evaluations(folder) == [6] and load(folder / "resume.pt")[1]["step"] == 6
+
+
+def test_a_best_score_belongs_to_its_development_set(small, tmp_path):
+    assert train.main(["--write-corpus", str(tmp_path / "c"), "8"]) == 0
+    for name in ("a", "b"):
+        lines = (tmp_path / "c" / "manifest.jsonl").read_text().splitlines()
+        (tmp_path / "c" / f"{name}.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    own = [option for option in SHORT if option not in ("--corpus", "de-en")]
+    folder = tmp_path / "run"
+    assert train.main([str(tmp_path / "c" / "manifest.jsonl"), *own, "--steps", "6", "--dev",
+                       str(tmp_path / "c" / "a.jsonl"), "--out", str(folder)]) == 0
+    for dev, kept in (("a", 1e6), ("b", train.Run.best)):
+        model, beside = load(folder / "resume.pt")
+        train.save(folder / "resume.pt", model, **beside | {"best": 1e6})
+        options = train.parse_options(
+            ["--resume", str(folder), "--steps", "9", "--dev", str(tmp_path / "c" / f"{dev}.jsonl")])
+        assert train.resume_run(options).best == kept
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups")
+def test_sigterm_to_all_processes_saves_the_run(tmp_path):
+    """As a batch system sends it, to the workers too: they go on until the run is saved, here five
+    steps later, as if another process took so long to agree."""
+    code = KILLED.split("renamed, saved")[0] + """
+real = train.train_step
+def step(run, *args):
+    if run.step == 3:
+        os.killpg(0, signal.SIGTERM)
+    return real(run, *args)
+train.train_step = step
+later = iter([False] * 5)
+train.Ranks.agree = lambda self, wish: wish and next(later, True)
+if __name__ == "__main__":
+    sys.exit(train.main(sys.argv[2:]))
+"""
+    script, folder = tmp_path / "script.py", tmp_path / "run"
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, script, Path(train.__file__).parent, *SHORT, "--steps", "20",
+         "--workers", "2", "--out", folder],
+        start_new_session=True, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stderr.count("Traceback") == 0, done.stderr
+    assert "stopped; go on with" in done.stdout
+    assert load(folder / "resume.pt")[1]["step"] == 9
+
+
+def test_translations_alone_are_learned_from_the_first_step(small, tmp_path):
+    """Rows without a transcription have no letters to spell: the other tasks begin at once."""
+    assert train.main(["--write-corpus", str(tmp_path), "8"]) == 0
+    manifest = tmp_path / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    own, losses = [option for option in SHORT if option not in ("--corpus", "de-en")], {}
+    for name, dropped in (("both", []), ("translations", ["asr", "links", "times"])):
+        kept = [{key: row[key] for key in row.keys() - set(dropped)} for row in rows]
+        manifest.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        folder = tmp_path / name
+        assert train.main([str(manifest), *own, "--steps", "10", "--warm-steps", "8",
+                           "--out", str(folder)]) == 0
+        losses[name] = next(csv.DictReader(open(folder / "log.csv")))
+    assert losses["both"]["step"] == "2" == losses["translations"]["step"]
+    assert not losses["both"]["words"] and not losses["both"]["next_label"]
+    assert float(losses["translations"]["words"]) > 1
+    assert float(losses["translations"]["next_label"]) > 1
 
 
 def test_a_run_can_be_made_longer_and_model_pt_streams(small, tmp_path):
