@@ -1037,7 +1037,7 @@ def parse_options(argv):
     add("-o", "--out", help="the file to write; links: standard output if not given")
     add("--train", nargs="+", default=[], metavar="FILE.pairs", help="more text to learn from")
     add("--gold", help="`i-j` sure, `ipj` possible: print the alignment error rate")
-    add("--method", choices=METHODS, help=f"how the directions are joined (default {Recipe.method})")
+    add("--method", choices=METHODS, help=f"how directions are joined (default {Recipe.method})")
     add("--model", help="link by this encoder instead: a name for transformers, or its folder")
     add("--times", help="RUN/model.pt, a CTM, or a folder of TextGrids named by row id")
     add("--allow-outside", action="store_true", help="sound may lie outside the manifest's folder")

@@ -1009,6 +1009,12 @@ def listen(device, arrived, rate):
 
 # ---- A trained model ----------------------------------------------------------------------------
 
+def own_search(beside):
+    """What lies beside a model -> the options of a Streamer that this model was made for."""
+    return {"blank_penalty": beside.get("blank_penalty", 0.0),
+            "restart": beside.get("restart")}  # seconds, if it was trained to forget
+
+
 def load_run(path, device="cpu"):
     """model.pt of a run -> (model, tokenizer, what else lies beside them). Raises InputError."""
     try:
@@ -1480,9 +1486,9 @@ def resegment(whole, singles):
     kept = "id", "audio", "duration_ms", "references"
     parts = [{name: record[name] for name in kept if name in record}
              | {"words": [], "seconds": whole["seconds"] / len(singles)} for record in singles]
+    parts[0]["broken_off"] = whole.get("broken_off", False)
     for tag in dict.fromkeys(tag for record in singles for tag in record["references"]):
         first = next(part for part in parts if tag in part["references"])
-        first["broken_off"] = whole.get("broken_off", False)
         for name in ("invalid", "cut"):
             first.setdefault(name, {})[tag] = whole.get(name, {}).get(tag, 0)
         texts = [record["references"].get(tag, []) for record in singles]
@@ -1648,11 +1654,11 @@ def arguments():
 
 def search_of(options, beside):
     """The options of a Streamer that the command line has, or else the model's file."""
-    penalty = options.blank_penalty
-    return {"chunk": options.chunk, "beam": options.beam,
-            "hold": HALF_CHUNK if options.hold is None else options.hold,
-            "blank_penalty": beside.get("blank_penalty", 0.0) if penalty is None else penalty,
-            "restart": beside.get("restart")}  # seconds, if it was trained to forget
+    given = {"chunk": options.chunk, "beam": options.beam,
+             "hold": HALF_CHUNK if options.hold is None else options.hold}
+    if options.blank_penalty is not None:
+        given["blank_penalty"] = options.blank_penalty
+    return own_search(beside) | given
 
 
 def main(argv=None):

@@ -46,9 +46,9 @@ def plotting():
 
 def heard(checkpoint, path, start=0.0, duration=None, chunk=None):
     """-> samples, words, the tags of the streams, seconds per chunk."""
-    from stream import Streamer, load_run, read_audio
-    model, tokenizer, _ = load_run(checkpoint)
-    streamer = Streamer(model, tokenizer, chunk=chunk)
+    from stream import Streamer, load_run, own_search, read_audio
+    model, tokenizer, beside = load_run(checkpoint)
+    streamer = Streamer(model, tokenizer, chunk=chunk, **own_search(beside))
     samples = read_audio(path, start, duration)
     words = [event for event in streamer.accept(samples) + streamer.flush()
              if hasattr(event, "text")]

@@ -17,9 +17,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model import load
-from serialize import Tokenizer, read_manifest
-from stream import SAMPLE_RATE, AudioError, evaluate, read_audio, resegment, summarise
+from serialize import read_manifest
+from stream import SAMPLE_RATE, evaluate, load_run, own_search, readable, resegment, summarise
 
 
 def join(items, seconds):
@@ -57,21 +56,10 @@ def main():
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--chunk", type=int)
     options = parser.parse_args()
-    model, beside = load(options.checkpoint)
-    items = []
-    for row in read_manifest(options.manifest):
-        try:
-            items.append((row, read_audio(row.audio, row.start, row.duration)))
-        except AudioError as error:
-            print(f"{row.where}: skipped: {error}", file=sys.stderr)
-    n, alone, joined = compare(
-        model,
-        Tokenizer.from_dict(beside["tokenizer"]),
-        items,
-        options.seconds,
-        chunk=options.chunk,
-        progress=True,
-    )
+    model, tokenizer, beside = load_run(options.checkpoint)
+    items = list(readable(read_manifest(options.manifest)))
+    how = own_search(beside) | {"chunk": options.chunk, "progress": True}
+    n, alone, joined = compare(model, tokenizer, items, options.seconds, **how)
     print(f"{len(items)} utterances, {n} joined streams of about {options.seconds:g} s")
     print(f"{'':10}{'':12}{'one by one':>28}{'joined':>28}")
     for tag in alone:

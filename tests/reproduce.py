@@ -113,11 +113,10 @@ def machine():
 
 
 def evaluated(run, items, **how):
-    """What stream.evaluate says of a run as load_run gives it, searched as stream.py does: with the
-    penalty on blank that the model's file asks for."""
-    from stream import evaluate
+    """What stream.evaluate says of a run as load_run gives it, searched as stream.py does."""
+    from stream import evaluate, own_search
     model, tokenizer, beside = run
-    return evaluate(model, tokenizer, items, blank_penalty=beside.get("blank_penalty", 0.0), **how)
+    return evaluate(model, tokenizer, items, **own_search(beside) | how)
 
 
 def search(path):

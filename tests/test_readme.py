@@ -2,6 +2,7 @@
 import ast
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,21 +114,22 @@ def test_every_flag_in_the_readmes_tables_is_train_pys():
         train.make_parser().parse_args(cell.split())
 
 
-def test_the_snippets_run():
-    """The last one reads a model of the main job; here it gets a small one, and tones."""
+def test_the_snippets_run(tmp_path):
+    """The last one reads a model of the main job; here it gets one that has learned nothing, and
+    tones."""
     snippets = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(snippets) == 4
     for snippet in snippets[:3]:
         exec(compile(snippet, "README.md", "exec"), {})
     bench = pytest.importorskip("bench")
-    _, new = bench.planted_streamer("tiny", chunk=8)
-    streamer = new()
-
-    class Run:
-        load_run = staticmethod(lambda path: (streamer.model, None, {}))
-        Streamer = staticmethod(lambda model, tokenizer: streamer)
-    lines = snippets[3].replace("from stream import Streamer, load_run", "")
-    space = {"packets": bench.tones(0, 2).reshape(-1, 1600), "load_run": Run.load_run,
-             "Streamer": Run.Streamer}
+    from model import PRESETS, Transducer, save
+    from serialize import Tokenizer
+    tokenizer = Tokenizer.train(["ab"], 300, ["<asr>", "<st:en>"])
+    model = Transducer(replace(PRESETS["tiny"], vocab=len(tokenizer)))
+    save(tmp_path / "model.pt", model, tokenizer=tokenizer.to_dict(), blank_penalty=0.25)
+    lines = snippets[3].replace("runs/de-en/model.pt", str(tmp_path / "model.pt"))
+    space = {"packets": bench.tones(0, 2).reshape(-1, 1600)}
     exec(compile(lines, "README.md", "exec"), space)
+    streamer = space["streamer"]
     assert isinstance(space["words"], list) and streamer.received >= 32000
+    assert streamer.search.blank_penalty == 0.25               # what the file asks for
