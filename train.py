@@ -58,8 +58,8 @@ from align import add_links, align_bitext
 from model import PRESETS, SAMPLE_RATE, InputError, Transducer, load, log_mel, pad_samples, save
 from rnnt_loss import joint_rnnt_loss, prune_band, runs_on_gpu, simple_rnnt_loss
 from serialize import InputError as TextError
-from serialize import (Row, Tokenizer, interleave, mode_of, needs, read_manifest,
-                       serialize, write_manifest)
+from serialize import (ASR, Row, Tokenizer, interleave, mode_of, needs, project_times,
+                       read_manifest, serialize, write_manifest)
 from stream import evaluate, read_audio, readable, resample
 
 USER_ERRORS = InputError, TextError, align.InputError, OSError, ImportError  # told in one line
@@ -113,6 +113,9 @@ class Options:
         0.1, "share of labels hidden from the label encoder", low=0, high=1)
     merges: int = option(100, "BPE merges of the vocabulary", low=0)
     prune: int = option(0, "labels a frame may be at, in the transducer loss (0: all)", low=0)
+    restrict: float = option(
+        0.0, "seconds after its end until which a word may be written, where rows have times and "
+        "--prune is 0; 0.8 is a good start (0: at any time)", low=0)
     fastemit: float = option(0.0, "FastEmit's lambda (arXiv 2010.11148)", low=0)
     delay_penalty: float = option(0.0, "the penalty of arXiv 2211.00490", low=0)
     augment: float = option(
@@ -602,6 +605,7 @@ BEFORE = 0.25         # share of streams with silence, up to PAUSE, before the f
 PAUSE = 5.0           # seconds of silence between two utterances, at most; most are far shorter
 BABBLE = 0.15         # share of disturbed streams with other speakers in the background
 SPEAKERS = 5          # how many
+EARLY = 0.4           # seconds before its end from which a word may be written, under --restrict
 SPEEDS = 0.9, 1.0, 1.1   # of recorded speech (Ko et al., Interspeech 2015)
 
 
@@ -768,7 +772,7 @@ class Source(torch.utils.data.Dataset):
         """One stream and the samples of its rows -> mel (F,80); targets, the interleaved stream;
         words, the transcription alone (the translation, where that is all there is to write);
         letters, the transcription as classes of the CTC head; chance, what decides whether a label
-        is hidden; keep, see `blocks`."""
+        is hidden; keep, see `lattice`."""
         options, rng = self.options, random_state(self.options.seed, request.epoch, s.rows[0].id)
         samples, starts = joined(s, sounds)
         disturbed = not request.easy and rng.random() < options.augment
@@ -794,9 +798,8 @@ class Source(torch.utils.data.Dataset):
             targets=targets,
             words=self.tokenizer.encode(" ".join(words)),
             letters=letters,
-            chance=torch.from_numpy(rng.random(len(targets), np.float32)))
-        if options.join > 1 and not options.prune:
-            example["keep"] = self.blocks(pairs, starts, len(mel), len(targets))
+            chance=torch.from_numpy(rng.random(len(targets), np.float32)),
+            keep=self.lattice(s, pairs, starts, len(mel), len(targets)))
         return example
 
     def sound_of(self, row):
@@ -829,6 +832,36 @@ class Source(torch.utils.data.Dataset):
             noise = self.readable(Row(id=path, audio=path, where=path), bad)
             return None if noise is None else np.resize(noise[rng.integers(len(noise)):], n)
 
+    def lattice(self, s, pairs, starts, n_mel, n_labels):
+        """keep (T,U1): the nodes of the lattice that the loss looks at; None: all, or those of the
+        band that --prune finds."""
+        options = self.options
+        if options.prune or options.join == 1 and not options.restrict:
+            return None
+        times = self.label_times(s, pairs, starts) if options.restrict else None
+        if times is None:
+            return self.blocks(pairs, starts, n_mel, n_labels)
+        frames = n_mel // self.config.subsampling
+        return around(times, frames, self.config.frame_s, options.restrict)
+
+    def label_times(self, s, pairs, starts):
+        """For each label, when its word has been said, in s (of a translated word: when it could
+        be); None where a row has no times."""
+        times, tag_before = [], None
+        for row, own, start in zip(s.rows, pairs, starts):
+            row = replace(row, st_times=dict(row.st_times))
+            project_times(row)                                 # through the links, where they lack
+            known = {ASR: row.times} | {f"<st:{lang}>": row.st_times.get(lang) for lang in row.st}
+            if any(known[tag] is None for tag, _ in own):
+                return None
+            ends = {tag: iter(known[tag]) for tag, _ in own}
+            for tag, word in own:
+                n_labels = (tag != tag_before) + len(self.tokenizer.encode_word(word))
+                # A word without a time can be written when the one before it can.
+                times += n_labels * [start / SAMPLE_RATE + (next(ends[tag]) or 0) / s.speed]
+                tag_before = tag
+        return np.array(times)
+
     def blocks(self, pairs, starts, n_mel, n_labels):
         """keep (T,U1): while an utterance is heard, and one chunk longer, its labels are written
         and no others. So the lattice of joined utterances grows with their number, and not with its
@@ -844,6 +877,18 @@ class Source(torch.utils.data.Dataset):
             keep[frame:until + margin, label:after + 1] = True
             label, frame = after, until
         return keep
+
+
+def around(times, n_frames, frame_s, after):
+    """keep (T,U1) for labels of words that end at `times` (U,), in s: each is written from EARLY
+    before until `after` after (alignment-restricted transducer, arXiv 2011.03072)."""
+    times = np.maximum.accumulate(times)                       # none before the one it follows
+    first = np.clip((times - EARLY) / frame_s, 0, n_frames - 1).astype(int)
+    last = np.maximum(first, ((times + after) / frame_s).astype(int))
+    frame = np.arange(n_frames)[:, None]
+    # Row u begins with label u - 1, which leads to it, and ends with label u, which leaves it.
+    begun, over = np.append(0, first), np.append(last, n_frames)
+    return torch.from_numpy((frame >= begun) & (frame <= over))
 
 
 def joined(s, sounds):
@@ -884,7 +929,7 @@ def collate(examples):
                  for e in examples]
         batch[name] = torch.nn.utils.rnn.pad_sequence(items, batch_first=True)
         batch[f"{name}_lengths"] = torch.tensor([len(item) for item in items])
-    if "keep" in examples[0]:
+    if examples[0]["keep"] is not None:
         T, U1 = (max(e["keep"].shape[axis] for e in examples) for axis in (0, 1))
         masks = [e["keep"] for e in examples]
         padded = [F.pad(m, (0, U1 - m.shape[1], 0, T - len(m))) for m in masks]

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from model import PRESETS, load  # noqa: E402
 from rnnt_loss import rnnt_loss  # noqa: E402
-from serialize import interleave, parse  # noqa: E402
+from serialize import interleave, parse, serialize  # noqa: E402
 from stream import greedy_batch, load_run  # noqa: E402
 
 
@@ -443,6 +443,74 @@ def test_an_example_of_joined_utterances_has_their_words_in_turn_and_a_lattice_o
     assert keep[after].nonzero().min() == labels[0]
     assert keep[-1].nonzero().flatten().tolist() == list(range(labels[1], labels[2] + 1))
     assert keep.float().mean() < 0.6                           # the work that is left
+
+
+def test_a_restricted_lattice_by_hand():
+    """Frames of 0.25 s; three labels of words that end at 0.5, 1.5 and (out of order) 1.0 s."""
+    keep = train.around(np.array([0.5, 1.5, 1.0]), 9, 0.25, 0.5)
+    first, last = [0, 4, 4], [4, 8, 8]      # 0.5 - 0.4 s is in frame 0, 0.5 + 0.5 s in frame 4 ..
+    for t in range(9):
+        for u in range(4):
+            begun = u == 0 or t >= first[u - 1]
+            left = u == 3 or t <= last[u]
+            assert keep[t, u] == (begun and left), (t, u)
+    # A word after the end of the sound is written in the last frame.
+    late = train.around(np.array([0.5, 9.0]), 9, 0.25, 0.5)
+    assert late[:, 2].nonzero().flatten().tolist() == [8] and late[8, 1]
+
+
+@pytest.mark.parametrize("order", ["align", "time", "asr", "st", "ratio:0", "ratio:0.5"])
+def test_labels_are_written_around_the_times_of_their_words(order):
+    corpus = train.BuiltIn("de-en", 0)
+    options = train.parse_options(["--device", "cpu", "--augment", "0", "--interleave", order,
+                                   "--restrict", "0.8"])
+    source = train.Source(options, train.new_run(options, corpus))
+    s = next(s for s in streams_of(corpus, options) if len(s.rows) == 2)
+    example = example_of(source, s)
+    keep, frame_s = example["keep"], 0.04
+    _, starts = train.joined(s, [source.sound_of(row) for row in s.rows])
+    pairs, times, label, latest = [], [], 0, 0.0
+    for row, start in zip(s.rows, starts):
+        own = {"<asr>": iter(row.times), "<st:en>": iter(row.st_times["en"])}
+        for pair in interleave(row, order):
+            pairs.append(pair)
+            latest = max(latest, start / 16000 + next(own[pair[0]]))
+            times.append(latest)
+    for n, time in enumerate(times, 1):
+        after = len(serialize(pairs[:n], source.tokenizer))
+        for k in range(label, after):          # frames in which label k can be written
+            frames = (keep[:, k] & keep[:, k + 1]).nonzero().flatten().tolist()
+            first = max(0, int((time - train.EARLY) / frame_s))
+            assert frames == list(range(first, min(len(keep), int((time + 0.8) / frame_s) + 1)))
+        label = after
+    assert label == len(example["targets"]) == keep.shape[1] - 1
+    # Times of the translation that are not given follow from the links.
+    given = source.label_times(s, [interleave(row, order) for row in s.rows], starts)
+    s.rows = [replace(row, st_times={}) for row in s.rows]
+    if order != "time":
+        projected = source.label_times(s, [interleave(row, order) for row in s.rows], starts)
+        assert np.array_equal(*map(np.maximum.accumulate, (given, projected)))
+    source.options = replace(options, restrict=0.0)            # the control
+    whole = example_of(source, s)["keep"]
+    assert whole.sum() > 1.4 * keep.sum() and whole[0, 1]
+
+
+def test_a_row_without_times_or_a_run_without_the_option_has_no_restricted_lattice(tmp_path):
+    assert train.main(["--write-corpus", str(tmp_path), "4"]) == 0
+    manifest = tmp_path / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    del rows[1]["times"]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def masks(*more):
+        options = train.parse_options([str(manifest), "--device", "cpu", "--augment", "0",
+                                       "--join", "1", "--prune", "0", "--restrict", "0.8", *more])
+        corpus, _ = train.open_corpus(options)
+        source = train.Source(options, train.new_run(options, corpus))
+        streams = [train.Stream([row], [0.0], [], 1.0, 3.0) for row in corpus.rows(0)]
+        return [source[train.Request([s], 0, (0, 1), True)]["keep"] for s in streams]
+    assert [mask.float().mean() < 0.8 for mask in masks()] == [True, False, True, True]
+    assert masks("--restrict", "0") == 4 * [None] == masks("--prune", "8")
 
 
 @pytest.mark.parametrize("n", [16384, 48017])
@@ -1040,8 +1108,8 @@ def test_a_best_score_belongs_to_its_development_set(small, tmp_path):
     for dev, kept in (("a", 1e6), ("b", train.Run.best)):
         model, beside = load(folder / "resume.pt")
         train.save(folder / "resume.pt", model, **beside | {"best": 1e6})
-        options = train.parse_options(
-            ["--resume", str(folder), "--steps", "9", "--dev", str(tmp_path / "c" / f"{dev}.jsonl")])
+        options = train.parse_options(["--resume", str(folder), "--steps", "9",
+                                       "--dev", str(tmp_path / "c" / f"{dev}.jsonl")])
         assert train.resume_run(options).best == kept
 
 
