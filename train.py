@@ -58,8 +58,8 @@ from align import add_links, align_bitext
 from model import PRESETS, SAMPLE_RATE, InputError, Transducer, load, log_mel, pad_samples, save
 from rnnt_loss import joint_rnnt_loss, prune_band, runs_on_gpu, simple_rnnt_loss
 from serialize import InputError as TextError
-from serialize import (ASR, Row, Tokenizer, interleave, mode_of, needs, project_times,
-                       read_manifest, serialize, write_manifest)
+from serialize import (ASR, SEPARATOR, Row, Tokenizer, interleave, mode_of, needs,
+                       project_times, read_manifest, serialize, write_manifest)
 from stream import evaluate, read_audio, readable, resample
 
 USER_ERRORS = InputError, TextError, align.InputError, OSError, ImportError  # told in one line
@@ -447,7 +447,8 @@ def task_losses(model, batch, names, step, options, chunk):
     """See `losses`.
 
     The transducer's is -log P(targets | sound) under the logits of `Transducer.forward`, which are
-    never formed: the loss is fused with the joint network. With --prune it looks only at the nodes
+    never formed: the loss is fused with the joint network, and bytes that no text has, most of the
+    256, are left out of it (`silence_unused`). With --prune it looks only at the nodes
     of a band, which a simple transducer finds (arXiv 2206.13236): what is heard without labels plus
     what is expected without sound, learned beside it.
     """
@@ -469,21 +470,41 @@ def task_losses(model, batch, names, step, options, chunk):
         found["words"] = ctc_loss(alone, frame_lengths, batch.words, batch.words_lengths)
     if "next_label" in names:
         found["next_label"] = language_loss(model, labels, batch.targets, batch.targets_lengths)
-    keep = batch.keep
+    keep, classes = batch.keep, batch.classes
+    places = torch.empty(model.config.vocab, dtype=torch.long, device=classes.device)
+    places[classes] = torch.arange(len(classes), device=classes.device)
+    targets = places[batch.targets]                                                       # (B,U)
     if "simple" in names:
         found["simple"], posteriors = simple_rnnt_loss(
-            alone, next_label_scores(model, labels), batch.targets,
+            alone[..., classes], next_label_scores(model, labels)[..., classes], targets,
             frame_lengths, batch.targets_lengths,
             blank=0, reduction="sum")
         keep = prune_band(posteriors, frame_lengths, batch.targets_lengths, options.prune)
     if "transducer" in names:
         joint = model.joint
         found["transducer"] = joint_rnnt_loss(
-            heard, joint.label_proj(labels), joint.output.weight, joint.output.bias, batch.targets,
-            frame_lengths, batch.targets_lengths,
+            heard, joint.label_proj(labels), joint.output.weight[classes],
+            joint.output.bias[classes], targets, frame_lengths, batch.targets_lengths,
             blank=0, reduction="sum", keep=keep,
             fastemit_lambda=options.fastemit, delay_penalty=options.delay_penalty)
     return found
+
+
+def used_classes(tokenizer):
+    """The ids that text like the training text is written with: all but the bytes that it lacks."""
+    first = tokenizer.first_byte
+    seen = {first + byte for byte in tokenizer.alphabet.encode() + SEPARATOR}
+    return [k for k in range(len(tokenizer)) if not first <= k < first + 256 or k in seen]
+
+
+@torch.no_grad()
+def silence_unused(model, tokenizer):
+    """Bytes that no text has get a probability of e^-30 or so. It is what they would be taught, and
+    the loss, whose time grows with the classes, need not look at them."""
+    unused = torch.ones(len(tokenizer), dtype=torch.bool)
+    unused[used_classes(tokenizer)] = False
+    model.joint.output.weight[unused] = 0
+    model.joint.output.bias[unused] = -30
 
 
 def label_dropout(step, options):
@@ -735,6 +756,7 @@ class Source(torch.utils.data.Dataset):
 
     def __init__(self, options, run):
         self.options, self.tokenizer, self.config = options, run.tokenizer, run.model.config
+        self.classes = torch.tensor(used_classes(run.tokenizer))
         self.letter = {c: 1 + k for k, c in enumerate(run.letters)}
         self.noises = noise_files(options.noise) if options.noise else []
         self.kept, self.room = {}, 0 if options.workers else KEPT_S * SAMPLE_RATE
@@ -760,7 +782,10 @@ class Source(torch.utils.data.Dataset):
             "words": count("words"),
             "next_label": count("targets"),
         }
+        # Text that the tokenizer did not learn from may have a byte more.
+        classes = [self.classes, *(e["targets"] for e in examples)]
         return batch | {
+            "classes": torch.unique(torch.cat([torch.as_tensor(ids) for ids in classes])),
             "symbols": symbols,
             "after": request.after,
             "bad": bad,
@@ -1227,6 +1252,7 @@ def new_run(options, corpus):
     # At first the joint only hears; labels come in by learning.
     torch.nn.init.zeros_(model.joint.label_proj.weight)
     torch.nn.init.zeros_(model.joint.label_proj.bias)
+    silence_unused(model, tokenizer)
     model.encoder.set_statistics(*feature_statistics(rows, config, options))
     if options.init:
         take_weights(model, tokenizer, letters, options.init)

@@ -801,6 +801,43 @@ def test_the_transducer_task_is_the_loss_of_the_models_own_logits(batch_of_eight
     assert abs(float(hidden["transducer"]) / float(cost) - 1) > 1e-4
 
 
+def test_bytes_that_no_text_has_are_left_out_of_the_loss(batch_of_eight):
+    """With them, it is the same to 1e-9 in float64, as their gradients are; without the bias that
+    silences them, it is not. A byte that only this batch has is in."""
+    options, made, batch = batch_of_eight
+    tokenizer = made.tokenizer
+    everything = torch.arange(len(tokenizer))
+    known = torch.tensor(train.used_classes(tokenizer))
+    assert torch.equal(batch.classes, known) and len(known) < 150 < len(everything)
+    text = " ".join(row.asr for row in train.BuiltIn("de-en", 0).rows(0, 500))
+    assert set(tokenizer.encode(text)) <= set(known.tolist())
+    made.model.eval().double()
+    batch.mel = batch.mel.double()
+    step = options.warm_steps + 10 * train.FORGET_STEPS
+
+    def cost(classes, prune=0):
+        made.model.zero_grad()
+        batch.classes = classes
+        names = ["simple", "transducer"] if prune else ["transducer"]
+        found = train.losses(made.model, batch, names, step, replace(options, prune=prune), 16)
+        sum(found.values()).backward()
+        return [float(found[name]) for name in names], made.model.joint.output.bias.grad.clone()
+    for prune in (0, 8):
+        (few, few_grad), (all_of_them, grad) = cost(known, prune), cost(everything, prune)
+        assert few == pytest.approx(all_of_them, rel=1e-9)
+        assert (few_grad - grad).abs().max() < 1e-8 < grad.abs().max()
+    with torch.no_grad():
+        made.model.joint.output.bias.zero_()                   # the control
+    (few, _), (all_of_them, _) = cost(known), cost(everything)
+    assert few[0] < 0.99 * all_of_them[0]
+    rare = replace(train.BuiltIn("de-en", 0).rows(0, 1)[0], asr="anna \N{SNOWMAN}", st={})
+    source = train.Source(options, made)
+    source.letter = {}
+    again = source[train.Request([train.Stream([rare], [0.0], [], 1.0, 3.0)], 0, (0, 1), True)]
+    assert set(again["classes"].tolist()) == set(known.tolist()) | set(
+        tokenizer.encode("\N{SNOWMAN}"))
+
+
 def test_the_language_model_does_not_see_what_it_predicts(batch_of_eight):
     """The loss of a label depends on the labels before it and on itself, not through the label
     encoder."""
