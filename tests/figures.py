@@ -414,8 +414,8 @@ def make_parser():
     return parser
 
 
-def main():
-    options = make_parser().parse_args()
+def main(argv=None):
+    options = make_parser().parse_args(argv)
     options.run(options)
 
 

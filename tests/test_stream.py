@@ -575,7 +575,8 @@ def test_scores_and_intervals():
 def folder(tmp_path_factory):
     """A checkpoint, three recordings and their manifest, one row of which has no audio."""
     folder = tmp_path_factory.mktemp("stream")
-    model = next(model for model in map(lively, range(2, 40)) if writes_all(model))
+    # 5 is the first that did where this was written; each takes seconds to be tried.
+    model = next(model for model in map(lively, (5, *range(2, 40))) if writes_all(model))
     save(folder / "model.pt", model, tokenizer=TOKENIZER.to_dict(), mode="align")
     rows = []
     for k in range(3):
