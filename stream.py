@@ -25,8 +25,10 @@ import queue
 import re
 import shlex
 import shutil
+import signal
 import stat
 import sys
+import threading
 import time
 import unicodedata
 from collections import Counter
@@ -1238,6 +1240,28 @@ def opened_tracks(planned, pause):
         yield tracks
 
 
+@contextmanager
+def uninterrupted():
+    """Ctrl-C within it takes effect at its end, a second one at once."""
+    plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not plain or threading.current_thread() is not threading.main_thread():
+        yield                                # somebody else's business
+        return
+    seen = []
+
+    def note(number, frame):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if seen:
+        raise KeyboardInterrupt
+
+
 def caption(model, tokenizer, options, search):
     """Stream one recording, or whatever comes in, and show its words as they are ready."""
     screen = show_json if options.json else show_lines
@@ -1256,7 +1280,8 @@ def caption(model, tokenizer, options, search):
                 way(events)
         try:
             for packet in chain([first], incoming):
-                show(streamer.accept(packet))
+                with uninterrupted():        # or the words of this packet would be lost
+                    show(streamer.accept(packet))
         except KeyboardInterrupt:
             pass  # the usual end of a microphone: the last words are still to come
         except InputError as error:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import types
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -885,6 +886,48 @@ def test_closed_pipe_and_interrupt(folder):
     out, err = microphone.communicate(timeout=60)
     assert microphone.returncode == 0 and b"Traceback" not in err
     assert float((lines + out.decode().splitlines())[-1].split()[0]) > 1.5 and out
+
+
+def test_ctrl_c_amid_a_chunk_takes_effect_after_its_words(folder, capsys, monkeypatch):
+    """The second packet is interrupted while it is computed: its words are shown, and none of what
+    would follow it."""
+    real, calls, sizes = Streamer.accept, [], []
+
+    def interrupted(self, packet):
+        calls.append(packet)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, packet)
+    packets = np.array_split(noise(N), 6)
+    monkeypatch.setattr(stream, "packets", lambda *_: iter(packets))
+    monkeypatch.setattr(Streamer, "accept", interrupted)
+    code, out, _ = captions(folder, capsys, monkeypatch, "x.wav", "--json")
+    assert code == 0 and len(calls) == 2
+    model, tokenizer, beside = stream.load_run(folder / "model.pt")
+    wanted = Streamer(model, tokenizer, **stream.own_search(beside))
+    words = real(wanted, packets[0]) + real(wanted, packets[1]) + wanted.flush()
+    words = [event.text for event in words if isinstance(event, Word)]
+    assert words == [event["text"] for event in map(json.loads, out.splitlines())
+                     if event["event"] == "word"] and words
+
+
+def test_a_second_ctrl_c_ends_it_at_once():
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with stream.uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append(1)
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append(2)
+    assert done == [1] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def elsewhere():                         # where no handler can be set, it does nothing
+        with stream.uninterrupted():
+            done.append(3)
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert done == [1, 3]
 
 
 def test_joined_streams_are_cut_back():
