@@ -127,7 +127,7 @@ class Options:
         30.0, "rows that are longer are left out, and joining stops there, pauses not counted",
         low=0.1)
     workers: int = option(0, "processes that prepare sound (0: a thread)", low=0)
-    eval_every: int = option(500, "updates between two evaluations", low=1)
+    eval_every: int = option(650, "updates between two evaluations", low=1)
     device: str = option("", "cpu or cuda (default: cuda where there is one)")
     allow_outside: bool = option(False, "audio may lie outside the manifest's folder")
     strict: bool = option(False, "stop at the first bad row instead of leaving it out")
