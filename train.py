@@ -448,9 +448,9 @@ def task_losses(model, batch, names, step, options, chunk):
 
     The transducer's is -log P(targets | sound) under the logits of `Transducer.forward`, which are
     never formed: the loss is fused with the joint network, and bytes that no text has, most of the
-    256, are left out of it (`silence_unused`). With --prune it looks only at the nodes
-    of a band, which a simple transducer finds (arXiv 2206.13236): what is heard without labels plus
-    what is expected without sound, learned beside it.
+    256, are left out of it (`silence_unused`). With --prune it looks only at the nodes of a band,
+    which a simple transducer finds (arXiv 2206.13236): what is heard without labels plus what is
+    expected without sound, learned beside it.
     """
     frames, _ = model.encoder(batch.mel, batch.mel_lengths, chunk=chunk)                  # (B,T,D)
     frame_lengths = batch.mel_lengths // model.config.subsampling
@@ -471,9 +471,8 @@ def task_losses(model, batch, names, step, options, chunk):
     if "next_label" in names:
         found["next_label"] = language_loss(model, labels, batch.targets, batch.targets_lengths)
     keep, classes = batch.keep, batch.classes
-    places = torch.empty(model.config.vocab, dtype=torch.long, device=classes.device)
-    places[classes] = torch.arange(len(classes), device=classes.device)
-    targets = places[batch.targets]                                                       # (B,U)
+    if {"simple", "transducer"} & set(names):
+        targets = torch.searchsorted(classes, batch.targets)   # their places among the classes
     if "simple" in names:
         found["simple"], posteriors = simple_rnnt_loss(
             alone[..., classes], next_label_scores(model, labels)[..., classes], targets,
@@ -774,6 +773,8 @@ class Source(torch.utils.data.Dataset):
                 except USER_ERRORS as error:                   # a language without a tag
                     bad.append(f"{left.rows[0].where}: {error}")
         batch = collate(examples) if examples else {}
+        if examples:       # text that the tokenizer did not learn from may have a byte more
+            batch["classes"] = torch.unique(torch.cat([self.classes, batch["targets"].flatten()]))
         count = lambda name: int(batch[f"{name}_lengths"].sum()) if examples else 0
         symbols = {
             "transducer": count("targets"),
@@ -782,10 +783,7 @@ class Source(torch.utils.data.Dataset):
             "words": count("words"),
             "next_label": count("targets"),
         }
-        # Text that the tokenizer did not learn from may have a byte more.
-        classes = [self.classes, *(e["targets"] for e in examples)]
         return batch | {
-            "classes": torch.unique(torch.cat([torch.as_tensor(ids) for ids in classes])),
             "symbols": symbols,
             "after": request.after,
             "bad": bad,

@@ -888,10 +888,18 @@ def test_closed_pipe_and_interrupt(folder):
     assert float((lines + out.decode().splitlines())[-1].split()[0]) > 1.5 and out
 
 
-def test_ctrl_c_amid_a_chunk_takes_effect_after_its_words(folder, capsys, monkeypatch):
+@pytest.fixture
+def ctrl_c():
+    """Python's own answer to it, which a process lacks that was started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_amid_a_chunk_takes_effect_after_its_words(folder, capsys, monkeypatch, ctrl_c):
     """The second packet is interrupted while it is computed: its words are shown, and none of what
     would follow it."""
-    real, calls, sizes = Streamer.accept, [], []
+    real, calls = Streamer.accept, []
 
     def interrupted(self, packet):
         calls.append(packet)
@@ -911,7 +919,7 @@ def test_ctrl_c_amid_a_chunk_takes_effect_after_its_words(folder, capsys, monkey
                      if event["event"] == "word"] and words
 
 
-def test_a_second_ctrl_c_ends_it_at_once():
+def test_a_second_ctrl_c_ends_it_at_once(ctrl_c):
     done = []
     with pytest.raises(KeyboardInterrupt):
         with stream.uninterrupted():

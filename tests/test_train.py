@@ -1127,8 +1127,7 @@ def test_a_run_without_a_development_set_is_evaluated_when_it_gets_one(small, tm
     assert train.main(["--write-corpus", str(tmp_path / "c"), "8"]) == 0
     manifest = tmp_path / "c" / "manifest.jsonl"
     folder = tmp_path / "run"
-    own = [option for option in SHORT if option not in ("--corpus", "de-en")]
-    assert train.main([str(manifest), *own, "--steps", "6", "--out", str(folder)]) == 0
+    assert train.main([str(manifest), *SHORT, "--steps", "6", "--out", str(folder)]) == 0
     assert evaluations(folder) == []
     assert "has done 6" in refused(capsys, "--resume", folder)
     assert train.main(["--resume", str(folder), "--dev", str(manifest)]) == 0
@@ -1140,9 +1139,8 @@ def test_a_best_score_belongs_to_its_development_set(small, tmp_path):
     for name in ("a", "b"):
         lines = (tmp_path / "c" / "manifest.jsonl").read_text().splitlines()
         (tmp_path / "c" / f"{name}.jsonl").write_text("\n".join(lines[:3]) + "\n")
-    own = [option for option in SHORT if option not in ("--corpus", "de-en")]
     folder = tmp_path / "run"
-    assert train.main([str(tmp_path / "c" / "manifest.jsonl"), *own, "--steps", "6", "--dev",
+    assert train.main([str(tmp_path / "c" / "manifest.jsonl"), *SHORT, "--steps", "6", "--dev",
                        str(tmp_path / "c" / "a.jsonl"), "--out", str(folder)]) == 0
     for dev, kept in (("a", 1e6), ("b", train.Run.best)):
         model, beside = load(folder / "resume.pt")
@@ -1184,12 +1182,12 @@ def test_translations_alone_are_learned_from_the_first_step(small, tmp_path):
     assert train.main(["--write-corpus", str(tmp_path), "8"]) == 0
     manifest = tmp_path / "manifest.jsonl"
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
-    own, losses = [option for option in SHORT if option not in ("--corpus", "de-en")], {}
+    losses = {}
     for name, dropped in (("both", []), ("translations", ["asr", "links", "times"])):
         kept = [{key: row[key] for key in row.keys() - set(dropped)} for row in rows]
         manifest.write_text("".join(json.dumps(row) + "\n" for row in kept))
         folder = tmp_path / name
-        assert train.main([str(manifest), *own, "--steps", "10", "--warm-steps", "8",
+        assert train.main([str(manifest), *SHORT, "--steps", "10", "--warm-steps", "8",
                            "--out", str(folder)]) == 0
         losses[name] = next(csv.DictReader(open(folder / "log.csv")))
     assert losses["both"]["step"] == "2" == losses["translations"]["step"]
