@@ -594,8 +594,9 @@ def load(path, map_location="cpu") -> tuple[Transducer, dict]:
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         raise InputError(f"{path}: not a checkpoint of this project: "
                          f"it lacks the mark {CHECKPOINT_FORMAT!r}")
-    if content.get("version") != CHECKPOINT_VERSION:
-        raise InputError(f"{path}: checkpoint version {str(content.get('version')):.20}, "
+    version = content.get("version")
+    if type(version) is not int or version != CHECKPOINT_VERSION:      # a tensor compares too
+        raise InputError(f"{path}: checkpoint version {str(version):.20}, "
                          f"this code reads version {CHECKPOINT_VERSION}: "
                          "train it again, or use the code that wrote it")
     try:

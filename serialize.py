@@ -38,7 +38,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import accumulate, groupby, zip_longest
+from itertools import accumulate, zip_longest
 from pathlib import Path
 
 ASR = "<asr>"
@@ -84,18 +84,26 @@ def join(words):
 def interleave_time(streams):
     """Merge {tag: [(word, end_s)]} into [(tag, word)].
 
-    Sorted by (end_s, order of the streams in the dict, index of the word). Inside a stream times
-    never fall: one below its predecessor's counts as that. A word without a time (None) takes its
-    predecessor's; at the head, the first that is known; infinity if none is. At equal times the
-    earlier stream goes first, so that a transcribed word precedes what it allows to be said.
+    Sorted by (rising end_s, order of the streams in the dict, index of the word). At equal times
+    the earlier stream goes first, so that a transcribed word precedes what it allows to be said.
     """
     events = []
     for order, (tag, words) in enumerate(streams.items()):
-        clock = next((end for _, end in words if end is not None), math.inf)
-        for index, (word, end) in enumerate(words):
-            clock = clock if end is None else max(clock, end)
-            events.append((clock, order, index, tag, word))
+        ends = rising([end for _, end in words])
+        for index, ((word, _), end) in enumerate(zip(words, ends)):
+            events.append((end, order, index, tag, word))
     return [(tag, word) for *_, tag, word in sorted(events)]
+
+
+def rising(ends):
+    """The end times of a stream's words as they are compared: known, and never falling.
+
+    One below its predecessor's counts as that. A word without a time (None) takes its
+    predecessor's; at the head, the first that is known; infinity if none is.
+    """
+    first = next((end for end in ends if end is not None), math.inf)
+    known = (-math.inf if end is None else end for end in ends)
+    return list(accumulate(known, max, initial=first))[1:]
 
 
 def _merge(asr, st, asr_times, st_times):
@@ -132,7 +140,8 @@ def interleave_ratio(asr, st, gamma):
     """INTER gamma: a transcribed word is next while (1 - gamma) (1 + n_st) >= gamma (1 + n_asr).
 
     n_asr and n_st count the words written so far: with the two sides as times of the next words,
-    the rule is a merge. Several translations take turns; a finished one drops out.
+    the rule is a merge. Several translations take turns, and each is held to the rule by its own
+    n_st; a finished one drops out.
     """
     if not 0 <= gamma <= 1:
         raise InputError(f"gamma must lie between 0 and 1, not {gamma!r}")
@@ -317,14 +326,18 @@ class Tokenizer:
 
 def serialize(pairs, tokenizer):
     """(tag, word) pairs -> ids, with a tag's id before the first word and at every change."""
-    ids = []
-    for tag, group in groupby(pairs, key=lambda pair: pair[0]):
+    return [token for ids in word_by_word(pairs, tokenizer) for token in ids]
+
+
+def word_by_word(pairs, tokenizer):
+    """The ids that each (tag, word) adds to the stream."""
+    tag_before = None
+    for tag, word in pairs:
         if tag not in tokenizer.tag_id:
             raise InputError(f"the tokenizer has no tag {tag!r}, only {' '.join(tokenizer.tags)}")
-        ids.append(tokenizer.tag_id[tag])
-        for _, word in group:
-            ids += tokenizer.encode_word(word)
-    return ids
+        change = () if tag == tag_before else (tokenizer.tag_id[tag],)
+        yield change + tokenizer.encode_word(word)
+        tag_before = tag
 
 
 def parse(ids, tokenizer):
@@ -521,8 +534,8 @@ def decode(line):
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"byte 0x{line[error.start]:02x} after {error.start} others "
-                         "is not UTF-8") from None
+        byte = error.object[error.start]    # its object is the line without the mark
+        raise InputError(f"byte 0x{byte:02x} after {error.start} others is not UTF-8") from None
 
 
 class Intake:
@@ -561,8 +574,8 @@ class Intake:
             self.tell(f"{path}: text of {composed} rows brought to NFC")
         if unspaced := self.counts["unspaced"]:
             self.tell(f"{path}: {unspaced} rows hold a script without spaces (as Thai, Lao, Khmer, "
-                      "Burmese), where a whole phrase counts as one word; put spaces between the "
-                      "words first")
+                      "Burmese): what stands between two spaces counts as one word, so let them "
+                      "stand between the words")
         if not good:
             raise InputError(f"{path}: no usable row")
 
@@ -682,11 +695,14 @@ def project_times(row):
     link wait for the first linked one, and source words that share a time, or lack one, count as
     one.
     """
+    ends = rising(row.times or [])
+    if math.inf in ends:    # no time is known
+        return
     for lang, links in row.links.items():
-        if row.times and lang not in row.st_times:
+        if ends and lang not in row.st_times:
             row.st_times[lang] = [None] * len(units(row.st[lang]))
             for i, j in sorted(links):
-                row.st_times[lang][j] = row.times[i]
+                row.st_times[lang][j] = ends[i]
 
 
 def _mean(values):
@@ -766,7 +782,7 @@ def import_tsv(*paths, columns, folder="", allow_outside=False, strict=False, on
 
     {"audio": "path", "asr": "sentence", "st.en": "translation"}, and also id, lang, speaker, start
     and duration (seconds); columns not named are kept under their own names, but for those called
-    like a field of Row, which are left out. Cells are not quoted; a backslash escapes a tab, a
+    like a key of the manifest, which are left out. Cells are not quoted; a backslash escapes a tab, a
     line's end, a quote and itself. The sound lies in `folder`, seen from the TSV's.
     """
     intake = Intake(strict, on_bad, by_sound=True)
@@ -825,7 +841,8 @@ def _next_cells(reader):
 
 def _header(path, reader, columns):
     try:
-        header = [name.removeprefix("\ufeff") for name in _next_cells(reader) or []]
+        header = _next_cells(reader) or []
+        header = decode("\t".join(header).encode(errors="surrogateescape")).split("\t")
     except InputError as error:
         raise InputError(f"{path}:1: {error}") from None
     if missing := [name for name in columns.values() if name not in header]:
@@ -945,8 +962,9 @@ def _nemo_record(cells):
         raise InputError(f"not a JSON object with audio_filepath: {cells!r:.60}")
     source = cells.get("source_lang") or cells.get("lang") or ""
     target = cells.get("target_lang") or source
-    if not isinstance(target, str):
-        raise InputError(f"target_lang cannot be {target!r:.60}")
+    for name, language in {"source_lang": source, "target_lang": target}.items():
+        if not isinstance(language, str):
+            raise InputError(f"{name} cannot be {language!r:.60}")
     if target and not source:
         raise InputError(f"target_lang {target!r} without source_lang: is the text a transcription "
                          "or a translation?")
@@ -972,7 +990,8 @@ def join_texts(first, row):
     for name, (one, another) in texts.items():
         if one and another and one != another:
             raise InputError(f"another text ({name}) for the same sound stands at {first.where}")
-    first.asr = first.asr or row.asr
+    first.asr, first.lang = first.asr or row.asr, first.lang or row.lang
+    first.speaker = first.speaker or row.speaker
     first.st |= {lang: first.st.get(lang) or text for lang, text in row.st.items()}
     first.other = row.other | first.other
 
@@ -993,7 +1012,8 @@ def with_durations(intake):
         if seconds[row.audio] is not None and seconds[row.audio] > row.start:
             row.duration = seconds[row.audio] - row.start
     if unknown := sum(row.duration is None for row in lacking):
-        intake.tell(f"{unknown} rows get no duration: their sound is missing or not surely whole")
+        intake.tell(f"{unknown} rows get no duration: their sound is missing, not surely whole, or "
+                    "ends before their start")
     return intake.rows
 
 

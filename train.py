@@ -59,7 +59,7 @@ from model import PRESETS, SAMPLE_RATE, InputError, Transducer, load, log_mel, p
 from rnnt_loss import joint_rnnt_loss, prune_band, runs_on_gpu, simple_rnnt_loss
 from serialize import InputError as TextError
 from serialize import (ASR, SEPARATOR, Row, Tokenizer, interleave, mode_of, needs,
-                       project_times, read_manifest, serialize, write_manifest)
+                       project_times, read_manifest, serialize, word_by_word, write_manifest)
 from stream import evaluate, read_audio, readable, resample
 
 USER_ERRORS = InputError, TextError, align.InputError, OSError, ImportError  # told in one line
@@ -114,8 +114,8 @@ class Options:
     merges: int = option(100, "BPE merges of the vocabulary", low=0)
     prune: int = option(0, "labels a frame may be at, in the transducer loss (0: all)", low=0)
     restrict: float = option(
-        0.0, "seconds after its end until which a word may be written, where rows have times and "
-        "--prune is 0; 0.8 is a good start (0: at any time)", low=0)
+        0.0, "seconds after its end until which a word may be written, where rows have times; wants "
+        "--prune 0; 0.8 is a good start (0: at any time)", low=0)
     fastemit: float = option(0.0, "FastEmit's lambda (arXiv 2010.11148)", low=0)
     delay_penalty: float = option(0.0, "the penalty of arXiv 2211.00490", low=0)
     augment: float = option(
@@ -244,6 +244,9 @@ def check(options):
                          f"{longest} frames, a minute (0: the whole utterance)")
     if options.prune == 1:
         raise InputError("--prune is 1, not 0 or at least 2: a band of one row never rises")
+    if options.restrict and options.prune:
+        raise InputError(f"--restrict is {options.restrict}, but --prune {options.prune} chooses "
+                         "the lattice already: give --prune 0 too")
     if options.noise:
         noise_files(options.noise)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -870,7 +873,7 @@ class Source(torch.utils.data.Dataset):
     def label_times(self, s, pairs, starts):
         """For each label, when its word has been said, in s (of a translated word: when it could
         be); None where a row has no times."""
-        times, tag_before = [], None
+        times = []
         for row, own, start in zip(s.rows, pairs, starts):
             row = replace(row, st_times=dict(row.st_times))
             project_times(row)                                 # through the links, where they lack
@@ -878,12 +881,10 @@ class Source(torch.utils.data.Dataset):
             if any(known[tag] is None for tag, _ in own):
                 return None
             ends = {tag: iter(known[tag]) for tag, _ in own}
-            for tag, word in own:
-                n_labels = (tag != tag_before) + len(self.tokenizer.encode_word(word))
-                # A word without a time can be written when the one before it can.
-                times += n_labels * [start / SAMPLE_RATE + (next(ends[tag]) or 0) / s.speed]
-                tag_before = tag
-        return np.array(times)
+            # A word without a time can be written when the one before it can (see `around`).
+            times += [start / SAMPLE_RATE + (next(ends[tag]) or 0) / s.speed for tag, _ in own]
+        written = word_by_word([pair for own in pairs for pair in own], self.tokenizer)
+        return np.repeat(times, [len(ids) for ids in written])
 
     def blocks(self, pairs, starts, n_mel, n_labels):
         """keep (T,U1): while an utterance is heard, and one chunk longer, its labels are written

@@ -641,6 +641,8 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path):
     refused("damaged.*model")
     torch.save({**content, "version": 1}, path)
     refused("version 1, this code reads version 2")
+    torch.save({**content, "version": torch.tensor([2, 2])}, path)
+    refused("version tensor")
 
 
 def damages(content):

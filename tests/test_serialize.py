@@ -229,6 +229,20 @@ def test_time_is_align_where_times_go_through_the_links():
         assert interleave(row, "time") == interleave(row, "align")
 
 
+def test_projected_times_are_the_rising_ones():
+    row = Row("a", "", asr="a b c d", st={"en": "w x y z"},
+              links={"en": [(0, 0), (1, 1), (2, 2), (3, 3)]}, times=[None, 0.5, None, 0.4])
+    module.project_times(row)
+    assert row.st_times == {"en": [0.5, 0.5, 0.5, 0.5]}  # d was heard with c, whatever its time says
+    row.st_times, row.times = {}, [0.5, None, 2.0, 3.0]
+    row.links = {"en": [(0, 0), (1, 2), (3, 2)]}
+    module.project_times(row)
+    assert row.st_times == {"en": [0.5, None, 3.0, None]}
+    row.st_times, row.times = {}, [None] * 4
+    module.project_times(row)
+    assert row.st_times == {}
+
+
 def test_modes_of_a_row():
     row = Row("17", "a", asr="a b", st={"fr": "x y"}, links={"fr": [(0, 0), (1, 1)]},
               times=[1.0, 2.0],
@@ -968,7 +982,8 @@ def test_covost_lines_that_cannot_be_trusted(tmp_path):
     for message, (number, reason) in zip(told, wrong.items()):
         assert re.match(f"{re.escape(str(path))}:{number}: skipped: .*{reason}", message), message
     assert told[len(wrong)] == f"{path}: 7 lines skipped"
-    for header in [b"path\tsentence", b"", b"path\tsentence\ttranslation\tpath", b"path\ra"]:
+    for header in [b"path\tsentence", b"", b"path\tsentence\ttranslation\tpath", b"path\ra",
+                   b"path\tsentence\ttranslation\t\xff"]:
         path.write_bytes(header + b"\na\tb\tc\n")
         with pytest.raises(InputError, match=r"x\.tsv:1: "):
             module.import_covost(path)
@@ -1062,6 +1077,26 @@ def test_nemo_texts_are_what_they_say(tmp_path):
     assert "n.json:3: skipped: target_lang 'en' without source_lang" in told[1]
 
 
+def test_a_row_takes_from_both_lines_about_its_sound(tmp_path):
+    sound = {"audio_filepath": "/x.wav", "duration": 1.0}
+    path = manifest(tmp_path, {**sound, "text": "ja"}, name="n.json")
+    more = manifest(tmp_path, {**sound, "text": "yes", "source_lang": "de", "target_lang": "en",
+                               "speaker": "anna", "topic": "x"}, name="m.json")
+    row, = module.import_nemo(path, more)
+    assert (row.asr, row.st, row.lang, row.speaker) == ("ja", {"en": "yes"}, "de", "anna")
+    assert row.other == {"topic": "x"}
+
+
+def test_the_byte_that_is_named_is_the_wrong_one(tmp_path):
+    for mark in (b"", b"\xef\xbb\xbf"):
+        with pytest.raises(InputError, match="byte 0xff after 2 others"):
+            module.decode(mark + b"ab\xffc")
+    path = manifest(tmp_path, {"audio_filepath": "/x.wav", "text": "a", "source_lang": ["de"],
+                               "target_lang": "en"}, name="n.json")
+    with pytest.raises(InputError, match=r"source_lang cannot be \['de'\]"):
+        module.import_nemo(path, strict=True)
+
+
 def test_time_needs_no_times_of_a_text_that_is_not_there():
     row = Row("1", "a", asr="a b", st={"en": "x", "fr": ""}, times=[1.0, 2.0],
               st_times={"en": [1.5]})
@@ -1127,7 +1162,8 @@ def test_imported_rows_get_the_duration_that_is_sure(tmp_path):
         seconds[Path(row.audio).name] = row.duration
     assert [seconds[name] for name in names[:4]] == [12345 / 16000] * 4
     assert [seconds[name] for name in names[4:]] == [None] * 6
-    assert told == ["6 rows get no duration: their sound is missing or not surely whole"]
+    assert told == ["6 rows get no duration: their sound is missing, not surely whole, "
+                    "or ends before their start"]
     path = tsv(tmp_path / "t.tsv", ("a", "b", "c"), ("a.wav", "x", "0.5"), ("a.wav", "y", "9"))
     columns = {"audio": "a", "asr": "b", "start": "c"}
     first, second = module.import_tsv(path, columns=columns, folder="clips", on_bad=[].append)

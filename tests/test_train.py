@@ -177,6 +177,7 @@ def refused(capsys, *argv):
         ["--interleave", "ratio:1.5"],
         ["--interleave", "ratio:x"],
         ["--prune", "1"],
+        ["--restrict", "0.8", "--prune", "8"],
         ["--prune", "-1"],
         ["--prune", "10000000000000000000"],
         ["--join", "10000000000000000000"],
@@ -510,7 +511,7 @@ def test_a_row_without_times_or_a_run_without_the_option_has_no_restricted_latti
         streams = [train.Stream([row], [0.0], [], 1.0, 3.0) for row in corpus.rows(0)]
         return [source[train.Request([s], 0, (0, 1), True)]["keep"] for s in streams]
     assert [mask.float().mean() < 0.8 for mask in masks()] == [True, False, True, True]
-    assert masks("--restrict", "0") == 4 * [None] == masks("--prune", "8")
+    assert masks("--restrict", "0") == 4 * [None] == masks("--restrict", "0", "--prune", "8")
 
 
 @pytest.mark.parametrize("n", [16384, 48017])
