@@ -32,7 +32,9 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C while the imports run: no traceback
 
 import argparse
+import atexit
 import csv
+import io
 import json
 import math
 import os
@@ -40,6 +42,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -70,10 +73,10 @@ DECAY = 0.2           # share of the steps, the last ones, over which it falls
 FORGET_STEPS = 150    # transducer steps over which ever fewer labels are hidden
 SIDE_WEIGHT = 0.3     # of each side task, beside the transducer's 1
 LOG_EVERY = 50        # steps; only then are losses fetched from the device
-GIVE_UP = 20          # steps in a row without a finite gradient
+GIVE_UP = 20          # steps in a row that learned nothing: no finite gradient, or no sound
 BLANK_PENALTY = 0.5   # nats, for the search: labels hidden in training leave blank too likely
 KEPT_S = 18_000       # seconds of decoded sound that are kept in memory: 1.2 GB
-LINKS_HERE = 50_000   # rows without links that are still aligned at the start of a run
+LINKS_HERE = 50_000   # rows that are still aligned at the start of a run, where links lack
 BPE_ROWS = 50_000     # rows that the tokenizer learns from, at most
 TEST_SIZE = 200       # built-in utterances to evaluate on
 TASKS = ("transducer", "simple", "letters", "words", "next_label")
@@ -143,7 +146,11 @@ def flag(name):
 
 
 def numbers_of(text):
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between "
+                                         "them") from None
 
 
 def make_parser():
@@ -247,8 +254,16 @@ def check(options):
     if options.restrict and options.prune:
         raise InputError(f"--restrict is {options.restrict}, but --prune {options.prune} chooses "
                          "the lattice already: give --prune 0 too")
+    if options.dev and not options.manifest:
+        raise InputError(f"--dev {options.dev}: without a manifest the built-in corpus is learned, "
+                         "which has unseen utterances of its own")
+    if options.manifest and options.corpus != Options.corpus:
+        raise InputError(f"--corpus {options.corpus} beside the manifest {options.manifest}: one "
+                         "of the two is learned")
     if options.noise:
         noise_files(options.noise)
+        if not options.augment:
+            raise InputError(f"--noise {options.noise} is never heard with --augment 0")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device is {options.device!r}, not cpu or cuda (of several GPUs, "
@@ -273,30 +288,33 @@ class Run:
 
 
 def train(options):
-    """The whole run, new or resumed -> its folder and whether it was stopped before its end."""
+    """The whole run, new or resumed -> its folder and whether it was stopped before its end, the
+    last evaluation included."""
     ranks = Ranks.here(options.device)
     options = replace(options, device=ranks.device)
     # What the loss needs on a GPU, it says now.
     runs_on_gpu(torch.device(options.device), torch.float32)
     folder = run_directory(options, ranks)
     with locked(folder, ranks.first):
-        corpus, dev = open_corpus(options, ranks.first)
-        run = resume_run(options) if options.resume else new_run(options, corpus)
-        warn_of_unseen(run.tokenizer, dev)
+        with ranks.only_first_speaks():
+            corpus, dev = open_corpus(options, ranks.first)
+            run = resume_run(options) if options.resume else new_run(options, corpus)
+            warn_of_unseen(run.tokenizer, dev)
         learn(run, corpus, dev, options, ranks, folder)
-    return folder, run.step < options.steps
+    owed = ranks.first and evaluation_owed(run.step, options, folder)
+    return folder, run.step < options.steps or owed
 
 
 def learn(run, corpus, dev, options, ranks, folder):
     """The loop: steps, and now and then an evaluation and a checkpoint."""
     source = Source(options, run)
     if ranks.first:
-        announce(run, source, corpus, options, folder)
+        announce(run, source, corpus, options, ranks, folder)
     log = Log(folder, run.step, ranks)
     with StopSignal() as stop:
         left = run.step < options.steps
         if ranks.first and left and evaluation_owed(run.step, options, folder):
-            milestone(run, dev, options, folder, log)
+            milestone(run, dev, options, folder, log, stop)
         with Batches(source, corpus, run, options, ranks) as batches:
             for group in batches if left else ():              # those of one step on this process
                 numbers = train_step(run, group, options, ranks)
@@ -304,10 +322,10 @@ def learn(run, corpus, dev, options, ranks, folder):
                 if ranks.agree(stop.wanted) or run.step >= options.steps:
                     break
                 if run.step % options.eval_every == 0 and ranks.first:
-                    milestone(run, dev, options, folder, log)
+                    milestone(run, dev, options, folder, log, stop)
         log.close(run)
         if ranks.first and run.step == options.steps:
-            milestone(run, dev, options, folder, log)
+            milestone(run, dev, options, folder, log, stop)
         elif ranks.first:
             save_run(run, options, folder, log)
 
@@ -340,15 +358,17 @@ def train_step(run, batches, options, ranks):
         sums += torch.stack([loss.detach().float() for loss in each.values()])
     ranks.add_gradients(model)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    finite = bool(torch.isfinite(norm))                        # one GPU's only wait in a step,
-                                                               # but for the band of --prune
-    if finite:                                                 # a step that overflows is dropped
+    # One GPU's only wait in a step, but for the band of --prune. A step that overflows is dropped,
+    # and so is one that heard nothing.
+    learned = bool(torch.isfinite(norm) & (norm > 0))
+    if learned:
         for optimizer in run.optimizers:
             optimizer.step()
     for optimizer in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
     run.step, run.position = run.step + 1, batches[-1]["after"]
-    return dict(zip(weights, ranks.add(sums) / counts)) | {"gradient_norm": norm, "finite": finite}
+    return dict(zip(weights, ranks.add(sums) / counts)) | {"gradient_norm": norm,
+                                                           "learned": learned}
 
 
 class Ranks:
@@ -362,13 +382,17 @@ class Ranks:
     def here(cls, device):
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if local >= there:
+                raise InputError(f"process {local} of this machine has no GPU: there are {there}; "
+                                 f"--nproc_per_node={there}")
+            device = f"cuda:{local}"
             torch.cuda.set_device(device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         if world > 1 and not dist.is_initialized():
             backend = "nccl" if "cuda" in device else "gloo"
             # The others wait while the first evaluates.
-            dist.init_process_group(backend, timeout=timedelta(hours=1))
+            dist.init_process_group(backend, timeout=timedelta(days=1))
         return cls(rank, world, device)
 
     def add(self, tensor):
@@ -393,6 +417,15 @@ class Ranks:
             for p, grad in zip(given, total.split([p.numel() for p in given])):
                 p.grad.copy_(grad.view_as(p))
 
+    def only_first_speaks(self):
+        """Within it, what is told to the user is told once, not by every process."""
+        nowhere = io.StringIO()
+        quiet = ExitStack()
+        if not self.first:
+            quiet.enter_context(redirect_stdout(nowhere))
+            quiet.enter_context(redirect_stderr(nowhere))
+        return quiet
+
     def agree(self, wish):
         """True where any process says so."""
         if self.world == 1:
@@ -402,7 +435,8 @@ class Ranks:
 
 class StopSignal:
     """Within it, Ctrl-C or SIGTERM let the step in progress end, then the run is saved; a second
-    one ends it at once."""
+    Ctrl-C ends it at once. (A second SIGTERM is none: a batch system sends one to every process,
+    and torchrun passes its own on.)"""
 
     def __enter__(self):
         self.wanted = False
@@ -410,7 +444,7 @@ class StopSignal:
         return self
 
     def seen(self, number, frame):
-        if self.wanted:
+        if self.wanted and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.wanted = True
 
@@ -816,14 +850,12 @@ class Source(torch.utils.data.Dataset):
         spoken = " ".join(row.asr for row in s.rows if row.asr)
         words = [" ".join(word for _, word in own) if mode == "st" else row.asr
                  for row, mode, own in zip(s.rows, modes, pairs)]
-        letters = [self.letter[c] for c in spoken if c in self.letter]
-        if len(letters) + repeats(letters) > len(mel) // self.config.subsampling:
-            letters = []                                       # CTC has no path for so many
+        n_frames = len(mel) // self.config.subsampling
         example = dict(
             mel=mel,
             targets=targets,
-            words=self.tokenizer.encode(" ".join(words)),
-            letters=letters,
+            words=if_it_fits(self.tokenizer.encode(" ".join(words)), n_frames),
+            letters=if_it_fits([self.letter[c] for c in spoken if c in self.letter], n_frames),
             chance=torch.from_numpy(rng.random(len(targets), np.float32)),
             keep=self.lattice(s, pairs, starts, len(mel), len(targets)))
         return example
@@ -856,7 +888,7 @@ class Source(torch.utils.data.Dataset):
         if self.noises and rng.random() < 0.5:
             path = self.noises[rng.integers(len(self.noises))]
             noise = self.readable(Row(id=path, audio=path, where=path), bad)
-            return None if noise is None else np.resize(noise[rng.integers(len(noise)):], n)
+            return None if noise is None else np.resize(np.roll(noise, -rng.integers(len(noise))), n)
 
     def lattice(self, s, pairs, starts, n_mel, n_labels):
         """keep (T,U1): the nodes of the lattice that the loss looks at; None: all, or those of the
@@ -945,6 +977,11 @@ def repeats(symbols):
     return sum(a == b for a, b in zip(symbols, symbols[1:]))
 
 
+def if_it_fits(symbols, n_frames):
+    """A target for CTC; none where it has no path for so many."""
+    return symbols if len(symbols) + repeats(symbols) <= n_frames else []
+
+
 def collate(examples):
     """[{name: sequence}] -> {name: padded tensor (B, longest, ...), name_lengths: (B,)}."""
     batch = {"keep": None}
@@ -1026,6 +1063,8 @@ def quiet_worker(_):
     act on them, and tells the workers when there is nothing left to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Else one of six died of a library's threads as it ended ("terminate called").
+    atexit.register(os._exit, 0)
 
 
 # ---- Sounds as people have them ------------------------------------------------------------------
@@ -1170,8 +1209,22 @@ class Corpus:
         return row.duration
 
 
+class Unseen:
+    """(row, samples) of a development set, whose sound is read as it is asked for: hours of it need
+    no memory."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __iter__(self):
+        return readable(self.rows)
+
+
 def open_corpus(options, evaluates=True):
-    """-> the training corpus, and [(row, samples)] to evaluate on, for the process that does."""
+    """-> the training corpus, and (row, samples) to evaluate on, for the process that does."""
     if not options.manifest:
         corpus = BuiltIn(options.corpus, options.seed)
         return corpus, corpus.unseen(TEST_SIZE)
@@ -1182,7 +1235,8 @@ def open_corpus(options, evaluates=True):
     rows = list(usable(rows, options))
     dev = []
     if options.dev and evaluates:
-        dev = list(readable(read_manifest(options.dev, **kept), options.strict))
+        found = readable(read_manifest(options.dev, **kept), options.strict)
+        dev = Unseen([row for row, _ in found])
     frame_s = PRESETS[options.preset].frame_s
     spoken = [(row.asr or "", row.duration / frame_s) for row in rows]
     short = sum(len(text) + repeats(text) > frames for text, frames in spoken)
@@ -1194,12 +1248,12 @@ def open_corpus(options, evaluates=True):
 
 def link(rows, options):
     """Word links where they lack, learned from all of the training rows, and from no other."""
-    def lacks(row):
-        return row.asr and any(text and not row.links.get(lang) for lang, text in row.st.items())
-    lacking = sum(map(bool, map(lacks, rows)))
-    if lacking > LINKS_HERE:
-        raise InputError(f"{options.manifest}: {lacking} rows lack links; find them once and for "
-                         f"all with\npython align.py {options.manifest} -o LINKED.jsonl")
+    both = [row for row in rows if row.asr and any(row.st.values())]
+    lacking = sum(any(text and not row.links.get(lang) for lang, text in row.st.items())
+                  for row in both)
+    if lacking and len(both) > LINKS_HERE:
+        raise InputError(f"{options.manifest}: {lacking} of {len(both)} rows lack links; find them "
+                         f"once and for all with\npython align.py {options.manifest} -o LINKED.jsonl")
     if lacking:
         threads = torch.get_num_threads()
         add_links(rows, align_bitext)
@@ -1211,7 +1265,8 @@ def usable(rows, options):
     """The rows that can be learned from, with their durations; the others are named and left
     out."""
     left_out = 0
-    for row in rows:
+    unmeasured = any(row.duration is None for row in rows)
+    for row in tqdm(rows, "lengths", unit="row", leave=False, disable=None if unmeasured else True):
         try:
             interleave(row, mode_of(row, options.interleave))  # has the row what this order needs?
             if row.duration is None:
@@ -1224,7 +1279,7 @@ def usable(rows, options):
             message = str(error) if row.where in str(error) else f"{row.where}: {error}"
             if options.strict:
                 raise InputError(message) from None
-            print(f"{message}: left out", file=sys.stderr)
+            tqdm.write(f"{message}: left out", file=sys.stderr)
             left_out += 1
             continue
         yield row
@@ -1260,7 +1315,7 @@ def new_run(options, corpus):
 
 
 def feature_statistics(rows, config, options):
-    """Mean and deviation (80,) of every band, over 300 to 600 rows."""
+    """Mean and deviation (80,) of every band, over all rows, or 300 to 600 of many."""
     mels = []
     for row in rows[::max(1, len(rows) // 300)]:
         try:
@@ -1323,8 +1378,9 @@ def resume_run(options):
 
 def save_run(run, options, folder, log):
     """resume.pt is complete in itself and all that --resume reads; model.pt is what stream.py
-    needs."""
+    needs. It comes first: killed between the two, a resumed run makes it again."""
     log.flush(run)
+    save_model(run, options, folder / "model.pt")
     save(folder / "resume.pt", run.model,
          tokenizer=run.tokenizer.to_dict(),
          letters=run.letters,
@@ -1333,7 +1389,6 @@ def save_run(run, options, folder, log):
          step=run.step,
          position=list(run.position),
          best=run.best)
-    save_model(run, options, folder / "model.pt")
 
 
 def save_model(run, options, path):
@@ -1343,6 +1398,16 @@ def save_model(run, options, path):
          mode=options.interleave,
          blank_penalty=BLANK_PENALTY,
          step=run.step)
+
+
+@contextmanager
+def naming(path):
+    """Around the writing of a small file: a full disk is told with its name."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; what was saved before stays as it is",
+                      str(path)) from None
 
 
 class Log:
@@ -1359,7 +1424,7 @@ class Log:
         if self.first:
             # What a resumed run does again, it writes again.
             new = self.path.with_suffix(".new")
-            with open(new, "w", newline="") as file:
+            with naming(self.path), open(new, "w", newline="") as file:
                 writer = csv.DictWriter(file, self.COLUMNS)
                 writer.writeheader()
                 writer.writerows(lines)
@@ -1384,23 +1449,24 @@ class Log:
         self.waited, self.lr = waited, run.optimizers[-1].param_groups[0]["lr"]
         # Those of the other processes are about as many.
         self.frames += self.world * sum(batch["frames"] for batch in group)
-        self.steps, finite = self.steps + 1, numbers.pop("finite")
-        self.count(finite, run, group)
-        for name, number in numbers.items() if finite else ():  # on the device still: no wait here
+        self.steps, learned = self.steps + 1, numbers.pop("learned")
+        self.count(learned, run, group)
+        for name, number in numbers.items() if learned else ():  # on the device still: no wait here
             self.sums[name] = self.sums.get(name, 0) + number
             self.counts[name] = self.counts.get(name, 0) + 1
         self.bar.update()
         if run.step % LOG_EVERY == 0:
             self.flush(run)
 
-    def count(self, finite, run, group):
-        self.skipped += not finite
-        self.in_a_row = 0 if finite else self.in_a_row + 1
+    def count(self, learned, run, group):
+        self.skipped += not learned
+        self.in_a_row = 0 if learned else self.in_a_row + 1
         if self.in_a_row == GIVE_UP:
             rows = ", ".join(row for batch in group for row in batch["rows"])
-            raise InputError(f"step {run.step}: the {GIVE_UP}th in a row whose gradient is not "
-                             "finite; a lower --lr? The last checkpoint stands. Rows of this "
-                             f"step: {rows}")
+            heard = any(batch["frames"] for batch in group)
+            why = "whose gradient is not finite; a lower --lr?" if heard else "without usable sound."
+            raise InputError(f"step {run.step}: the {GIVE_UP}th in a row {why} What was saved "
+                             f"before stays as it is. Rows of this step: {rows}")
 
     def flush(self, run):
         if not self.steps:
@@ -1419,7 +1485,7 @@ class Log:
             "waited_s": f"{self.waited - self.waited_before:.3f}",
         }
         if self.first:
-            with open(self.path, "a", newline="") as file:
+            with naming(self.path), open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, self.COLUMNS).writerow(line)
             self.bar.set_postfix_str(f"{told}  {line['audio_s_per_s']} s/s")
             if self.bar.disable and run.step % (2 * LOG_EVERY) == 0:
@@ -1433,16 +1499,18 @@ class Log:
         self.bar.close()
 
 
-def announce(run, source, corpus, options, folder):
+def announce(run, source, corpus, options, ranks, folder):
     """What will happen, and how long it takes here: a step of every phase is tried on the first
     batch."""
     batches = epoch_batches(corpus, run.position[0], options)
     seconds = sum(s.seconds for batch in batches for s in batch)
     padded = sum(len(batch) * max(s.seconds for s in batch) for batch in batches)
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
-    told = f"{options.steps - run.step} steps of about {padded / len(batches):.0f} s of sound"
+    per_step = options.accumulate * ranks.world                # batches
+    told = (f"{options.steps - run.step} steps of about {per_step * padded / len(batches):.0f} s of "
+            f"sound, {len(batches) / per_step:.0f} an epoch")
     print(f"{options.preset}, {options.interleave}: {millions:.2f} M parameters, "
-          f"{len(run.tokenizer)} tokens, on {options.device}; {told}, {len(batches)} an epoch, "
+          f"{len(run.tokenizer)} tokens, on {options.device}; {told}, "
           f"{1 - seconds / padded:.1%} of it padding; run folder {folder}", flush=True)
     batch = source[Request(batches[0], 0, (0, 0), True)]
     half = options.warm_steps // 2
@@ -1493,14 +1561,19 @@ def evaluation_owed(step, options, folder):
     return bool(has_dev and due and not done)
 
 
-def milestone(run, dev, options, folder, log):
-    """Checkpoint, evaluation, and the checkpoint again, which now knows the best score."""
+def milestone(run, dev, options, folder, log, stop):
+    """Checkpoint, evaluation, and the checkpoint again, which now knows the best score.
+
+    metrics.json comes last: an evaluation that does not stand there, for the run was ended amid it,
+    is made again on resume."""
     save_run(run, options, folder, log)
     blind = run.step == options.steps and not options.manifest
     # Before the transducer starts, the joint cannot stop writing.
-    if run.step > options.warm_steps:
-        assess(run, dev, options, folder, blind=blind)
-        save_run(run, options, folder, log)
+    if run.step > options.warm_steps and dev and not stop.wanted:
+        metrics = assess(run, dev, options, folder, blind, stop)
+        if not stop.wanted:
+            save_run(run, options, folder, log)
+            add_metrics(folder, run.step, metrics)
     log.start()                                                # that took its time
 
 
@@ -1509,12 +1582,26 @@ def past_metrics(folder):
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def assess(run, dev, options, folder, blind=False):
-    """Scores on the development set, to metrics.json; the best model so far, to best.pt; `blind`,
-    also with noise for sound: who still writes well does not listen."""
-    if not dev:
-        return
-    metrics, records = evaluate(run.model, run.tokenizer, dev, blank_penalty=BLANK_PENALTY)
+def add_metrics(folder, step, streams):
+    path = folder / "metrics.json"
+    # What a resumed run does again, it writes again.
+    past = [entry for entry in past_metrics(folder) if entry["step"] < step]
+    new = path.with_suffix(".new")
+    with naming(path):
+        new.write_text(json.dumps(past + [{"step": step, "streams": streams}], indent=1))
+        os.replace(new, path)                                  # never half written
+
+
+def assess(run, dev, options, folder, blind, stop):
+    """Scores on the development set, {stream: metrics}; the best model so far goes to best.pt;
+    `blind`, also with noise for sound: who still writes well does not listen. Cut short, and of no
+    use, where a stop is wanted."""
+    def scored(items):
+        going_on = (item for item in items if not stop.wanted)
+        return evaluate(run.model, run.tokenizer, going_on, blank_penalty=BLANK_PENALTY)
+    metrics, records = scored(dev)
+    if stop.wanted:
+        return metrics
     tqdm.write(f"step {run.step}, {len(records)} unseen utterances:")
     show_scores(metrics, records)
     chrf = [m["chrf"] for m in metrics.values() if m["chrf"] is not None]
@@ -1522,20 +1609,14 @@ def assess(run, dev, options, folder, blind=False):
     if best:
         run.best = float(np.mean(chrf))
         save_model(run, options, folder / "best.pt")
-    if blind:
-        rng = np.random.default_rng(0)
-        noise = [(row, rng.normal(0, 0.05, len(samples)).astype(np.float32))
-                 for row, samples in dev]
-        blind_metrics, _ = evaluate(run.model, run.tokenizer, noise, blank_penalty=BLANK_PENALTY)
-        metrics = metrics | {f"blind {tag}": m for tag, m in blind_metrics.items()}
-        tqdm.write("the same with noise instead of the audio (a model that listens fails here):")
-        show_scores(blind_metrics, [])
-    path = folder / "metrics.json"
-    # What a resumed run does again, it writes again.
-    past = [entry for entry in past_metrics(folder) if entry["step"] < run.step]
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(past + [{"step": run.step, "streams": metrics}], indent=1))
-    os.replace(new, path)                                      # never half written
+    if not blind:
+        return metrics
+    rng = np.random.default_rng(0)
+    blind_metrics, _ = scored(
+        (row, rng.normal(0, 0.05, len(samples)).astype(np.float32)) for row, samples in dev)
+    tqdm.write("the same with noise instead of the audio (a model that listens fails here):")
+    show_scores(blind_metrics, [])
+    return metrics | {f"blind {tag}": m for tag, m in blind_metrics.items()}
 
 
 def show_scores(metrics, records, examples=3):
