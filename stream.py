@@ -51,6 +51,7 @@ LIMITS = (20, 500)  # labels in one frame, and in the last: a whole translation 
 AHEAD = 8           # frames that greedy search looks at in one call
 HALF_CHUNK = "half a chunk"
 LONGEST_CHUNK_S = 60.0
+LONGEST_WHOLE_S = 300  # of sound in one piece, with chunk 0: memory grows with its square
 LOUDEST = 16.0      # float samples beyond -1..1 by so much are of another scale
 PER_MS = SAMPLE_RATE / 1000  # samples in a millisecond
 
@@ -152,6 +153,9 @@ class Streamer:
         if samples.size and np.abs(samples).max() > LOUDEST:
             raise InputError(f"float samples must lie in -1..1, not {np.abs(samples).max():g}: "
                              "int16 is scaled here if it comes as int16")
+        if not self.chunk and self.received + len(samples) > LONGEST_WHOLE_S * SAMPLE_RATE:
+            raise InputError(f"chunk 0 hears everything at once, {LONGEST_WHOLE_S} s at most: give "
+                             "it a number of frames")
         self.waiting.append(samples)
         self.received += len(samples)
 
@@ -490,8 +494,8 @@ class Beam:
     def prune(self, active, log_probs, left):
         """The best of those that left and of every active one with every label -> what is active
         and left now."""
-        start = log_probs.new_tensor([hyp.score for hyp in active], dtype=torch.double)
-        labels = log_probs[:, BLANK + 1:]
+        start = torch.tensor([hyp.score for hyp in active], dtype=torch.double)
+        labels = log_probs[:, BLANK + 1:].cpu()     # Apple's GPU has no double
         scores = (labels.double() + start[:, None]).flatten()                      # (A (V - 1),)
         scores, index = scores.topk(min(self.size, scores.numel()))
         pool = [(hyp.score - self.blank_penalty, hyp, None) for hyp in left.values()]
@@ -650,6 +654,8 @@ def opened(path):
         # Opened by number, the file has no name: its suffix decides nothing.
         with RawFile(io.FileIO(os.open(path, os.O_RDONLY))) as raw:
             size, head = os.fstat(raw.fileno()).st_size, raw.read(16)
+            if not size:
+                raise AudioError(f"{path}: an empty file")
             begin, end = between_tags(raw, size)
             stated = info_frame(raw, begin)
             if stated and not 0.99 * stated <= end - begin <= 1.01 * stated:
@@ -741,6 +747,8 @@ def stored_blocks(path, start, duration, file, promised, left):
     except soundfile.LibsndfileError as error:
         raise refusal(path, f"cut off or damaged after {at / rate:.2f} s "
                             f"({error.error_string})") from None
+    if not at:
+        raise AudioError(f"{path}: no samples")
     if at <= first or duration is not None and at < end - rate // 20:  # manifests may round
         wanted = "more" if duration is None else f"{duration} s"
         raise AudioError(f"{path}: {at / rate:.2f} s long, not {wanted} from {start} s on")
@@ -788,8 +796,7 @@ def mixing_weights(path, head):
     power, powers = np.square(head.mean(1)).mean(), np.square(head).mean(0)
     if power < 0.5 * powers.sum() / channels ** 2:
         best = int(powers.argmax())
-        print(AudioError(f"{path}: channel {best + 1} of {channels} is taken; the others cancel "
-                         "it"), file=sys.stderr)
+        say(AudioError(f"{path}: channel {best + 1} of {channels} is taken; the others cancel it"))
         return np.eye(channels, dtype=np.float32)[best]
     alone = power < 1.2 * powers.max() / channels ** 2
     return np.full(channels, 1 if alone else 1 / channels, np.float32)
@@ -944,6 +951,8 @@ def standard_input():
     """16-bit mono PCM at 16 kHz as it comes; what begins like a file of sound is refused."""
     if sys.stdin is None:
         raise AudioError("standard input is closed")
+    if sys.stdin.buffer.isatty():
+        raise AudioError(f"standard input is the keyboard, not sound: {WITHOUT}")
     waiting, received, heard, known = b"", 0, False, False
     while (data := sys.stdin.buffer.read1(4096)) or not known:
         waiting += data
@@ -991,21 +1000,19 @@ def listen(device, arrived, rate):
         try:
             block, overflow = arrived.get(timeout=STALLED_S)
         except queue.Empty:
-            print(f"mic: nothing has come for {STALLED_S:g} s", file=sys.stderr)
+            say(f"mic: nothing has come for {STALLED_S:g} s")
             continue
         if not listening:
-            print(f"listening at {rate} Hz, until Ctrl-C", file=sys.stderr)
+            say(f"listening at {rate} Hz, until Ctrl-C")
             listening = True
         before, late = late, arrived.qsize() * len(block) > LATE_S * rate
         if late and not before:
-            print(f"mic: {LATE_S:g} s of sound wait: the computer is too slow for this model",
-                  file=sys.stderr)
+            say(f"mic: {LATE_S:g} s of sound wait: the computer is too slow for this model")
         if overflow:
-            print("mic: some sound was lost, the computer is too slow", file=sys.stderr)
+            say("mic: some sound was lost, the computer is too slow")
         before, zeros = zeros, 0 if block.any() else zeros + len(block)
         if before < STALLED_S * rate <= zeros:
-            print(f"mic: nothing but zeros for {STALLED_S:g} s: muted, or not allowed to listen?",
-                  file=sys.stderr)
+            say(f"mic: nothing but zeros for {STALLED_S:g} s: muted, or not allowed to listen?")
         yield resampler.feed(block)
 
 
@@ -1019,11 +1026,6 @@ def own_search(beside):
 
 def load_run(path, device="cpu"):
     """model.pt of a run -> (model, tokenizer, what else lies beside them). Raises InputError."""
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {device!r} cannot be used: {reason}") from None
     model, beside = load(path, map_location=device)
     try:
         tokenizer = Tokenizer.from_dict(beside["tokenizer"])
@@ -1073,7 +1075,9 @@ def pieces(text, width):
 
 
 def say(message):
+    """One line for the user, on standard error."""
     print(printable(message), file=sys.stderr)
+    Terminal.disturbed = True
 
 
 def words_of(events):
@@ -1103,8 +1107,10 @@ def show_lines(events):
 class Terminal:
     """One line for each stream, growing in place. When one is full they all stay, and fresh ones
     begin below."""
+    disturbed = False   # something else was written below the lines: draw them again, under it
 
     def __init__(self, tags):
+        Terminal.disturbed = False
         self.lines = {tag: [] for tag in tags}  # the words of each
         self.drawn = 0                          # lines that are on the screen and may still grow
         self.margin = max(8, *(columns(printable(tag)) for tag in tags))
@@ -1121,6 +1127,8 @@ class Terminal:
                 self.draw(width)
 
     def draw(self, width):
+        if Terminal.disturbed:
+            self.drawn, Terminal.disturbed = 0, False
         up = f"\x1b[{self.drawn}F" if self.drawn else ""  # so many lines
         rows = [f"\x1b[2K\x1b[2m{printable(tag):{self.margin}}\x1b[0m "
                 f"{fit(join(line), width)}\n"
@@ -1225,6 +1233,8 @@ def planned_tracks(options, tags):
             raise InputError(f"{own}: subtitles of {tag} would overwrite {taken[real]}")
         if os.path.isdir(real) or not os.path.isdir(os.path.dirname(real)):
             raise InputError(f"{own}: a folder, or in a folder that is not there")
+        if not os.access(real if os.path.exists(real) else os.path.dirname(real), os.W_OK):
+            raise InputError(f"{own}: not allowed to write there")
         taken[real] = f"other subtitles, of {tag}"
     return planned
 
@@ -1242,22 +1252,25 @@ def opened_tracks(planned, pause):
 
 @contextmanager
 def uninterrupted():
-    """Ctrl-C within it takes effect at its end, a second one at once."""
-    plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not plain or threading.current_thread() is not threading.main_thread():
-        yield                                # somebody else's business
-        return
+    """Ctrl-C within it takes effect at its end, a second one at once; SIGTERM too, where it acts as
+    Ctrl-C does. Other handlers are somebody else's business."""
+    caught = [number for number in (signal.SIGINT, signal.SIGTERM)
+              if signal.getsignal(number) is signal.default_int_handler]
+    if threading.current_thread() is not threading.main_thread():
+        caught = []
     seen = []
 
     def note(number, frame):
         if seen:
             raise KeyboardInterrupt
         seen.append(number)
-    signal.signal(signal.SIGINT, note)
+    for number in caught:
+        signal.signal(number, note)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in caught:
+            signal.signal(number, signal.default_int_handler)
     if seen:
         raise KeyboardInterrupt
 
@@ -1283,7 +1296,7 @@ def caption(model, tokenizer, options, search):
                 with uninterrupted():        # or the words of this packet would be lost
                     show(streamer.accept(packet))
         except KeyboardInterrupt:
-            pass  # the usual end of a microphone: the last words are still to come
+            pass  # the usual end of a microphone: the words of what was heard are still to come
         except InputError as error:
             fault = error  # some faults, as a file cut off, show at its end: told after its words
         if streamer.received:
@@ -1306,57 +1319,59 @@ def evaluate(model, tokenizer, items, *, batch_size=16, progress=False, bootstra
 
     `batch_size` utterances are streamed in step; that changes words only where two scores agree to
     rounding, but computation-aware figures become those of a server with as many. Nothing holds the
-    sound of more than a batch. progress: True, or how many there will be. babble: the evaluation
-    breaks off, saying so, when a batch writes more tokens per second of sound, as untrained models
-    do. how: the options of a Streamer.
+    sound of more than a batch. progress: True, or how many there will be. babble: tokens per second
+    of sound; a batch that writes more is broken off, and the evaluation too, saying so, where that
+    is so of all utterances together, 16 or more, as untrained models do. how: the options of a
+    Streamer.
     """
     if progress:
         from tqdm import tqdm
         items = tqdm(items, "evaluating", None if progress is True else progress, leave=False)
-    training, records, source, rate = model.training, [], iter(items), 0.0
+    training, records, source = model.training, [], iter(items)
+    tokens, seconds, babbles = 0, 0.0, False
     model.eval()
     try:
-        while rate <= babble and (group := list(islice(source, batch_size))):
-            own, rate = stream_group(model, tokenizer, group, babble, how)
-            records += own
+        while not babbles and (group := list(islice(source, batch_size))):
+            own, more_tokens, more_seconds = stream_group(model, tokenizer, group, babble, how)
+            records, tokens, seconds = records + own, tokens + more_tokens, seconds + more_seconds
+            babbles = tokens > babble * seconds and len(records) >= 16
     finally:
         model.train(training)
         if progress:
             items.close()
-    if rate > babble:
-        say(f"the evaluation breaks off after {len(records)} utterances: {rate:.0f} tokens a "
-            f"second of sound, more than {babble:g}: the model babbles")
+    if babbles:
+        say(f"the evaluation breaks off after {len(records)} utterances: {tokens / seconds:.0f} "
+            f"tokens a second of sound, more than {babble:g}: the model babbles")
     return summarise(records, tokenizer.tags, bootstrap), records
 
 
 def stream_group(model, tokenizer, group, babble, how):
-    """Utterances side by side, a second of sound after the other -> (their records, tokens per
-    second if they babble, else 0)."""
+    """Utterances side by side, a second of sound after the other, until the end or until they
+    babble -> their records, and over all of them the tokens that count and the seconds."""
     began = time.perf_counter()
     streamers = [Streamer(model, tokenizer, **how) for _ in group]
-    events, rate = [[] for _ in group], 0.0
+    events = [[] for _ in group]
     for start in range(0, max(1, *(len(samples) for _, samples in group)), SAMPLE_RATE):
-        for streamer, (_, samples) in zip(streamers, group):
+        for streamer, (row, samples) in zip(streamers, group):
             if not streamer.closed:
-                streamer.push(samples[start:start + SAMPLE_RATE])
+                try:
+                    streamer.push(samples[start:start + SAMPLE_RATE])
+                except InputError as error:
+                    raise InputError(f"{row.where or row.id}: {error}") from None
                 if start + SAMPLE_RATE >= len(samples):
                     streamer.close()
         for own, found in zip(events, advance(streamers)):
             own += found
-        rate = token_rate(streamers)
-        if rate > babble:
+        # A second and the burst that a last frame may write, where a whole translation comes at
+        # the end, are free.
+        tokens = sum(max(0, streamer.n_tokens - LIMITS[1]) for streamer in streamers)
+        heard_s = sum(1 + streamer.received / SAMPLE_RATE for streamer in streamers)
+        if tokens > babble * heard_s:
             break
     seconds = (time.perf_counter() - began) / len(group)
     records = [record_of(row, samples, streamer, words_of(own), seconds)
                for (row, samples), streamer, own in zip(group, streamers, events)]
-    return records, rate if rate > babble else 0.0
-
-
-def token_rate(streamers):
-    """Tokens per second of sound, over all streams; one second and the burst that a last frame may
-    write, where a whole translation comes at the end, are free."""
-    tokens = sum(max(0, streamer.n_tokens - LIMITS[1]) for streamer in streamers)
-    return tokens / sum(1 + streamer.received / SAMPLE_RATE for streamer in streamers)
+    return records, tokens, heard_s
 
 
 def record_of(row, samples, streamer, words, seconds):
@@ -1518,7 +1533,8 @@ def resegment(whole, singles):
             first.setdefault(name, {})[tag] = whole.get(name, {}).get(tag, 0)
         texts = [record["references"].get(tag, []) for record in singles]
         owner = [k for k, text in enumerate(texts) for _ in text] or [0]
-        words = [word for word in whole["words"] if word.stream == tag]
+        words = [replace(word, text=unit) for word in whole["words"] if word.stream == tag
+                 for unit in compose(word.text)]
         reference = [word for text in texts for word in text]
         for word, i in zip(words, stands_for(reference, [word.text for word in words])):
             k = owner[min(i, len(owner) - 1)]
@@ -1588,27 +1604,36 @@ def log_entry(index, row, tag):
             "source_length": row["duration_ms"]}
 
 
+def tags_of(row):
+    """The streams in which a row has a text."""
+    return ({"<asr>"} if row.asr else set()) | {f"<st:{lang}>" for lang, text in row.st.items() if text}
+
+
 def evaluation(model, tokenizer, options, search):
     """Stream all of a manifest; print figures by stream, and write logs."""
     rows = read_manifest(options.eval, allow_outside=options.allow_outside, on_bad=say)
-    has = dict.fromkeys(tag for row in rows for tag in ["<asr>"] * bool(row.asr)
-                        + [f"<st:{lang}>" for lang, text in row.st.items() if text])
-    if not has.keys() & set(tokenizer.tags):
-        raise InputError(f"{options.eval}: it has {' '.join(has)}, and the model writes "
+    has = set().union(*map(tags_of, rows))
+    if not has & set(tokenizer.tags):
+        raise InputError(f"{options.eval}: it has {' '.join(sorted(has))}, and the model writes "
                          f"{' '.join(tokenizer.tags)}: nothing to compare")
     if options.log:  # not after hours
         Path(options.log).mkdir(parents=True, exist_ok=True)
-    metrics, records = evaluate(model, tokenizer, readable(rows), batch_size=1,
-                                progress=len(rows), bootstrap=1000, **search)
-    if not records:
-        raise InputError(f"{options.eval}: no row with usable audio")
+        if not os.access(options.log, os.W_OK):
+            raise InputError(f"--log {options.log}: not allowed to write there")
+    written = [row for row in rows if tags_of(row) & set(tokenizer.tags)]
+    if len(written) < len(rows):
+        say(f"{options.eval}: {len(rows) - len(written)} of {len(rows)} rows left out: no text in a "
+            f"language that the model writes, {' '.join(tokenizer.tags)}")
+    metrics, records = evaluate(model, tokenizer, readable(written), batch_size=1,
+                                progress=len(written), bootstrap=1000, pause=options.pause,
+                                **search)
+    if options.log:
+        write_logs(options.log, records, metrics)
     for tag, figures in metrics.items():
         print(f"\n{printable(tag)}")
         for name, value in figures.items():
             if not isinstance(value, list):
                 print(figure_line(name, value, figures.get(f"{name}_95")))
-    if options.log:
-        write_logs(options.log, records, metrics)
 
 
 def figure_line(name, value, interval):
@@ -1695,10 +1720,21 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):  # a letter that the screen lacks is a question mark
         sys.stdout.reconfigure(errors="replace")
     if not options.checkpoint:
-        if options.eval:
-            parser.error("--eval wants a model before it: stream.py MODEL --eval MANIFEST")
+        given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
+        if given:
+            parser.error(f"--{given[0].replace('_', '-')} wants a model before it, as in: stream.py "
+                         "MODEL FILE")
     elif bool(options.audio) == bool(options.eval):
-        parser.error("give an audio file, - for standard input, mic, or --eval MANIFEST")
+        parser.error("give a model, and after it an audio file, - for standard input, mic, or "
+                     "--eval MANIFEST")
+    if options.hold is not None and options.beam == 1:
+        parser.error("--hold goes with --beam: greedy search takes nothing back")
+    if options.realtime and options.audio in ("-", "mic"):
+        parser.error(f"--realtime goes with a file: {options.audio} has a pace of its own")
+    if options.allow_outside and not options.eval:
+        parser.error("--allow-outside goes with --eval")
+    if options.chunk == 0 and options.audio == "mic":
+        parser.error("--chunk 0 hears everything at once, at the end, and mic has none")
     if options.eval and (options.srt or options.vtt or options.json or options.realtime):
         parser.error("--srt, --vtt, --json and --realtime go with one recording, not with --eval")
     if options.log and not options.eval:
@@ -1726,4 +1762,6 @@ def run(options):
 
 
 if __name__ == "__main__":
+    # A service or `timeout` that stops it gets the last words too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -1632,10 +1632,10 @@ def show_scores(metrics, records, examples=3):
             if tag in metrics:
                 words = [f"{w.text}\N{MIDDLE DOT}{w.delay_ms / 1000:.1f}"
                          for w in record["words"] if w.stream == tag]
-                written = " ".join(words)
+                written = stream.printable(" ".join(words))
                 if len(written) > 500:  # an untrained model babbles
                     written = f"{written[:500]} ... {len(words)} words"
-                tqdm.write(f"    {tag:8} reference   {' '.join(reference)}\n"
+                tqdm.write(f"    {tag:8} reference   {stream.printable(' '.join(reference))}\n"
                            f"    {'':8} at its time {written}")
 
 
@@ -1794,15 +1794,23 @@ def say(chosen, lang):
             for (letter, word), after in zip(words, following)]
 
 
-def link_words(source, target):
-    """Words of the same concept are linked; an auxiliary belongs to its verb where the other side
-    has none."""
+def link_words(source, target, gendered):
+    """Each target word is linked to the source words that decide it: to those of its concept (an
+    auxiliary belongs to its verb where the other side has none), all words of a place to all, for
+    the noun says whether it is in, on or at, and in a language with genders the words around a noun
+    to the noun."""
     s_has, t_has = ("A" in dict(source)), ("A" in dict(target))
+
     def concept(letter):
         return "V" if letter == "A" and not (s_has and t_has) else letter
+
+    def decided_by(letter):
+        if letter in "pP":
+            return "pP"
+        return letter + "N" if gendered and letter in "DJ" else concept(letter)
     return [(i, j)
             for i, (a, _) in enumerate(source)
-            for j, (b, _) in enumerate(target) if concept(a) == concept(b)]
+            for j, (b, _) in enumerate(target) if concept(a) in decided_by(b)]
 
 
 def builtin_row(index, *, seed=0, source="de", targets=("en",), test=False):
@@ -1824,7 +1832,8 @@ def builtin_row(index, *, seed=0, source="de", targets=("en",), test=False):
         lang=source,
         asr=text[source],
         st={t: text[t] for t in targets},
-        links={t: link_words(sentence[source], sentence[t]) for t in targets},
+        links={t: link_words(sentence[source], sentence[t], gendered=t != "en")
+               for t in targets},
         speaker=f"{part}{speaker:04d}",
         where=f"built-in corpus, {index}")
 

@@ -161,7 +161,7 @@ def test_bad_samples_in_a_file(tmp_path):
     nan = np.where(np.arange(16000) == 5, np.nan, x)
     bad = {"nan": (nan, "NaN or infinite at 0.0003 s (sample 5)"),
            "silent": (x * 0, "silent, all 16000"), "clipped": (np.clip(x * 100, -1, 1), "clipped"),
-           "empty": (x[:0], "0.00 s long")}
+           "empty": (x[:0], "no samples")}
     for name, (samples, message) in bad.items():
         path = tmp_path / f"{name}.wav"
         soundfile.write(path, samples, 16000, subtype="FLOAT")
@@ -219,12 +219,14 @@ def test_what_it_is(tmp_path):
     for head, kind in [(b"\0\0\0\x20ftypM4A ", "MPEG-4"), (b"\xff\xf1\x50\x80", "AAC"),
                        (b"#!AMR\n", "AMR"), (b"\x0b\x77", "AC-3"),
                        (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "Windows Media"),
-                       (b"\x1a\x45\xdf\xa3", "Matroska or WebM"), (b"", "no format"),
+                       (b"\x1a\x45\xdf\xa3", "Matroska or WebM"),
                        (b"this is text", "no format"), (pcm_of(noise(300)), "raw samples?")]:
         for name in ("x", "x.raw", "x.wav"):
             path = tmp_path / name
-            path.write_bytes(head + bytes(500) * bool(head))
+            path.write_bytes(head + bytes(500))
             refused(path, kind)
+            path.write_bytes(b"")
+            refused(path, "an empty file", ffmpeg=False)
     path = tmp_path / "it's\x1b[2J.wav"  # an escape sequence does not reach the terminal
     path.write_bytes(b"#!AMR\n")
     with pytest.raises(AudioError, match="AMR") as caught:
@@ -473,7 +475,7 @@ def test_load_run(folder, tmp_path):
     with pytest.raises(InputError, match="none.pt: a damaged checkpoint"):
         load_run(tmp_path / "none.pt")
     for device in ["nonsense"] + ["cuda"] * (not torch.cuda.is_available()):
-        with pytest.raises(InputError, match=f"device '{device}' cannot be used"):
+        with pytest.raises(stream.CheckpointError, match=f"device '{device}' cannot be used"):
             load_run(folder / "model.pt", device)
 
 

@@ -658,6 +658,20 @@ def test_captions_grow_in_place(monkeypatch, capsys):
                       2: "<asr>    gekauft\ufffd[2J was?", 3: "<st:en>"}
 
 
+def test_a_message_amid_the_captions_stays_on_the_screen(monkeypatch, capsys):
+    """Fresh lines begin below it; before, the cursor went up too few lines, and wrote over it."""
+    monkeypatch.setattr(stream.shutil, "get_terminal_size", lambda *_: os.terminal_size((30, 24)))
+    terminal = stream.Terminal(["<asr>", "<st:en>"])
+    terminal([Word("<asr>", "a", 0, 0, 0, 0)])
+    terminal([Word("<asr>", "b", 0, 0, 0, 0)])
+    stream.say("mic: some sound was lost")
+    capsys.readouterr()
+    terminal([Word("<asr>", "c", 0, 0, 0, 0)])
+    terminal([Word("<asr>", "d", 0, 0, 0, 0)])
+    out = capsys.readouterr().out
+    assert out.count("\x1b[2F") == 1 and not out.startswith("\x1b[2F") and "a b c d" in out
+
+
 def test_lines_have_the_time_of_their_chunk_and_long_tags_their_room(monkeypatch, capsys):
     said = [("<asr>", "a", 640), ("<st:pt-BR>", "b", 640), ("<asr>", "c", 1280)]
     stream.show_lines([Word(tag, text, ms, 0, 0, 0) for tag, text, ms in said])
@@ -699,10 +713,68 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, monkeypatch, tmp_
     assert captions(folder, capsys, monkeypatch, audio, "--beam", "0")[0] == 2
     model, rows = str(folder / "model.pt"), str(folder / "set.jsonl")
     for wrong in ([model], ["--eval", rows], [model, audio, "--log", str(tmp_path)],
-                  [model, "--eval", rows, "--json"], [model, "--eval", rows, "--srt", "x.srt"]):
+                  [model, "--eval", rows, "--json"], [model, "--eval", rows, "--srt", "x.srt"],
+                  ["--json"], ["--srt", "x.srt"], [audio], [model, audio, "--hold", "5"],
+                  [model, "-", "--realtime"], [model, "mic", "--chunk", "0"],
+                  [model, audio, "--allow-outside"]):
         with pytest.raises(SystemExit) as caught:
             stream.main(wrong)
         assert caught.value.code == 2, wrong
+    monkeypatch.setattr(stream.os, "access", lambda path, mode: "locked" not in str(path))
+    (tmp_path / "locked").mkdir()
+    for options in (["--eval", rows, "--log", str(tmp_path / "locked")],
+                    [audio, "--srt", str(tmp_path / "locked" / "x.srt")]):
+        assert stream.main([model, *options]) == 2
+        assert "locked" in (said := capsys.readouterr().err) and "not allowed to write" in said
+    assert not list((tmp_path / "locked").iterdir())
+    keyboard = types.SimpleNamespace(buffer=types.SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(stream.sys, "stdin", keyboard)
+    assert stream.main([model, "-"]) == 2 and "is the keyboard" in capsys.readouterr().err
+
+
+def test_everything_at_once_has_a_bound(folder):
+    """Its memory grows with the square of its length, and endless input would give no word."""
+    model, tokenizer, _ = stream.load_run(folder / "model.pt")
+    minute = noise(60 * 16000)
+    whole, chunks = Streamer(model, tokenizer, chunk=0), Streamer(model, tokenizer)
+    for _ in range(5):
+        whole.push(minute)
+    with pytest.raises(stream.InputError, match="chunk 0 hears everything at once, 300 s at most"):
+        whole.push(minute[:1])
+    for _ in range(6):
+        chunks.push(minute)
+
+
+def test_one_babbling_utterance_does_not_end_the_evaluation(monkeypatch):
+    """Broken off, it counts; the others are heard. Where all babble, sixteen are enough."""
+    heard = []
+
+    def group_of(model, tokenizer, group, babble, how):
+        heard.append(group[0])
+        return [{"id": group[0]}], 5000 * (group[0] in loud), 10.0
+    monkeypatch.setattr(stream, "stream_group", group_of)
+    monkeypatch.setattr(stream, "summarise", lambda records, *_: len(records))
+    for loud, wanted in (({3, 70}, 100), (set(range(100)), 16), (set(), 100)):
+        heard.clear()
+        assert stream.evaluate(lively(), TOKENIZER, list(range(100)), batch_size=1)[0] == wanted
+        assert heard == list(range(wanted))
+
+
+def test_rows_that_the_model_does_not_write_are_left_out_and_told(folder, tmp_path, capsys,
+                                                                  monkeypatch):
+    monkeypatch.setitem(stream.evaluate.__kwdefaults__, "babble", 1e9)
+    rows = [{"id": "a", "audio": str(folder / "0.wav"), "asr": "la"},
+            {"id": "b", "audio": str(folder / "1.wav"), "st": {"it": "la"}}]
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [str(folder / "model.pt"), "--eval", str(manifest), "--allow-outside"]
+    assert stream.main(command) == 0
+    out, err = capsys.readouterr()
+    assert "1 of 2 rows left out" in err and "utterances         1" in out
+    rows[0]["audio"] = str(folder / "gone.wav")
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert stream.main(command) == 2
+    assert "none of the 1 rows" in capsys.readouterr().err
 
 
 def test_eval(folder, capsys, monkeypatch):
@@ -865,9 +937,10 @@ def test_the_search_is_that_of_the_models_file_unless_the_command_says_otherwise
     assert "blank penalty 'x'" in capsys.readouterr().err
 
 
-def test_closed_pipe_and_interrupt(folder):
-    """A reader that has seen enough, and Ctrl-C at a microphone: both end quietly, the latter with
-    its last words."""
+@pytest.mark.parametrize("end_signal", [signal.SIGINT, signal.SIGTERM])
+def test_closed_pipe_and_interrupt(folder, end_signal):
+    """A reader that has seen enough, and Ctrl-C, or a service's end, at a microphone: both end
+    quietly, the latter with its last words."""
     command = [sys.executable, str(ROOT / "stream.py"), str(folder / "model.pt")]
     end = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     reader = subprocess.Popen([*command, str(folder / "2.wav"), "--json"], **end)
@@ -882,7 +955,7 @@ def test_closed_pipe_and_interrupt(folder):
         lines.append(microphone.stdout.readline().decode())
     while int.from_bytes(fcntl.ioctl(microphone.stdin, termios.FIONREAD, bytes(4)), sys.byteorder):
         pass  # all was heard, so that the end is always the same
-    microphone.send_signal(signal.SIGINT)
+    microphone.send_signal(end_signal)
     out, err = microphone.communicate(timeout=60)
     assert microphone.returncode == 0 and b"Traceback" not in err
     assert float((lines + out.decode().splitlines())[-1].split()[0]) > 1.5 and out

@@ -58,9 +58,14 @@ def test_orders_and_links_of_a_known_sentence():
         "en": "she bought the red car in the shop today",
         "es": "hoy ella ha comprado el coche rojo en la tienda",
         "it": "lei ha comprato oggi la macchina rossa nel negozio"}
-    links = set(train.link_words(said["de"], said["en"]))
-    assert links == {(0, 0), (1, 1), (8, 1), (2, 8), (3, 2), (4, 3), (5, 4), (6, 5), (6, 6), (7, 7)}
-    assert (1, 2) in train.link_words(said["de"], said["es"])  # hat - ha: both have an auxiliary
+    links = set(train.link_words(said["de"], said["en"], False))
+    place = {(i, j) for i in (6, 7) for j in (5, 6, 7)}        # in, and not on or at: for the shop
+    assert links == {(0, 0), (1, 1), (8, 1), (2, 8), (3, 2), (4, 3), (5, 4)} | place
+    spanish = train.link_words(said["de"], said["es"], True)
+    assert (1, 2) in spanish                                   # hat - ha: both have an auxiliary
+    # el coche rojo: article and adjective have the noun's gender.
+    assert {(i, j) for i, j in spanish if j in (4, 5, 6)} == {
+        (3, 4), (5, 4), (5, 5), (4, 6), (5, 6)}
     chosen["A"] = train.MODALS[0]
     assert (
         " ".join(word for _, word in train.say(chosen, "de"))
