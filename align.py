@@ -392,7 +392,7 @@ def common_letters(begin, end, left, right, entry_source, entry_target, alike):
             for j in range(n):
                 longest = before + 1 if a[i] == b[j] else max(common[j], common[j + 1])
                 before, common[j + 1] = common[j + 1], longest
-        alike[k] = max(0.0, 2 * common[n] / max(m, n) - 1)
+        alike[k] = max(0.0, 2 * common[n] / max(m, n, 1) - 1)
 
 
 def number_stems(vocabularies, bitext):
@@ -568,10 +568,15 @@ def contextual_links(pairs, name, layer=8):
     transformers takes it: bert-base-multilingual-cased, or a folder. Words beyond its longest
     input, often 512 pieces, get no links."""
     torch, transformers = needed("torch", "--model"), needed("transformers", "--model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = transformers.AutoModel.from_pretrained(name).eval()
+    except ValueError as error:
+        raise InputError(f"--model {name}: {str(error).splitlines()[0]}") from None
     if not tokenizer.is_fast:
         raise InputError(f"--model {name}: no fast tokenizer, which knows the word of each piece")
-    model = transformers.AutoModel.from_pretrained(name).eval()
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
 
     def vectors(words):
         pieces = tokenizer([words], is_split_into_words=True, truncation=True, return_tensors="pt")
@@ -740,8 +745,12 @@ def read_textgrid(path):
     utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
     try:
         text = content.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: neither UTF-8 nor UTF-16 at byte {error.start}") from None
+    try:
         tokens = iter(PRAAT.findall(text))
-        if (next(tokens), next(tokens)) != ('"ooTextFile"', '"TextGrid"'):
+        kind, what = next(tokens), next(tokens)       # older programs name the short format
+        if kind not in ('"ooTextFile"', '"ooTextFile short"') or what != '"TextGrid"':
             raise ValueError
         next(tokens), next(tokens), next(tokens)  # xmin, xmax, <exists>
         tiers = [read_tier(tokens) for _ in range(int(next(tokens)))]
@@ -794,14 +803,19 @@ def annotated_times(rows, found, path):
     """Times of a CTM or of TextGrids. Yields (row, {"<asr>": [end in s]}); a row whose words are
     not those of the annotation, apart from case and punctuation, is named and left out.
 
-    Their utterances are rows: named by row.id, or speaker/id, and their times count from the row's
-    start, not from that of a longer file."""
+    Their utterances are rows: named by speaker/id, or by row.id alone, and their times count from
+    the row's start, not from that of a longer file."""
     for row in rows:
-        words = found.get(row.id) or found.get(f"{row.speaker}/{row.id}") or []
-        words = [(word, end) for word, end in words if word.lower() not in SILENCES]
-        ends = match_words(row.words()[0], words)
+        words = found.get(f"{row.speaker}/{row.id}") or found.get(row.id)
+        own = row.words()[0]
+        if not words or not own:
+            lacking = f"annotation of {row.id!r} in {path}" if own else "transcription"
+            warn(f"{row.where}: no times: no {lacking}")
+            continue
+        spoken = [(word, end) for word, end in words if word.lower() not in SILENCES]
+        ends = match_words(own, words) or match_words(own, spoken)  # `sil` is a word in Turkish
         if ends is None:
-            warn(f"{row.where}: no times: {len(words)} words of {row.id!r} in {path} are not those "
+            warn(f"{row.where}: no times: {len(spoken)} words of {row.id!r} in {path} are not those "
                  f"of {row.asr!r}")
         else:
             yield row, {"<asr>": ends}
@@ -813,20 +827,16 @@ def letters_of(word):
 
 
 def match_words(words, annotated):
-    """The end of each of `words`, or None if the texts differ. One annotated (word, end) may be
-    several of ours, as where ours are single characters (Han, kana): they all end with it. A word
-    without a letter, a dash or a quote, ends with the word before it."""
-    words, ends = [letters_of(word) for word in words], []
-    for text, end in annotated:
-        rest = letters_of(text)
-        while rest and len(ends) < len(words) and rest.startswith(words[len(ends)]):
-            rest = rest[len(words[len(ends)]):]
-            ends.append(end if words[len(ends)] else max(ends, default=0.0))
-        if rest:
-            return None
-    if ends and not any(words[len(ends):]):
-        ends += [ends[-1]] * (len(words) - len(ends))
-    return ends if any(words) and len(ends) == len(words) else None
+    """The end of each of `words`, or None if the texts differ in more than case, punctuation and
+    spaces. A word ends with the annotated (word, end) that has its last letter: aligners cut some
+    words that are one here (l'homme), and leave whole what are several (Han, kana). A word without
+    a letter, a dash or a quote, ends with the word before it."""
+    words = [letters_of(word) for word in words]
+    spoken = [(letter, end) for text, end in annotated for letter in letters_of(text)]
+    if not spoken or "".join(words) != "".join(letter for letter, _ in spoken):
+        return None
+    n_letters = accumulate(map(len, words))           # of the words up to this one
+    return [spoken[n - 1][1] if n else 0.0 for n in n_letters]
 
 
 def times_from(path):
@@ -921,7 +931,9 @@ def read_pairs(path):
         raise InputError(f"{path}:1: no line has the separator |||: {lines[0][:80]!r}")
     pairs = []
     for n, line in enumerate(lines, 1):
-        source, _, target = line.partition("|||")
+        source, separator, target = line.partition("|||")
+        if line.strip() and not separator:
+            warn(f"{path}:{n}: no separator |||")
         pairs.append(check_pair(source.split(), target.split(), f"{path}:{n}"))
     return pairs
 
@@ -1021,12 +1033,17 @@ def align_manifest(options, align):
     # numba's first threads, their OpenMP runtimes would get into each other's way (attention takes
     # a hundred times as long).
     source = times_from(options.times) if options.times else None
-    add_links(rows, align, compare=True)
-    if source:
-        add_times(rows, options.times, source)
-    serialize.write_manifest(options.out, rows)
-    links = sum(len(line) for row in rows for line in row.links.values())
-    warn(f"{options.out}: {len(rows)} rows, {links} links written")
+    add_links(rows, align, compare=not options.times)
+    try:
+        if source:
+            add_times(rows, options.times, source)
+    finally:                                          # the links are found, whatever times may lack
+        serialize.write_manifest(options.out, rows)
+        links = sum(len(line) for row in rows for line in row.links.values())
+        folder = Path(options.out).parent
+        outside = any(serialize.record_of(row, folder)["audio"].startswith("..") for row in rows)
+        hint = "; the sound lies outside its folder, read it with --allow-outside"
+        warn(f"{options.out}: {len(rows)} rows, {links} links written{hint if outside else ''}")
 
 
 def parse_options(argv):
@@ -1069,6 +1086,9 @@ def refuse_useless(options):
 def main(argv=None):
     options = parse_options(argv)
     more = [pair for path in options.train for pair in read_pairs(path)]
+    if more and options.input.endswith(".jsonl"):     # whose words are serialize.py's units
+        units = needed("serialize", "a manifest").units
+        more = [tuple(units(" ".join(side)) for side in pair) for pair in more]
 
     def align(pairs):
         if options.model:
@@ -1087,6 +1107,8 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
+    except BrokenPipeError:                           # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except input_errors() as error:
         named = isinstance(error, OSError) and error.filename
         warn(f"align.py: {error.filename}: {error.strerror}" if named else f"align.py: {error}")

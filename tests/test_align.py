@@ -3,6 +3,7 @@ times; contextual links."""
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -719,6 +720,84 @@ def test_forced_aligners_leave_punctuation_out():
     assert align.match_words(["ja", "-"], [("nein", 0.5)]) is None
     assert align.match_words(["-", "..."], [("-", 0.5)]) is None
     assert align.match_words(["ja"], [("ja", 0.5), ("ja", 0.7)]) is None
+
+
+def test_a_word_that_the_aligner_cut_ends_with_its_last_piece():
+    for words, annotated in [
+            (["l'homme", "dort"], [("l'", 0.1), ("homme", 0.5), ("dort", 0.9)]),
+            (["New-York", "dort"], [("new", 0.2), ("york", 0.5), ("dort", 0.9)]),
+            (["a\u0301b", "-", "c"], [("A\u0301", 0.3), ("b", 0.5), ("c", 0.9)])]:
+        ends = align.match_words(words, annotated)
+        assert ends == ([0.5, 0.9] if len(words) == 2 else [0.5, 0.5, 0.9])
+    assert align.match_words(["lhomme", "dort"], [("l", 0.1), ("homm", 0.5), ("dort", 0.9)]) is None
+
+
+def test_words_that_look_like_silence_and_files_of_other_speakers(tmp_path, capsys):
+    from serialize import Row
+    tier = ('File type = "ooTextFile short"\n"TextGrid"\n0\n1\n<exists>\n1\n'
+            '"IntervalTier"\n"words"\n0\n1\n{}\n{}')
+    intervals = '0\n0.2\n""\n0.2\n{0}\n"bunu"\n{0}\n{1}\n"sil"\n'
+    (tmp_path / "anna").mkdir()
+    (tmp_path / "u1.TextGrid").write_text(tier.format(3, intervals.format(0.3, 0.6)))
+    (tmp_path / "anna" / "u1.TextGrid").write_text(tier.format(3, intervals.format(0.4, 0.8)))
+    (tmp_path / "u2.TextGrid").write_bytes(tier.format(3, intervals.format(0.3, 0.6)).replace(
+        "bunu", "b\u00fcnu").encode("latin-1"))
+    rows = [Row("u1", "a", asr="bunu sil", where="m:1"),
+            Row("u1", "a", asr="bunu sil", speaker="anna", where="m:2"),
+            Row("u1", "a", asr="bunu", where="m:3"), Row("u3", "a", asr="bunu", where="m:4"),
+            Row("u1", "a", st={"en": "this"}, where="m:5")]
+    times = [(row.where, ends["<asr>"]) for row, ends in align.times_from(str(tmp_path))(rows)]
+    assert times == [("m:1", [0.3, 0.6]), ("m:2", [0.4, 0.8]), ("m:3", [0.3])]
+    said = capsys.readouterr().err
+    assert "m:4: no times: no annotation of 'u3'" in said
+    assert "m:5: no times: no transcription" in said
+    assert re.search(r"u2.TextGrid: neither UTF-8 nor UTF-16 at byte \d+", said)
+
+
+def test_links_are_kept_where_the_times_fail(tmp_path, capsys, monkeypatch):
+    """All that was aligned is written; what has links is not aligned again for the sake of times."""
+    manifest(tmp_path / "in.jsonl", [{"id": "u1", "asr": "das haus",
+                                      "st": {"en": "the house"}}])
+
+    def failing(path):
+        def source(rows):
+            raise align.InputError("none of the 1 rows has sound")
+            yield
+        return source
+    monkeypatch.setattr(align, "times_from", failing)
+    command = [str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "--times", "x.pt"]
+    with pytest.raises(align.InputError, match="none of the 1 rows"):
+        align.main(command)
+    linked = (tmp_path / "out.jsonl").read_text()
+    assert json.loads(linked)["links"]["en"] and "1 rows aligned" in capsys.readouterr().err
+    with pytest.raises(align.InputError):
+        align.main([str(tmp_path / "out.jsonl"), *command[1:]])
+    assert "aligned" not in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_text() == linked
+
+
+def test_small_things_are_told_as_they_are(tmp_path, capsys):
+    assert align.align_bitext([(["a", ""], ["b", ""])] * 2)     # no division by the empty word
+    (tmp_path / "x.pairs").write_text("a ||| b\nc d\n||| e\n")
+    align.main([str(tmp_path / "x.pairs"), "-o", str(tmp_path / "x.links")])
+    said = capsys.readouterr().err
+    assert "x.pairs:2: no separator |||" in said and "x.pairs:3: not aligned: an empty side" in said
+    (tmp_path / "sub").mkdir()
+    manifest(tmp_path / "in.jsonl", [{"id": "u1", "asr": "a", "st": {"en": "b"}}])
+    align.main([str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "sub" / "out.jsonl")])
+    assert "the sound lies outside its folder" in capsys.readouterr().err
+
+
+def test_more_text_is_cut_into_the_units_of_the_manifest(tmp_path, monkeypatch):
+    (tmp_path / "x.pairs").write_text("\u4eca\u5929 ok ||| today ok\n")
+    manifest(tmp_path / "in.jsonl", [{"id": "u1", "asr": "\u4eca\u5929",
+                                      "st": {"en": "today"}}])
+    seen = []
+    monkeypatch.setattr(align, "align_bitext", lambda pairs, recipe: seen.extend(pairs) or [[]] * 2)
+    align.main([str(tmp_path / "in.jsonl"), "--train", str(tmp_path / "x.pairs"), "-o",
+                str(tmp_path / "out.jsonl")])
+    assert [list(map(list, pair)) for pair in seen] == [
+        [["\u4eca", "\u5929"], ["today"]], [["\u4eca", "\u5929", "ok"], ["today", "ok"]]]
 
 
 def test_what_is_wrong_with_the_times_shows_before_the_alignment(tmp_path, monkeypatch):
