@@ -815,8 +815,8 @@ def annotated_times(rows, found, path):
         spoken = [(word, end) for word, end in words if word.lower() not in SILENCES]
         ends = match_words(own, words) or match_words(own, spoken)  # `sil` is a word in Turkish
         if ends is None:
-            warn(f"{row.where}: no times: {len(spoken)} words of {row.id!r} in {path} are not those "
-                 f"of {row.asr!r}")
+            warn(f"{row.where}: no times: {len(spoken)} words of {row.id!r} in {path} are not "
+                 f"those of {row.asr!r}")
         else:
             yield row, {"<asr>": ends}
 

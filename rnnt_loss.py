@@ -106,7 +106,7 @@ def rnnt_loss_reference(logits, targets, logit_lengths, target_lengths, *, blank
                 ways.append(alpha[t - 1, u] + logp[t - 1, u, blank])
             if u > 0:
                 penalty = delay_penalty * ((T - 1) / 2 - t)
-                ways.append(alpha[t, u - 1] + logp[t, u - 1, targets[b, u - 1]] + penalty)
+                ways.append(alpha[t, u - 1] + logp[t, u - 1, targets[b][u - 1]] + penalty)
             alpha[t, u] = torch.stack(ways).logsumexp(0)
         costs.append(-(alpha[T - 1, U] + logp[T - 1, U, blank]))
     return torch.stack(costs)
@@ -152,17 +152,20 @@ def plain_lattice(arcs):
         by_blank = alpha[t - 1, u] + arcs[t - 1, u, BLANK] if t else -np.inf
         by_label = alpha[t, u - 1] + arcs[t, u - 1, LABEL] if u else -np.inf
         alpha[t, u] = np.logaddexp(by_blank, by_label)
+        if alpha[t, u] == -np.inf:
+            continue                                  # no path comes here: shares of 0
         if t:
             posteriors[t - 1, u, BLANK] = np.exp(by_blank - alpha[t, u])              # its share
         if u:
             posteriors[t, u - 1, LABEL] = np.exp(by_label - alpha[t, u])
-    posteriors[T - 1, U1 - 1, BLANK] = 1
+    logp = alpha[-1, -1] + arcs[-1, -1, BLANK]
+    posteriors[T - 1, U1 - 1, BLANK] = logp > -np.inf
     for t, u in product(reversed(range(T)), reversed(range(U1))):
         if t < T - 1:
             posteriors[t, u, BLANK] *= posteriors[t + 1, u].sum()
         if u < U1 - 1:
             posteriors[t, u, LABEL] *= posteriors[t, u + 1].sum()
-    return alpha[-1, -1] + arcs[-1, -1, BLANK], posteriors
+    return logp, posteriors
 
 
 def plain_gradient(logits, labels, blank, posteriors):
@@ -274,7 +277,9 @@ def joint_rnnt_loss(encoder_out, label_out, weight, bias, targets, logit_lengths
     kept, so it is linear in T where they are a band (prune_band), or a block for each of the
     sentences that were joined into one stream.
 
-    Raises ValueError for shapes, types and values that do not fit.
+    Raises ValueError for shapes, types and values that do not fit; on a GPU, a target out of range
+    makes the cost NaN instead. The gradient is formed before a GradScaler's factor reaches it, so
+    of the half precisions take bfloat16: float16 would lose what is small.
     """
     inputs = encoder_out, label_out, weight, bias
     joint = _Joint(inputs, targets, logit_lengths, target_lengths, blank, tile_bytes, keep,
@@ -282,6 +287,7 @@ def joint_rnnt_loss(encoder_out, label_out, weight, bias, targets, logit_lengths
     if joint.batch.factor:                            # the same for all utterances
         need_grad = torch.is_grad_enabled() and any(a.requires_grad for a in inputs)
         return _JointLoss.apply(joint, need_grad, *inputs) * joint.batch.factor
+    del joint                                         # it has checked the arguments
     alone = partial(joint_rnnt_loss, weight=weight, bias=bias, blank=blank, reduction="sum",
                     fastemit_lambda=fastemit_lambda, delay_penalty=delay_penalty,
                     tile_bytes=tile_bytes)
@@ -306,7 +312,7 @@ class _JointLoss(Function):
                      for a in inputs if need_grad]    # of encoder_out, label_out, weight, bias
         total = joint.norms.new_zeros((), dtype=torch.float64)
         for utterances, tiles in joint.groups:
-            total += joint.run(utterances, tiles, need_grad=need_grad).sum()
+            total += joint.costs_of(utterances, tiles, need_grad=need_grad).sum()
             if need_grad:
                 for tile in tiles:
                     _add_tile_gradient(joint, tile, *ctx.grads)
@@ -321,7 +327,7 @@ class _JointLoss(Function):
 def _add_tile_gradient(joint, tile, d_encoder, d_label, d_weight, d_bias):
     """The chain rule through the joint network, for the n nodes of one tile."""
     hidden, logits, d_logits = joint.compute(tile)                            # (n,J), (n,V), (n,V)
-    arc_grads = -joint.arcs[joint.places[tile]]       # `run` has made posteriors of the arcs
+    arc_grads = -joint.arcs[joint.places[tile]]       # `costs_of` has made posteriors of them
     gradient(logits, joint.y[tile], joint.norms[tile], arc_grads, joint.batch, d_logits)
     d_hidden = d_logits @ joint.weight                                        # (n,J)
     d_sum = torch.ops.aten.tanh_backward(d_hidden, hidden).to(d_encoder.dtype)
@@ -370,21 +376,22 @@ class _Joint:
         self.batch = check_arguments(logits, targets, frames, counts, blank, **options)
 
         inside = _nodes_in_use(T, U1, frames, counts, keep)                           # (B,T,U1)
-        b, t, u = (index.to(device) for index in inside.nonzero(as_tuple=True))       # (n,) each
+        b, t, u = (index.to(device, non_blocking=True)
+                   for index in inside.nonzero(as_tuple=True))                        # (n,) each
         self.encoder_rows, self.label_rows = b * T + t, b * U1 + u
         self.places = self.encoder_rows * U1 + u
         self.y = self.batch.y.flatten()[self.places]
         # What no tile fills: padding, which the lattice never reads, and nodes that are not kept,
         # out of which there is no way.
-        nothing = 0.0 if keep is None else -math.inf
-        self.arcs = torch.full((B * T * U1, 2), nothing, dtype=self.batch.arc_dtype, device=device)
+        unfilled = 0.0 if keep is None else -math.inf
+        self.arcs = torch.full((B * T * U1, 2), unfilled, dtype=self.batch.arc_dtype, device=device)
         self.norms = torch.empty(len(u), 2, dtype=torch.promote_types(dtype, torch.float32),
                                  device=device)
 
         # A node takes its logits and their gradient, and about four vectors of the joint's width.
-        rows = max(1, tile_bytes // ((2 * V + 4 * J) * dtype.itemsize))
-        self.groups = _plan_tiles(inside.sum((1, 2)).tolist(), rows)
-        self.buffers = self.weight.new_empty(2, min(rows, len(u)), V)
+        room = max(1, tile_bytes // ((2 * V + 4 * J) * dtype.itemsize))               # nodes a tile
+        self.groups = _plan_tiles(inside.sum((1, 2)).tolist(), room)
+        self.buffers = self.weight.new_empty(2, min(room, len(u)), V)
         self.current = None
 
     def compute(self, tile):
@@ -397,7 +404,7 @@ class _Joint:
             torch.addmm(self.bias, self.hidden, self.weight.T, out=self.buffers[0, :len(hidden)])
         return self.hidden, *self.buffers[:, :len(self.hidden)]
 
-    def run(self, utterances, tiles, **how):
+    def costs_of(self, utterances, tiles, **how):
         """-> the costs of a group. Its arcs, as `lattice` leaves them, stay in self.arcs, its
         log-normalisers in self.norms."""
         for tile in tiles:
@@ -430,21 +437,22 @@ def _nodes_in_use(T, U1, frames, counts, keep):
     return inside & keep.cpu()
 
 
-def _plan_tiles(sizes, rows):
+def _plan_tiles(sizes, room):
     """How many nodes each utterance has, how many a tile has room for -> groups, each a slice of
     utterances and its tiles, slices of the packed nodes.
 
-    Where a tile has room for the longest utterance, a group is as many utterances as are sure to
-    fit one tile: its logits are still there when the lattice has run and their gradient is due.
-    Where not, all utterances are one group of many tiles, each to be computed again.
+    The gradient of a node's logits needs the lattice of its whole utterance. Where a tile has room
+    for the longest utterance, a group is as many utterances as are sure to fit one tile: its logits
+    are still there when their lattices have run and the gradient is due. Where not, all utterances
+    are one group of many tiles, each to be computed again.
     """
-    many = rows // max([1, *sizes]) or len(sizes)     # utterances in a group
+    per_group = room // max([1, *sizes]) or len(sizes)           # utterances
     bounds = [0, *accumulate(sizes)]                  # utterance b has nodes bounds[b]:bounds[b+1]
     groups = []
-    for b in range(0, len(sizes), many):
-        first, last = bounds[b], bounds[min(b + many, len(sizes))]
-        tiles = [slice(i, min(i + rows, last)) for i in range(first, last, rows)]
-        groups.append((slice(b, b + many), tiles))
+    for b in range(0, len(sizes), per_group):
+        first, last = bounds[b], bounds[min(b + per_group, len(sizes))]
+        tiles = [slice(i, min(i + room, last)) for i in range(first, last, room)]
+        groups.append((slice(b, b + per_group), tiles))
     return groups
 
 
@@ -467,7 +475,8 @@ def simple_rnnt_loss(am, lm, targets, logit_lengths, target_lengths, *, blank, r
     the path goes through it, for prune_band. All is in float32 at least, under autocast too. Nodes
     whose product of exponentials underflows (in float32, where for every class the distances below
     the peak of am and the peak of lm add up to more than some 60 nats) are summed directly; on a
-    GPU, finding them is a wait. Raises ValueError for what does not fit.
+    GPU, finding them is a wait. Raises ValueError for what does not fit; on a GPU, a target out of
+    range makes the cost NaN instead.
     """
     a, l = tuple(am.shape), tuple(lm.shape)
     if [len(a), len(l)] != [3, 3] or a[::2] != l[::2]:
@@ -555,6 +564,8 @@ def prune_band(posteriors, logit_lengths, target_lengths, width):
     a word, labels come in bursts: width must be above the longest. Where even (width - 1) T < U,
     that utterance gets the least width that has a path, and a warning says so.
     """
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"width must be a whole number of rows, 1 or more, not {width!r}")
     (B, T, U1), device = posteriors.shape, posteriors.device
     frames = _integers("logit_lengths", logit_lengths, 1, B)[:, None]                 # (B,1)
     counts = _integers("target_lengths", target_lengths, 1, B)[:, None]               # (B,1)
@@ -564,23 +575,25 @@ def prune_band(posteriors, logit_lengths, target_lengths, width):
                       "(width - 1) T < U; wider there", stacklevel=3)
     width, frames, counts = (a.to(device) for a in (least.clamp(min=width), frames, counts))
     t, u = torch.arange(T, device=device), torch.arange(U1, device=device)
-    highest = (counts + 1 - width).clamp(min=0)       # first row of the window that ends at row U
+    last_first = (counts + 1 - width).clamp(min=0)    # first row of the window that ends at row U
 
-    first = _heaviest_windows(posteriors, width, highest)                             # (B,T)
-    first = torch.where(t < frames, first, highest)
-    first = first.flip(1).cummin(1).values.flip(1)    # never falls: no later window is lower
-    rise = (width - 1) * t
-    first = (first - rise).cummin(1).values + rise    # rises by at most width - 1
-    first = torch.minimum(first, rise)                # starts at row 0
-    first = torch.maximum(first, highest - (width - 1) * (frames - 1 - t))        # ends at row U
+    # In brackets, the first row of the window of each frame, T = 6, U = 5, width 2 for example.
+    first = _heaviest_windows(posteriors, width, last_first)                    # (2 1 3 4 3 3)
+    first = torch.where(t < frames, first, last_first)
+    first = first.flip(1).cummin(1).values.flip(1)    # never falls: none is above a later one
+    rise = (width - 1) * t                                                      # (1 1 3 3 3 3)
+    first = (first - rise).cummin(1).values + rise    # rises by at most width - 1 (1 1 2 3 3 3)
+    first = torch.minimum(first, rise)                # starts at row 0         # (0 1 2 3 3 3)
+    ends = last_first - (width - 1) * (frames - 1 - t)
+    first = torch.maximum(first, ends)                # ends at row U           # (0 1 2 3 3 4)
     first, width = first[..., None], width[..., None]                                 # (B,T,1)
     keep = (u >= first) & (u < first + width)
     return keep & (t < frames)[..., None] & (u <= counts)[:, None]
 
 
-def _heaviest_windows(posteriors, width, highest):
-    """(B,T): the first row, at most `highest`, of each frame's window of `width` rows with the most
-    posterior; of those within 1e-4, the one most central to the frame's mean row."""
+def _heaviest_windows(posteriors, width, last_first):
+    """(B,T): the first row, at most `last_first`, of each frame's window of `width` rows with the
+    most posterior; of those within 1e-4, the one most central to the frame's mean row."""
     T, U1 = posteriors.shape[1:]
     u = torch.arange(U1, device=posteriors.device)
     # The mass of the rows [u, u + width) is a difference of two running sums.
@@ -590,7 +603,7 @@ def _heaviest_windows(posteriors, width, highest):
     mean = (posteriors * u).sum(2) / posteriors.sum(2).clamp(min=1e-30)               # (B,T)
     centre = u + (width[..., None] - 1) / 2
     mass -= 1e-4 / U1 * (centre - mean[..., None]).abs()
-    return mass.masked_fill((u > highest)[:, None], -math.inf).argmax(2)
+    return mass.masked_fill((u > last_first)[:, None], -math.inf).argmax(2)
 
 
 # ---- Viterbi -------------------------------------------------------------------------------------
@@ -613,7 +626,7 @@ def joint_rnnt_align(encoder_out, label_out, weight, bias, targets, logit_length
     inputs = encoder_out, label_out, weight, bias
     joint = _Joint(inputs, targets, logit_lengths, target_lengths, blank)
     for utterances, tiles in joint.groups:
-        joint.run(utterances, tiles, viterbi=True)
+        joint.costs_of(utterances, tiles, viterbi=True)
     return _emitted(joint.arcs.view(*joint.batch.y.shape, 2))
 
 
@@ -643,13 +656,15 @@ def _make_join(arc_dtype):
 
 
 def _make_lattice(join, barrier):
-    def lattice(arcs, alpha, T, U, need_grad, viterbi, i, threads):
+    def one_lattice(arcs, alpha, T, U, need_grad, viterbi, i, threads):
         """plain_lattice for an utterance whose arcs (T,U1,2) come in as log-probabilities and, if
         need_grad, go out as posteriors -> log P. With viterbi, shares are 0 or 1.
 
         Nodes of one antidiagonal d = t + u need only the one before (backward, the one after), so
         they can be done at once: thread i does every `threads`-th; on a CPU, thread 0 does all.
-        alpha (2,U1) holds this antidiagonal and the one before.
+        alpha (2,U1) holds this antidiagonal and the one before. An arc's share can take its place,
+        for nobody else reads it: an arc leads to one node. The last blank leads to none, and is
+        still a log-probability after the way forward.
         """
         for d in range(T + U):                        # forward
             new, old = alpha[d % 2], alpha[1 - d % 2]                                 # (U1,) each
@@ -679,7 +694,7 @@ def _make_lattice(join, barrier):
                     arcs[t, u, LABEL] = 0
             barrier()
         return logp
-    return lattice
+    return one_lattice
 
 
 def _no_barrier():
@@ -1067,10 +1082,12 @@ def check_arguments(logits, targets, logit_lengths, target_lengths, blank, *, re
     target_lengths = _integers("target_lengths", target_lengths, 1, B)
     U = min(U1 - 1, targets.shape[1])
 
-    frames, counts = logit_lengths.to(device), target_lengths.to(device)
-    labels = torch.nn.functional.pad(targets[:, :U].to(device), (0, U1 - U))          # (B,U1)
+    def there(a):                                     # without waiting for the GPU
+        return a.to(device, non_blocking=True)
+    frames, counts = there(logit_lengths), there(target_lengths)
+    labels = torch.nn.functional.pad(there(targets[:, :U]), (0, U1 - U))              # (B,U1)
     written = torch.arange(U1, device=device) < counts[:, None]                       # (B,U1)
-    labels = torch.where(written, labels, NO_LABEL)
+    labels = labels.masked_fill(~written, NO_LABEL)
     bad_T = (logit_lengths < 1) | (logit_lengths > T)
     bad_U = (target_lengths < 0) | (target_lengths > U)
     bad_labels = written & ((labels < 0) | (labels >= V) | (labels == blank))
@@ -1081,8 +1098,8 @@ def check_arguments(logits, targets, logit_lengths, target_lengths, blank, *, re
         if (validate or values.device.type == "cpu") and bad.any():   # a GPU is waited for
             at = bad.nonzero()[0].tolist()
             raise ValueError(f"{name}{at} is {values[tuple(at)]}, not in {allowed}")
-    bad = bad_T.to(device) | bad_U.to(device) | bad_labels.any(1)
-    frames, counts = torch.where(bad, 0, frames), torch.where(bad, 0, counts)
+    bad = there(bad_T) | there(bad_U) | bad_labels.any(1)
+    frames, counts = frames.masked_fill(bad, 0), counts.masked_fill(bad, 0)
     return Batch(node_labels(labels, frames, counts, T), frames, counts, blank, fused, fastemit,
                  delay, gpu, torch.float32 if gpu else torch.float64, factors[reduction])
 
@@ -1092,7 +1109,7 @@ def node_labels(labels, frames, counts, T):
     t = torch.arange(T, device=labels.device)
     u = torch.arange(labels.shape[1], device=labels.device)
     inside = (t < frames[:, None])[:, :, None] & (u <= counts[:, None])[:, None]
-    return torch.where(inside, labels[:, None], PADDING)
+    return labels[:, None].expand(inside.shape).masked_fill(~inside, PADDING)
 
 
 def _integers(name, value, dims, B):

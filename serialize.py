@@ -782,8 +782,8 @@ def import_tsv(*paths, columns, folder="", allow_outside=False, strict=False, on
 
     {"audio": "path", "asr": "sentence", "st.en": "translation"}, and also id, lang, speaker, start
     and duration (seconds); columns not named are kept under their own names, but for those called
-    like a key of the manifest, which are left out. Cells are not quoted; a backslash escapes a tab, a
-    line's end, a quote and itself. The sound lies in `folder`, seen from the TSV's.
+    like a key of the manifest, which are left out. Cells are not quoted; a backslash escapes a tab,
+    a line's end, a quote and itself. The sound lies in `folder`, seen from the TSV's.
     """
     intake = Intake(strict, on_bad, by_sound=True)
     known = [key for key in KINDS if _is_column(key)]

@@ -1606,7 +1606,8 @@ def log_entry(index, row, tag):
 
 def tags_of(row):
     """The streams in which a row has a text."""
-    return ({"<asr>"} if row.asr else set()) | {f"<st:{lang}>" for lang, text in row.st.items() if text}
+    texts = {"<asr>": row.asr} | {f"<st:{lang}>": text for lang, text in row.st.items()}
+    return {tag for tag, text in texts.items() if text}
 
 
 def evaluation(model, tokenizer, options, search):
@@ -1622,8 +1623,8 @@ def evaluation(model, tokenizer, options, search):
             raise InputError(f"--log {options.log}: not allowed to write there")
     written = [row for row in rows if tags_of(row) & set(tokenizer.tags)]
     if len(written) < len(rows):
-        say(f"{options.eval}: {len(rows) - len(written)} of {len(rows)} rows left out: no text in a "
-            f"language that the model writes, {' '.join(tokenizer.tags)}")
+        say(f"{options.eval}: {len(rows) - len(written)} of {len(rows)} rows left out: no text in "
+            f"a language that the model writes, {' '.join(tokenizer.tags)}")
     metrics, records = evaluate(model, tokenizer, readable(written), batch_size=1,
                                 progress=len(written), bootstrap=1000, pause=options.pause,
                                 **search)
@@ -1722,8 +1723,8 @@ def main(argv=None):
     if not options.checkpoint:
         given = [name for name, value in vars(options).items() if value != parser.get_default(name)]
         if given:
-            parser.error(f"--{given[0].replace('_', '-')} wants a model before it, as in: stream.py "
-                         "MODEL FILE")
+            parser.error(f"--{given[0].replace('_', '-')} wants a model before it, as in: "
+                         "stream.py MODEL FILE")
     elif bool(options.audio) == bool(options.eval):
         parser.error("give a model, and after it an audio file, - for standard input, mic, or "
                      "--eval MANIFEST")

@@ -117,8 +117,8 @@ class Options:
     merges: int = option(100, "BPE merges of the vocabulary", low=0)
     prune: int = option(0, "labels a frame may be at, in the transducer loss (0: all)", low=0)
     restrict: float = option(
-        0.0, "seconds after its end until which a word may be written, where rows have times; wants "
-        "--prune 0; 0.8 is a good start (0: at any time)", low=0)
+        0.0, "seconds after its end until which a word may be written, where rows have times; "
+        "wants --prune 0; 0.8 is a good start (0: at any time)", low=0)
     fastemit: float = option(0.0, "FastEmit's lambda (arXiv 2010.11148)", low=0)
     delay_penalty: float = option(0.0, "the penalty of arXiv 2211.00490", low=0)
     augment: float = option(
@@ -888,7 +888,8 @@ class Source(torch.utils.data.Dataset):
         if self.noises and rng.random() < 0.5:
             path = self.noises[rng.integers(len(self.noises))]
             noise = self.readable(Row(id=path, audio=path, where=path), bad)
-            return None if noise is None else np.resize(np.roll(noise, -rng.integers(len(noise))), n)
+            if noise is not None:
+                return np.resize(np.roll(noise, -rng.integers(len(noise))), n)
 
     def lattice(self, s, pairs, starts, n_mel, n_labels):
         """keep (T,U1): the nodes of the lattice that the loss looks at; None: all, or those of the
@@ -1252,8 +1253,9 @@ def link(rows, options):
     lacking = sum(any(text and not row.links.get(lang) for lang, text in row.st.items())
                   for row in both)
     if lacking and len(both) > LINKS_HERE:
-        raise InputError(f"{options.manifest}: {lacking} of {len(both)} rows lack links; find them "
-                         f"once and for all with\npython align.py {options.manifest} -o LINKED.jsonl")
+        raise InputError(f"{options.manifest}: {lacking} of {len(both)} rows lack links; find "
+                         "them once and for all with\n"
+                         f"python align.py {options.manifest} -o LINKED.jsonl")
     if lacking:
         threads = torch.get_num_threads()
         add_links(rows, align_bitext)
@@ -1463,8 +1465,9 @@ class Log:
         self.in_a_row = 0 if learned else self.in_a_row + 1
         if self.in_a_row == GIVE_UP:
             rows = ", ".join(row for batch in group for row in batch["rows"])
-            heard = any(batch["frames"] for batch in group)
-            why = "whose gradient is not finite; a lower --lr?" if heard else "without usable sound."
+            why = "without usable sound."
+            if any(batch["frames"] for batch in group):
+                why = "whose gradient is not finite; a lower --lr?"
             raise InputError(f"step {run.step}: the {GIVE_UP}th in a row {why} What was saved "
                              f"before stays as it is. Rows of this step: {rows}")
 
@@ -1507,8 +1510,8 @@ def announce(run, source, corpus, options, ranks, folder):
     padded = sum(len(batch) * max(s.seconds for s in batch) for batch in batches)
     millions = sum(p.numel() for p in run.model.parameters()) / 1e6
     per_step = options.accumulate * ranks.world                # batches
-    told = (f"{options.steps - run.step} steps of about {per_step * padded / len(batches):.0f} s of "
-            f"sound, {len(batches) / per_step:.0f} an epoch")
+    told = (f"{options.steps - run.step} steps of about {per_step * padded / len(batches):.0f} s "
+            f"of sound, {len(batches) / per_step:.0f} an epoch")
     print(f"{options.preset}, {options.interleave}: {millions:.2f} M parameters, "
           f"{len(run.tokenizer)} tokens, on {options.device}; {told}, "
           f"{1 - seconds / padded:.1%} of it padding; run folder {folder}", flush=True)

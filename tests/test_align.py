@@ -755,7 +755,7 @@ def test_words_that_look_like_silence_and_files_of_other_speakers(tmp_path, caps
 
 
 def test_links_are_kept_where_the_times_fail(tmp_path, capsys, monkeypatch):
-    """All that was aligned is written; what has links is not aligned again for the sake of times."""
+    """All that was aligned is written; what has links is not aligned again for times' sake."""
     manifest(tmp_path / "in.jsonl", [{"id": "u1", "asr": "das haus",
                                       "st": {"en": "the house"}}])
 

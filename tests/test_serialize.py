@@ -233,7 +233,7 @@ def test_projected_times_are_the_rising_ones():
     row = Row("a", "", asr="a b c d", st={"en": "w x y z"},
               links={"en": [(0, 0), (1, 1), (2, 2), (3, 3)]}, times=[None, 0.5, None, 0.4])
     module.project_times(row)
-    assert row.st_times == {"en": [0.5, 0.5, 0.5, 0.5]}  # d was heard with c, whatever its time says
+    assert row.st_times == {"en": [0.5, 0.5, 0.5, 0.5]}  # d came with c, whatever its time
     row.st_times, row.times = {}, [0.5, None, 2.0, 3.0]
     row.links = {"en": [(0, 0), (1, 2), (3, 2)]}
     module.project_times(row)

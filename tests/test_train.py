@@ -1433,8 +1433,9 @@ def test_the_best_so_far_is_remembered_by_a_resumed_run(small, tmp_path, monkeyp
     monkeypatch.setattr(train, "open_corpus", lambda options, _=True: (
         train.BuiltIn("de-en", 0), [None] * 3))
     monkeypatch.setattr(train, "warn_of_unseen", lambda *args: None)
-    monkeypatch.setattr(train, "assess", lambda run, dev, options, folder, blind, stop, real=train.assess:
-                        real(run, dev, options, folder, False, stop))
+    real = train.assess
+    monkeypatch.setattr(train, "assess", lambda run, dev, options, folder, blind, stop: real(
+        run, dev, options, folder, False, stop))
     folder = run(tmp_path / "run", *options)
     assert load(folder / "resume.pt")[1]["best"] == 50 == load(folder / "best.pt")[1]["step"] + 44
     for steps, best, at in (("8", 60, 8), ("9", 60, 8)):
