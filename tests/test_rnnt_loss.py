@@ -784,6 +784,21 @@ def test_a_band_as_wide_as_the_rows_keeps_all_and_a_narrow_one_says_that_it_is_w
         keep = prune_band(torch.rand(2, 6, 5), *lengths, 2)
     assert_legal(keep[0], 6, 4, 2)
     assert_legal(keep[1], 2, 3, 3)
+    for width in (0, -1, 2.5, "8"):
+        with pytest.raises(ValueError, match="width must be a whole number"):
+            prune_band(torch.rand(2, 6, 5), *lengths, width)
+
+
+def test_plain_numpy_where_no_path_is_left():
+    """A label that cannot be written, on the only way: no path, no posterior, and no NaN. As in the
+    kernels; the reference takes lists."""
+    logits = torch.randn(1, 1, 2, 5, dtype=F64)
+    logits[0, 0, 0, 3] = -math.inf
+    arcs = module.plain_log_probs(logits[0].numpy(), [3], 0)
+    logp, posteriors = module.plain_lattice(arcs)
+    assert logp == -math.inf and (posteriors == 0).all()
+    assert rnnt_loss(logits, [[3]], [1], [1], blank=0) == math.inf
+    assert module.rnnt_loss_reference(logits, [[3]], [1], [1], blank=0) == math.inf
 
 
 def test_viterbi_against_enumeration():
