@@ -1254,7 +1254,7 @@ def link(rows, options):
                   for row in both)
     if lacking and len(both) > LINKS_HERE:
         raise InputError(f"{options.manifest}: {lacking} of {len(both)} rows lack links; find "
-                         "them once and for all with\n"
+                         "them once and for all with: "
                          f"python align.py {options.manifest} -o LINKED.jsonl")
     if lacking:
         threads = torch.get_num_threads()
@@ -2056,7 +2056,7 @@ def main(argv=None):
         print(f"\nthe model is {folder / 'model.pt'}; stream a file with it:\n"
               f"python stream.py {folder / 'model.pt'} {example}")
     except USER_ERRORS as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        stream.say(f"train.py: {error}")
         return 2
     except KeyboardInterrupt:
         print("train.py: stopped", file=sys.stderr)

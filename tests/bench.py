@@ -549,8 +549,9 @@ def tokenizer(options):
     lines = lines[:options.sentences]
     print(machine())
     began = now()
-    trained = Tokenizer.train(lines, 257 + options.merges)
-    print(f"{len(lines)} sentences, {len(trained) - 257} merges: trained in {now() - began:.1f} s")
+    smallest = len(Tokenizer(["<asr>"]))                       # blank, the tag and the bytes
+    trained = Tokenizer.train(lines, smallest + options.merges)
+    print(f"{len(lines)} sentences, {len(trained) - smallest} merges: trained in {now() - began:.1f} s")
     for what in ("first", "second"):  # a word is split once and remembered
         began, ids = now(), [trained.encode(line) for line in lines]
         seconds, words = now() - began, sum(len(line.split()) for line in lines)

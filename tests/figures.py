@@ -151,7 +151,7 @@ def draw_streams(axes, row, tags):
 
 def lattice(options):
     """The posterior of every node for one unseen built-in utterance, the best path, and the band
-    that pruned training would keep."""
+    that these posteriors would keep (in training, those of the simple transducer choose it)."""
     import torch
     import train
     from rnnt_loss import plain_lattice, plain_log_probs, prune_band, rnnt_align
@@ -160,7 +160,11 @@ def lattice(options):
     pyplot = plotting()
     model, tokenizer, beside = load_run(options.checkpoint)
     row, samples = train.BuiltIn("de-en", 0).unseen(options.utterance + 1)[-1]
-    pairs = interleave(row, mode_of(row, beside.get("mode", "align")))
+    pairs = [pair for pair in interleave(row, mode_of(row, beside.get("mode", "align")))
+             if pair[0] in tokenizer.tag_id]
+    if not pairs:
+        sys.exit(f"figures.py: {options.checkpoint} writes {' '.join(tokenizer.tags)}: the picture "
+                 "is of a German sentence, in English too")
     ids = serialize(pairs, tokenizer)
     mel = train.mel_of(samples, model.config)[None]
     with torch.no_grad():
@@ -230,8 +234,8 @@ def mask(options):
 # ---- links: word alignment -----------------------------------------------------------------------
 
 def links(options):
-    """Our links (filled) and the true ones (rings) of a few built-in sentences, the aligner trained
-    on a thousand others; or of FILE.pairs, with its --gold."""
+    """Our links (filled) and the true ones (rings) of a few of a thousand built-in sentences, the
+    text that the aligner learned from; or of FILE.pairs, with its --gold."""
     import train
     from align import align_bitext, read_gold, read_pairs
     pyplot = plotting()
@@ -242,8 +246,10 @@ def links(options):
         rows = train.BuiltIn("de-en", 0).rows(0, 1000)
         pairs = [(row.asr.split(), row.st["en"].split()) for row in rows]
         gold = [set(map(tuple, row.links["en"])) for row in rows]
-    found = align_bitext(pairs)
     chosen = [int(k) for k in options.lines.split(",")]
+    if wrong := [k for k in chosen if not 0 <= k < min(len(pairs), len(gold))]:
+        sys.exit(f"figures.py: --lines {wrong[0]}: there are {min(len(pairs), len(gold))} pairs")
+    found = align_bitext(pairs)
     with pyplot.rc_context(STYLE):
         figure, all_axes = pyplot.subplots(1, len(chosen), figsize=(WIDTH, 4), dpi=160,
                                            squeeze=False)
@@ -284,8 +290,10 @@ def curves(options):
         if not path.is_file():
             sys.exit(f"figures.py: {path}: no such file")
         with open(path, newline="") as file:
-            logs[Path(run).name] = list(csv.DictReader(file))
+            logs[str(run)] = list(csv.DictReader(file))
     tasks = [t for t in LOSSES if any(line.get(t) for log in logs.values() for line in log)]
+    if not tasks:
+        sys.exit(f"figures.py: {' '.join(logs)}: no losses yet")
     with pyplot.rc_context(STYLE):
         figure, all_axes = pyplot.subplots(1, len(tasks), figsize=(WIDTH, 2.6), dpi=160,
                                            squeeze=False)
@@ -344,14 +352,22 @@ def tradeoff(options):
 
 def replay(options):
     """One self-contained page: the sound inside, no network and no library."""
+    from serialize import join
     from stream import load_run
     versions = []
     for chunk in options.chunks or load_run(options.checkpoint)[0].config.chunks:
         samples, words, tags, chunk_s = heard(options.checkpoint, options.file, chunk=chunk)
-        versions.append({"chunk_ms": round(1000 * chunk_s), "words": [
-            {"stream": list(tags).index(word.stream), "text": word.text,
-             "start": round(word.start_s, 3), "said": round(word.end_s, 3),
-             "shown": round(word.delay_ms / 1000, 3)} for word in words]})
+        before, shown = {}, []
+        for word in words:
+            # A space where captions have one: not between two characters of Han or kana.
+            last = before.get(word.stream)
+            space = last is not None and join([last, word.text]) != last + word.text
+            before[word.stream] = word.text
+            shown.append({"stream": list(tags).index(word.stream), "text": word.text,
+                          "space": space, "start": round(word.start_s, 3),
+                          "written": round(word.end_s, 3),
+                          "shown": round(word.delay_ms / 1000, 3)})
+        versions.append({"chunk_ms": round(1000 * chunk_s), "words": shown})
     data = {"title": Path(options.file).name, "seconds": len(samples) / 16000,
             "streams": [tag.strip("<>") for tag in tags], "colours": COLOURS,
             "versions": versions}
@@ -416,7 +432,12 @@ def make_parser():
 
 def main(argv=None):
     options = make_parser().parse_args(argv)
-    options.run(options)
+    from model import InputError as ModelError
+    from serialize import InputError
+    try:
+        options.run(options)
+    except (InputError, ModelError, OSError) as error:
+        sys.exit(f"figures.py: {error}")
 
 
 if __name__ == "__main__":

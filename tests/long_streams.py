@@ -55,9 +55,10 @@ def main():
     parser.add_argument("manifest")
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--chunk", type=int)
+    parser.add_argument("--allow-outside", action="store_true")
     options = parser.parse_args()
     model, tokenizer, beside = load_run(options.checkpoint)
-    items = list(readable(read_manifest(options.manifest)))
+    items = list(readable(read_manifest(options.manifest, allow_outside=options.allow_outside)))
     how = own_search(beside) | {"chunk": options.chunk, "progress": True}
     n, alone, joined = compare(model, tokenizer, items, options.seconds, **how)
     print(f"{len(items)} utterances, {n} joined streams of about {options.seconds:g} s")

@@ -101,13 +101,25 @@ MUTATIONS = [
 ]
 
 
-def killed(mutation, folder):
-    """-> whether the named tests are red with this mutation, and pytest's last line."""
+def killed(mutation, folder, green={}):
+    """-> whether the named tests are red with this mutation and green without it (None: they are
+    not, or cannot be run), and pytest's last line. `green` remembers what was run without."""
+    file, right, wrong, tests, chosen = mutation
+    if (tests, chosen) not in green:
+        green[tests, chosen] = red((file, "", "", tests, chosen), folder)
+    if green[tests, chosen][0] is not False:
+        return None, f"red without the mutation: {green[tests, chosen][1]}"
+    return red(mutation, folder)
+
+
+def red(mutation, folder):
+    """-> whether the tests are red where `wrong` stands for `right`, "" for "" being no change."""
     file, right, wrong, tests, chosen = mutation
     source = (ROOT / file).read_text(encoding="utf-8")
-    if source.count(right) != 1:
+    if right and source.count(right) != 1:
         return None, f"{right!r} stands {source.count(right)} times in {file}"
-    (folder / file).write_text(source.replace(right, wrong), encoding="utf-8")
+    changed = source.replace(right, wrong) if right else source
+    (folder / file).write_text(changed, encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
                str(folder / "tests" / tests), "-k", chosen]
     try:

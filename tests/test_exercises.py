@@ -35,6 +35,29 @@ def test_there_are_three_mistakes_and_any_other_is_shown(exercise):
     assert not right and f"{exercise.name}(" in message and "ZeroDivisionError" in message
 
 
+def test_a_search_without_a_limit_ends_and_other_kinds_of_lists_are_as_good():
+    import numpy as np
+    greedy = exercises.EXERCISES[4]
+
+    def for_ever(toy, limit):
+        labels = []
+        for t in range(toy.T):
+            while (k := int(np.argmax(toy.logits(t, labels)))) != toy.blank:
+                labels.append(k)
+        return labels
+    right, message = exercises.check(greedy, for_ever)
+    assert not right and "Toy(" in message and "at most `limit`" in message
+    assert exercises.check(greedy, lambda *given: np.array(greedy.right(*given)))[0]
+
+    def eats(asr, st, links):
+        pairs = align.right(asr, st, links)
+        asr.clear()
+        return pairs[1:]
+    align = exercises.EXERCISES[2]
+    right, message = exercises.check(align, eats)
+    assert not right and "ieri" in message                     # the inputs as they were given
+
+
 def test_the_texts_state_true_numbers():
     import numpy as np
     half = np.full((2, 1), np.log(0.5))

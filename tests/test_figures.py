@@ -72,6 +72,13 @@ def test_mask_links_and_curves_are_drawn(tmp_path):
         assert min(size(tmp_path / "a.png")) > 300
     missing = draw("curves", tmp_path, "-o", tmp_path / "b.png")
     assert missing.returncode == 1 and "log.csv: no such file" in missing.stderr
+    (run / "log.csv").write_text("step,letters,transducer\n")
+    for arguments, message in ((["curves", run], "no losses yet"),
+                               (["links", "--lines", "1000"], "--lines 1000: there are 1000"),
+                               (["replay", tmp_path / "none.pt", "a.wav"], "none.pt: no such file"),
+                               (["replay", tmp_path / "none.pt", "a.wav"], "figures.py: ")):
+        missing = draw(*arguments, "-o", tmp_path / "b.png")
+        assert missing.returncode == 1 and message in missing.stderr, arguments
     missing = draw("tradeoff", "--results", tmp_path / "none.json")
     assert missing.returncode == 1 and "reproduce.py search RUN/model.pt" in missing.stderr
 
@@ -113,6 +120,7 @@ def test_the_page_holds_all_and_no_word_ends_its_script(page):
         assert [w["text"] for w in version["words"]] == [w.text for w in words]
         assert [w["shown"] for w in version["words"]] == pytest.approx(
             [w.delay_ms / 1000 for w in words], abs=1e-3)
+        assert [w["space"] for w in version["words"]] == [False] * 2 + [True] * 4
     assert data["streams"] == ["asr", "st:en"]
     text = page.read_text(encoding="utf-8")
     assert "http" not in text and text.count("</script>") == 2
