@@ -10,12 +10,15 @@
     python tests/reproduce.py search RUN/model.pt   the run's unseen utterances by every beam and
                                                     chunk size
     python tests/reproduce.py sound RUN/model.pt    its unseen utterances as telephones, codecs and
-                                                    rooms give them
+                                                    rooms give them, after silence, in long streams
+    python tests/reproduce.py latency RUN/model.pt  the run trained on, with FastEmit, with the
+                                                    delay penalty, and with neither
     python tests/reproduce.py table                 tests/results/README.md from the result files
 
 A training is `python train.py` with the options printed above it; its folder is
-runs/reproduce/NAME. One that is done is not done again, one that was stopped goes on. `papers` and
-`sound` write what they measured to tests/results/, from which `table` makes the tables.
+runs/reproduce/NAME. One that is done is not done again, one that was stopped goes on, and one that
+was made with other options is refused. What was measured goes to tests/results/, from which `table`
+makes the tables.
 """
 import json
 import os
@@ -51,9 +54,10 @@ HEAD = (f"\n{'run':24} {'steps':>6}  {'stream':14} {'WER':>6} {'CER':>6} {'BLEU'
 
 
 def run(name, options):
-    """One training, unless it is done; -> its last metrics."""
+    """One training, unless it is done; -> its last metrics, and what done.json says of it."""
     folder = train_in("".join(c if c.isalnum() else "_" for c in name), options)
-    return json.loads((folder / "metrics.json").read_text())[-1]
+    last = json.loads((folder / "metrics.json").read_text())[-1]
+    return last | json.loads((folder / "done.json").read_text())
 
 
 def train_in(name, options):
@@ -61,6 +65,12 @@ def train_in(name, options):
     from model import load
     folder = ROOT / "runs" / "reproduce" / name
     given, began = [*options, "--out", str(folder)], time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "options.json"
+    if note.exists() and json.loads(note.read_text()) != options:
+        sys.exit(f"{folder} was made with other options: move it away, or run it as it was, "
+                 f"{' '.join(json.loads(note.read_text()))}")
+    note.write_text(json.dumps(options))
     if (folder / "done.json").exists():
         return folder
     if (folder / "resume.pt").exists():
@@ -76,18 +86,20 @@ def train_in(name, options):
             sys.exit(f"{folder}: stopped; the same command goes on")
     beside = load(folder / "resume.pt")[1]
     seconds = None if given[0] == "--resume" else round(time.perf_counter() - began)
-    done = {"steps": beside["step"], "seconds": seconds}
+    done = {"steps": beside["step"], "seconds": seconds, "trained_at": commit()}
     (folder / "done.json").write_text(json.dumps(done))
     return folder
 
 
 def left_to_do(folder):
-    """Whether the run there has steps left, or never began."""
+    """Whether the run there never began, or has steps or its last evaluation left."""
+    import train
     from model import load
     if not (folder / "resume.pt").exists():
         return True
     beside = load(folder / "resume.pt")[1]
-    return beside["step"] < beside["options"]["steps"]
+    options = train.Options(**beside["options"])
+    return beside["step"] < options.steps or train.evaluation_owed(beside["step"], options, folder)
 
 
 def show(name, steps, streams, more=""):
@@ -99,11 +111,18 @@ def show(name, steps, streams, more=""):
 
 def write_result(name, result):
     """A small file with what was measured, when, and on what."""
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
-                            capture_output=True, text=True).stdout.strip()
-    about = {"date": str(date.today()), "commit": commit, "machine": machine()}
+    about = {"date": str(date.today()), "commit": commit(), "machine": machine()}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(about | result, indent=1) + "\n")
+
+
+def commit():
+    """The commit that is checked out, with a + where files differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    head, changed = (subprocess.run([*git, *command], capture_output=True, text=True).stdout.strip()
+                     for command in (["rev-parse", "--short", "HEAD"],
+                                     ["status", "--porcelain", "--untracked-files=no", "*.py"]))
+    return head + "+" * bool(changed)
 
 
 def machine():
@@ -119,22 +138,31 @@ def evaluated(run, items, **how):
     return evaluate(model, tokenizer, items, **own_search(beside) | how)
 
 
+def unseen_of(path, n):
+    """(the run's options, the utterances that it did not learn from): its development set, or n of
+    the built-in corpus."""
+    import train
+    from model import load
+    from serialize import read_manifest
+    from stream import readable
+    folder = train.run_folder(path)
+    options = train.Options(**load(folder / "resume.pt")[1]["options"])
+    if options.manifest and not options.dev:
+        sys.exit(f"{path}: its run had no development set (--dev)")
+    if options.manifest:
+        return options, list(readable(read_manifest(
+            options.dev, allow_outside=options.allow_outside)))
+    return options, train.BuiltIn(options.corpus, options.seed).unseen(n)
+
+
 def search(path):
     """Beams 1 to 8 at the chunk size that the model prefers, and the other chunk sizes. The score
     of an utterance is the log-probability of what was written: of one path for beam 1, of all paths
     that were met for larger ones."""
     import train
-    from serialize import read_manifest
-    from stream import load_run, readable
+    from stream import load_run
     model, _, beside = made = load_run(path)
-    options = train.resumed_options({"resume": path, "steps": beside["step"] + 1})
-    if options.manifest and not options.dev:
-        sys.exit(f"{path}: its run had no development set (--dev)")
-    if options.manifest:
-        dev = list(readable(read_manifest(
-            options.dev, allow_outside=options.allow_outside)))
-    else:
-        dev = train.BuiltIn(options.corpus, options.seed).unseen(train.TEST_SIZE)
+    options, dev = unseen_of(path, train.TEST_SIZE)
     chunks, rows = model.config.chunks, {}
     pairs = [(chunks[0], beam) for beam in (1, 2, 4, 8)]
     for chunk, beam in pairs + [(chunk, 1) for chunk in (*chunks[1:], 0)]:
@@ -145,7 +173,29 @@ def search(path):
         rows[f"{ms}, beam {beam}"] = {
             tag: {"wer": m["wer"], "laal_ms": m["laal_ms"], "score": score}
             for tag, m in metrics.items()}
-    write_result("search", {"steps": beside["step"], "utterances": len(dev), "rows": rows})
+    write_result(named("search", options), {"steps": beside["step"], "utterances": len(dev), "rows": rows})
+
+
+def named(kind, options):
+    """The name of a result file: of the built-in de -> en, the kind alone."""
+    other = Path(options.manifest).parent.name if options.manifest else options.corpus
+    return kind if other == "de-en" else f"{kind}-{other}"
+
+
+def latency(path):
+    """Three hundred steps more, each time from the same weights."""
+    from stream import load_run
+    steps = load_run(path)[2]["step"]
+    more = ["--init", str(path), "--steps", "300", "--warm-steps", "0", "--eval-every", "300"]
+    trained = {"neither": []}
+    trained |= {f"{name} {value}": [flag, value]
+                for name, flag in (("FastEmit", "--fastemit"), ("delay penalty", "--delay-penalty"))
+                for value in ("0.005", "0.01")}
+    rows = {name: run(f"latency {steps} {name}", more + given) for name, given in trained.items()}
+    write_result("latency", {"rows": rows})
+    print(HEAD)
+    for name, row in rows.items():
+        show(name, row["step"], row["streams"])
 
 
 # ---- Sound as people have it ---------------------------------------------------------------------
@@ -191,7 +241,8 @@ def joined(items, pause_s, rng):
     return replace(row, asr=" ".join(other.asr for other, _ in items), st=st), np.concatenate(parts)
 
 
-def conditions(items):
+def conditions(items, more):
+    """(name, utterances) of every kind of sound; `more` are joined into the longest stream."""
     rng = np.random.default_rng(0)
 
     def each(change):
@@ -210,23 +261,27 @@ def conditions(items):
     silence = np.zeros(5 * RATE, np.float32)
     yield "5 s of silence before", each(lambda x: np.concatenate([silence, x]))
     yield "ten sentences", [joined(items[k:k + 10], 0.5, rng) for k in range(0, len(items), 10)]
-    yield "five minutes", [joined(items, 0.5, rng)]
+    long, samples = joined(more, 0.5, rng)
+    yield f"{len(samples) / RATE / 60:.1f} minutes", [(long, samples)]
     yield "noise for sound", each(lambda x: rng.normal(0, 0.05, len(x)).astype(np.float32))
 
 
-def sound(path, n=60):
+def sound(path, n=60, long_s=300):
     """A table of WER: a row a condition; ffmpeg makes the MP3 and Opus files."""
-    import train
     from stream import load_run
     made, rows = load_run(path), {}
     step = made[2]["step"]
+    options, unseen = unseen_of(path, 2 * n)
+    # As many as make a stream of five minutes, each with a pause of half a second.
+    ends = np.cumsum([len(samples) / RATE + 0.5 for _, samples in unseen])
+    more = unseen[:int(np.searchsorted(ends, long_s)) + 1]
     print(HEAD)
-    for name, items in conditions(train.BuiltIn("de-en", 0).unseen(n)):
+    for name, items in conditions(unseen[:n], more):
         streams, _ = evaluated(made, items)
         rows[name] = {tag: {"wer": m["wer"], "laal_ms": m["laal_ms"]}
                       for tag, m in streams.items()}
         show(name, step, streams)
-    write_result("sound", {"steps": step, "utterances": n, "rows": rows})
+    write_result(named("sound", options), {"steps": step, "utterances": n, "rows": rows})
 
 
 # ---- The papers' comparison ----------------------------------------------------------------------
@@ -451,7 +506,7 @@ def papers_table(result):
             bleu = ["", ""] if clean["bleu"] is None else [f"{clean['bleu']:.1f}",
                                                            f"{clean['chrf']:.1f}"]
             cells = [name, f"`{tag}`", f"{clean['wer']:.1f}", f"{noise['wer']:.1f}", interval,
-                     *bleu, f"{clean['laal_ms'] / 1000:.2f}", f"{clean['guessed']:.1f}",
+                     *bleu, in_seconds(clean["laal_ms"]), f"{clean['guessed']:.1f}",
                      f"{row['parameters'] / 1e6:.2f}"]
             lines.append("| " + " | ".join(cells) + " |")
     separate = [row for name, row in result["rows"].items()
@@ -487,9 +542,27 @@ def search_table(result):
              "| chunk, beam | " + "".join(f"WER `{tag}` | LAAL s | " for tag in tags) + "score |",
              "|---|" + "--:|" * (2 * len(tags) + 1)]
     for name, row in result["rows"].items():
-        cells = [f"{row[tag]['wer']:.1f} | {row[tag]['laal_ms'] / 1000:.2f}" for tag in tags]
+        cells = [f"{row[tag]['wer']:.1f} | {in_seconds(row[tag]['laal_ms'])}" for tag in tags]
         lines.append(f"| {name} | {' | '.join(cells)} | {row[tags[0]]['score']:.2f} |")
     return lines
+
+
+def runs_table(result):
+    """Of trainings that differ in their options: what each one's last evaluation found."""
+    lines = [about(result), "", "| run | steps | minutes | stream | WER | CER | BLEU | chrF | LAAL s |",
+             "|---|--:|--:|---|--:|--:|--:|--:|--:|"]
+    for name, row in result["rows"].items():
+        minutes = "" if row.get("seconds") is None else f"{row['seconds'] / 60:.0f}"
+        for tag, m in row["streams"].items():
+            cells = ["" if m[key] is None else f"{m[key]:.1f}"
+                     for key in ("wer", "cer", "bleu", "chrf")]
+            lines.append(f"| {name} | {row['step']} | {minutes} | `{tag}` | {' | '.join(cells)} "
+                         f"| {in_seconds(m['laal_ms'])} |")
+    return lines
+
+
+def in_seconds(ms):
+    return "" if ms is None else f"{ms / 1000:.2f}"
 
 
 def about(result):
@@ -497,22 +570,24 @@ def about(result):
 
 
 def table():
-    """tests/results/README.md from the result files beside it, and the two tables of the README."""
+    """tests/results/README.md from the result files beside it, and the tables that stand in the
+    README between their marks."""
     text = ["# Results", "", "Made by `python tests/reproduce.py table` from the files beside it."]
     for path in sorted(RESULTS.glob("*.json")):
-        kind = path.stem.split("-")[0]
-        make = {"papers": papers_table, "sound": sound_table, "search": search_table}[kind]
-        body = make(json.loads(path.read_text()))
-        text += ["", f"## {path.stem}", "", *body]
+        text += ["", f"## {path.stem}", "", *table_of(path)]
     (RESULTS / "README.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     readme = ROOT / "README.md"
     whole = readme.read_text(encoding="utf-8")
-    for name, make in (("papers-de-en", papers_table), ("sound", sound_table)):
-        if (RESULTS / f"{name}.json").exists():
-            body = "\n".join(make(json.loads((RESULTS / f"{name}.json").read_text())))
-            whole = between(whole, name, body)
+    for path in sorted(RESULTS.glob("*.json")):
+        if f"<!-- {path.stem} -->" in whole:
+            whole = between(whole, path.stem, "\n".join(table_of(path)))
     readme.write_text(whole, encoding="utf-8")
     print("\n".join(text))
+
+
+def table_of(path):
+    make = {"papers": papers_table, "sound": sound_table, "search": search_table}
+    return make.get(path.stem.split("-")[0], runs_table)(json.loads(path.read_text()))
 
 
 def between(text, name, body):
@@ -525,10 +600,11 @@ def between(text, name, body):
 
 def main(argv):
     sys.path.insert(0, str(ROOT))
-    commands = {"search": search, "sound": sound, "papers": papers, "table": table}
+    commands = {"search": search, "sound": sound, "latency": latency, "papers": papers,
+                "table": table}
     if not argv or argv[0] not in {*EXPERIMENTS, *commands}:
         sys.exit(__doc__)
-    if len(argv) != 1 + (argv[0] in ("mboshi", "search", "sound", "papers")):
+    if len(argv) != 1 + (argv[0] in ("mboshi", "search", "sound", "latency", "papers")):
         sys.exit(__doc__)
     if argv[0] in commands:
         if argv[0] == "search":
@@ -536,6 +612,7 @@ def main(argv):
         return commands[argv[0]](*argv[1:])
     results = {name: run(name, [option.replace("DATA", argv[-1]) for option in options])
                for name, options in EXPERIMENTS[argv[0]].items()}
+    write_result(argv[0], {"rows": results})
     print(HEAD)
     for name, result in results.items():
         show(name, result["step"], result["streams"])

@@ -83,6 +83,36 @@ def test_tables_go_between_their_marks(tmp_path, monkeypatch, capsys):
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
     assert text.startswith("before\n") and text.endswith("<!-- /sound -->\nafter\n")
     assert "## sound" in (results / "README.md").read_text()
-    readme.write_text("no marks")
+    streams = {"<asr>": {"wer": 1.25, "cer": 1.0, "bleu": None, "chrf": 99.0, "laal_ms": None}}
+    (results / "mboshi.json").write_text(json.dumps({
+        "date": "2026-01-01", "commit": "abc", "machine": "m",
+        "rows": {"all": {"step": 9, "seconds": 90, "streams": streams}}}))
+    reproduce.table()
+    assert "| all | 9 | 2 | `<asr>` | 1.2 | 1.0 |  | 99.0 |  |" in (results / "README.md").read_text()
+    readme.write_text("<!-- sound --> and no end")
     with pytest.raises(SystemExit, match="must stand there once each"):
         reproduce.table()
+
+
+def test_a_run_is_done_with_its_last_evaluation_and_is_that_of_its_options(tmp_path, monkeypatch):
+    import train
+    from model import PRESETS
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setitem(train.PRESETS, "tiny", replace(PRESETS["tiny"], dim=16, heads=2, layers=1,
+                                                       ff=32, joint_dim=16))
+    monkeypatch.setattr(train.BuiltIn, "SIZE", 8)
+    monkeypatch.setattr(train, "TEST_SIZE", 2)
+    monkeypatch.setattr(train, "live_captions", lambda folder, options: "FILE")
+    options = ["--steps", "4", "--warm-steps", "2", "--device", "cpu", "--batch-seconds", "10"]
+    folder = tmp_path / "runs" / "reproduce" / "a"
+    assert reproduce.left_to_do(folder)
+    assert train.main([*options, "--out", str(folder)]) == 0
+    assert not reproduce.left_to_do(folder)
+    (folder / "metrics.json").write_text("[]")                  # killed before it was evaluated
+    assert reproduce.left_to_do(folder)
+    (folder / "options.json").write_text(json.dumps(options))
+    (folder / "done.json").write_text("{}")
+    assert reproduce.train_in("a", options) == folder
+    with pytest.raises(SystemExit, match="was made with other options"):
+        reproduce.train_in("a", [*options, "--seed", "1"])
+    assert [len(items) for _, items in [reproduce.unseen_of(folder / "model.pt", 3)]] == [3]
