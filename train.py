@@ -103,8 +103,8 @@ class Options:
         "", "go on with the run in this folder, with its options; those given here win")
     out: str = option("", "folder of the run; runs/NAME, numbered where that exists")
     seed: int = option(0, "of every random draw", low=0, high=2 ** 32 - 1)
-    steps: int = option(1300, "updates of the weights", low=1)
-    warm_steps: int = option(400, "of these, before the transducer loss starts", low=0)
+    steps: int = option(1200, "updates of the weights", low=1)
+    warm_steps: int = option(370, "of these, before the transducer loss starts", low=0)
     batch_seconds: float = option(
         42.0, "sound in a batch, padding included; a longer stream is a batch of its own", low=0.1)
     accumulate: int = option(1, "batches in an update, on each process", low=1)
@@ -130,14 +130,14 @@ class Options:
         30.0, "rows that are longer are left out, and joining stops there, pauses not counted",
         low=0.1)
     workers: int = option(0, "processes that prepare sound (0: a thread)", low=0)
-    eval_every: int = option(650, "updates between two evaluations", low=1)
+    eval_every: int = option(600, "updates between two evaluations", low=1)
     device: str = option("", "cpu or cuda (default: cuda where there is one)")
     allow_outside: bool = option(False, "audio may lie outside the manifest's folder")
     strict: bool = option(False, "stop at the first bad row instead of leaving it out")
 
 
-REAL = dict(steps=9000, warm_steps=4500, label_dropout=0.25, merges=240, prune=16, augment=0.5,
-            eval_every=1500)
+REAL = dict(steps=8100, warm_steps=3400, label_dropout=0.25, merges=240, prune=16, augment=0.5,
+            eval_every=1350)
 FIXED = "corpus", "preset", "interleave", "init", "seed", "merges"   # what a checkpoint decides
 
 

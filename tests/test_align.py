@@ -801,6 +801,7 @@ def test_more_text_is_cut_into_the_units_of_the_manifest(tmp_path, monkeypatch):
 
 
 def test_what_is_wrong_with_the_times_shows_before_the_alignment(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
     manifest(tmp_path / "in.jsonl", [{"id": "u1", "asr": "das haus", "st": {"xx": "a"}}])
     monkeypatch.setattr(align, "add_links", lambda *_, **__: pytest.fail("hours of work"))
     (tmp_path / "bad.ctm").write_text("nothing\n")

@@ -187,7 +187,7 @@ def refused(capsys, *argv):
         ["--prune", "10000000000000000000"],
         ["--join", "10000000000000000000"],
         ["--steps", "9" * 400],
-        ["--warm-steps", "1300"],
+        ["--warm-steps", "1200"],
         ["--fastemit", "-0.1"],
         ["--workers", "-1"],
         ["--max-seconds", "0"],
