@@ -800,7 +800,7 @@ class Source(torch.utils.data.Dataset):
     def __getitem__(self, request):
         examples, bad = [], []
         for s in request.streams:
-            sounds = [self.readable(row, bad) for row in s.rows]
+            sounds = [self.heard(row, bad) for row in s.rows]
             heard = [k for k, samples in enumerate(sounds) if samples is not None]
             if heard:
                 left = replace(s, rows=[s.rows[k] for k in heard],
@@ -871,7 +871,7 @@ class Source(torch.utils.data.Dataset):
             self.kept[key], self.room = samples, self.room - len(samples)
         return samples
 
-    def readable(self, row, bad):
+    def heard(self, row, bad):
         """The samples of a row, or None and why in `bad`."""
         try:
             return self.sound_of(row)
@@ -881,13 +881,13 @@ class Source(torch.utils.data.Dataset):
     def background(self, s, n, rng, bad):
         """Other speakers, or a piece of a noise file, or None; n samples."""
         if s.background:
-            voices = [self.readable(row, bad) for row in s.background]
+            voices = [self.heard(row, bad) for row in s.background]
             voices = [np.resize(voice, n) for voice in voices if voice is not None]
             levelled = [voice / (np.sqrt(np.mean(voice ** 2)) + 1e-9) for voice in voices]
             return sum(levelled) if levelled else None
         if self.noises and rng.random() < 0.5:
             path = self.noises[rng.integers(len(self.noises))]
-            noise = self.readable(Row(id=path, audio=path, where=path), bad)
+            noise = self.heard(Row(id=path, audio=path, where=path), bad)
             if noise is not None:
                 return np.resize(np.roll(noise, -rng.integers(len(noise))), n)
 
@@ -1007,7 +1007,7 @@ def to_device(batch, device):
     return SimpleNamespace(**{name: placed(name, x) for name, x in batch.items()})
 
 
-def same(batch):
+def unchanged(batch):
     return batch
 
 
@@ -1025,8 +1025,8 @@ class Batches:
             workers = dict(multiprocessing_context="spawn", persistent_workers=True,
                            worker_init_fn=quiet_worker)
         self.loader = iter(torch.utils.data.DataLoader(
-            source, batch_size=None, sampler=wanted, num_workers=options.workers, collate_fn=same,
-            pin_memory=options.device != "cpu", **workers))
+            source, batch_size=None, sampler=wanted, num_workers=options.workers,
+            collate_fn=unchanged, pin_memory=options.device != "cpu", **workers))
         # One thread of its own: more would take the cores from the step that is learned meanwhile,
         # and add up in another order than a worker process.
         self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
