@@ -644,7 +644,7 @@ def _check_device(device, path):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # by builds of torch
         reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: device {str(device)!r} cannot be used: {reason}") from None
+        raise InputError(f"{path}: cannot be loaded on device {device}: {reason}") from None
 
 
 def _read(path, map_location):

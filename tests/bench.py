@@ -551,7 +551,8 @@ def tokenizer(options):
     began = now()
     smallest = len(Tokenizer(["<asr>"]))                       # blank, the tag and the bytes
     trained = Tokenizer.train(lines, smallest + options.merges)
-    print(f"{len(lines)} sentences, {len(trained) - smallest} merges: trained in {now() - began:.1f} s")
+    print(f"{len(lines)} sentences, {len(trained) - smallest} merges: trained in "
+          f"{now() - began:.1f} s")
     for what in ("first", "second"):  # a word is split once and remembered
         began, ids = now(), [trained.encode(line) for line in lines]
         seconds, words = now() - began, sum(len(line.split()) for line in lines)

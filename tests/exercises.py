@@ -193,8 +193,8 @@ class Toy:
 
     def logits(self, t, labels):
         if len(labels) > self.MOST:
-            raise ValueError(f"over {self.MOST} labels: at most `limit` are written at a frame, then "
-                             "the next one's turn comes")
+            raise ValueError(f"over {self.MOST} labels: at most `limit` are written at a frame, "
+                             "then the next one's turn comes")
         history = sum(self.table[label] / (1 + k) for k, label in enumerate(reversed(labels)))
         return self.frames[t] + history + 1.2 * (np.arange(len(self.frames[t])) == self.blank)
 
@@ -336,8 +336,8 @@ EXERCISES = [
     Exercise(
         "LAAL", """
         Length-adaptive average lagging in ms: the mean over i = 1..tau of d_i - (i - 1) S /
-        max(n_hyp, n_ref). d_i, which is delays[i - 1], are the ms of source that word i needed, S is
-        source_ms, n_hyp the number of delays, n_ref n_reference, and tau the first word that needed
+        max(n_hyp, n_ref). d_i, which is delays[i - 1], are the ms of source that word i needed, S
+        is source_ms, n_hyp the number of delays, n_ref n_reference, and tau the first word that needed
         the whole source (the last one, if none did). Why: it is the
         number the papers report, about 1 s. Where: latency in stream.py, arXiv 2206.05807. Expect
         1000 for delays 1000, 2000, 3000 of 3000 ms and three words.""",

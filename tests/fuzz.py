@@ -212,7 +212,8 @@ KINDS = {
     "pairs": pairs, "gold": gold, "ctm": ctm, "textgrid": textgrid, "checkpoint": checkpoint,
     "command lines": command_lines,
     "wav": sound(".wav"), "float wav": sound(".wav", "FLOAT"), "flac": sound(".flac"),
-    "ogg": sound(".ogg"), "opus": sound(".opus"), "pcm pipe": pcm_pipe, "mp3": sound(".mp3"), "aiff": sound(".aiff"), "au": sound(".au"),
+    "ogg": sound(".ogg"), "opus": sound(".opus"), "pcm pipe": pcm_pipe, "mp3": sound(".mp3"),
+    "aiff": sound(".aiff"), "au": sound(".au"),
     "caf": sound(".caf"),
 }
 

@@ -173,7 +173,8 @@ def search(path):
         rows[f"{ms}, beam {beam}"] = {
             tag: {"wer": m["wer"], "laal_ms": m["laal_ms"], "score": score}
             for tag, m in metrics.items()}
-    write_result(named("search", options), {"steps": beside["step"], "utterances": len(dev), "rows": rows})
+    write_result(named("search", options), {"steps": beside["step"], "utterances": len(dev),
+                                            "rows": rows})
 
 
 def named(kind, options):
@@ -549,7 +550,8 @@ def search_table(result):
 
 def runs_table(result):
     """Of trainings that differ in their options: what each one's last evaluation found."""
-    lines = [about(result), "", "| run | steps | minutes | stream | WER | CER | BLEU | chrF | LAAL s |",
+    lines = [about(result), "",
+             "| run | steps | minutes | stream | WER | CER | BLEU | chrF | LAAL s |",
              "|---|--:|--:|---|--:|--:|--:|--:|--:|"]
     for name, row in result["rows"].items():
         minutes = "" if row.get("seconds") is None else f"{row['seconds'] / 60:.0f}"

@@ -88,7 +88,8 @@ def test_tables_go_between_their_marks(tmp_path, monkeypatch, capsys):
         "date": "2026-01-01", "commit": "abc", "machine": "m",
         "rows": {"all": {"step": 9, "seconds": 90, "streams": streams}}}))
     reproduce.table()
-    assert "| all | 9 | 2 | `<asr>` | 1.2 | 1.0 |  | 99.0 |  |" in (results / "README.md").read_text()
+    text = (results / "README.md").read_text()
+    assert "| all | 9 | 2 | `<asr>` | 1.2 | 1.0 |  | 99.0 |  |" in text
     readme.write_text("<!-- sound --> and no end")
     with pytest.raises(SystemExit, match="must stand there once each"):
         reproduce.table()
