@@ -337,9 +337,9 @@ EXERCISES = [
         "LAAL", """
         Length-adaptive average lagging in ms: the mean over i = 1..tau of d_i - (i - 1) S /
         max(n_hyp, n_ref). d_i, which is delays[i - 1], are the ms of source that word i needed, S
-        is source_ms, n_hyp the number of delays, n_ref n_reference, and tau the first word that needed
-        the whole source (the last one, if none did). Why: it is the
-        number the papers report, about 1 s. Where: latency in stream.py, arXiv 2206.05807. Expect
+        is source_ms, n_hyp the number of delays, n_ref n_reference, and tau the first word that
+        needed the whole source (the last one, if none did). Why: it is the number the papers
+        report, about 1 s. Where: latency in stream.py, arXiv 2206.05807. Expect
         1000 for delays 1000, 2000, 3000 of 3000 ms and three words.""",
         "laal(delays, source_ms, n_reference)", laal_right, timed_outputs, {
             "that is AL: LAAL divides by the longer of hypothesis and reference":
