@@ -512,15 +512,12 @@ def papers_table(result):
             lines.append("| " + " | ".join(cells) + " |")
     separate = [row for name, row in result["rows"].items()
                 if name not in ORDERS and not name.endswith("restricted")]
-    lines += ["", f"The recogniser and the translator together have "
-              f"{sum(row['parameters'] for row in separate) / 1e6:.2f} M parameters."]
+    more = ("The recogniser and the translator together have "
+            f"{sum(row['parameters'] for row in separate) / 1e6:.2f} M parameters.")
     share = result.get("words_moved_by_time")
-    if share is None and "TIME" not in result["rows"]:
-        return lines + ["", "TIME, whose times need two passes of trained models over all training "
-                        "rows, is no part of this table."]
-    if share is None:              # of a result written before words were counted
-        return lines
-    return lines + ["", f"TIME puts {share:.0%} of the translated words elsewhere than ALIGN."]
+    if share is not None:
+        more += f" TIME puts {share:.0%} of the translated words elsewhere than ALIGN."
+    return lines + ["", more]
 
 
 def sound_table(result):
