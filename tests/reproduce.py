@@ -568,12 +568,27 @@ def about(result):
     return f"({result['date']}, {result['commit']}; {result['machine']})"
 
 
+PICTURES = {
+    "curves.png": ("Losses of the main job, by step", "python tests/figures.py curves runs/de-en"),
+    "tradeoff.png": ("Quality against delay", "python tests/figures.py tradeoff"),
+    "mask.png": ("Who sees whom: the chunk mask", "python tests/figures.py mask"),
+    "links.png": ("Word links found and true", "python tests/figures.py links"),
+    "timeline.png": ("Words, said and shown", "python tests/figures.py timeline "
+                     "runs/de-en/model.pt runs/de-en/unseen.wav"),
+    "lattice.png": ("The paths through a lattice", "python tests/figures.py lattice "
+                    "runs/de-en/model.pt"),
+}
+
+
 def table():
     """tests/results/README.md from the result files beside it, and the tables that stand in the
     README between their marks."""
     text = ["# Results", "", "Made by `python tests/reproduce.py table` from the files beside it."]
     for path in sorted(RESULTS.glob("*.json")):
         text += ["", f"## {path.stem}", "", *table_of(path)]
+    for name, (what, command) in PICTURES.items():
+        if (ROOT / ".github" / name).exists():
+            text += ["", f"## {what}", "", f"![{what}](../../.github/{name})", "", f"    {command}"]
     (RESULTS / "README.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     readme = ROOT / "README.md"
     whole = readme.read_text(encoding="utf-8")
