@@ -77,7 +77,7 @@ def test_greedy_is_the_search_of_the_program():
     from stream import greedy_batch
     torch.manual_seed(0)
     config = replace(PRESETS["tiny"], layers=1, label_layers=1, dim=16, ff=16, heads=2,
-                     joint_dim=16, vocab=9, ctc_vocab=2)
+                     kernel=0, joint_dim=16, vocab=9, ctc_vocab=2)
     model, mel = Transducer(config).eval(), torch.randn(1, 160, config.n_mels)
 
     class Network:
