@@ -323,8 +323,6 @@ def papers(corpus):
         runs[f"ST {lang} restricted"] = train_in(
             f"papers-{corpus}-st-{lang}-restricted", [*alone, "--restrict", "0.8"])
     for name, mode in ORDERS.items():
-        if mode == "time":             # two passes over the training rows: it comes last,
-            score(corpus, made, runs)  # and the table of the others is there before it
         rows = manifest if mode != "time" else timed(data, runs)
         folder = f"papers-{corpus}-{mode.replace(':', '-')}"
         runs[name] = train_in(folder, [rows, "--interleave", mode, *start])
