@@ -167,16 +167,16 @@ def test_streaming_equals_the_masked_encoder(dtype, near):
             assert (wider - offline).abs().max() > 1000 * near
 
 
-@pytest.mark.skipif(
-    "CHECKPOINT" not in os.environ, reason="a trained model: CHECKPOINT=runs/de-en/model.pt pytest"
-)
+trained = pytest.mark.skipif("CHECKPOINT" not in os.environ,
+                             reason="a trained model: CHECKPOINT=runs/de-en/model.pt pytest")
+
+
+@trained
 @pytest.mark.parametrize("dtype,near", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_a_trained_checkpoint_is_exact(dtype, near):
     """Packets bit for bit, frames as offline, and the same words at either precision, on speech."""
     model, beside = load(os.environ["CHECKPOINT"])
-    tokenizer, items = Tokenizer.from_dict(beside["tokenizer"]), train.BuiltIn(
-        "de-en", 0, 4
-    ).unseen(8)
+    tokenizer, items = Tokenizer.from_dict(beside["tokenizer"]), train.BuiltIn("de-en", 0).unseen(8)
     double, _ = load(os.environ["CHECKPOINT"])
     double.double()
     model = double if dtype == torch.float64 else model
@@ -190,11 +190,32 @@ def test_a_trained_checkpoint_is_exact(dtype, near):
     for chunk, (_, samples) in itertools.product((*model.config.chunks, 0), items):
         whole = words(model, samples, len(samples), chunk)
         assert words(model, samples, 777, chunk) == whole and len(whole[0]) > 3
-        assert words(double, samples, len(samples), chunk)[0] == whole[0]
+        others = words(double, samples, len(samples), chunk)[0]
+        assert [(w.text, w.delay_ms) for w in others] == [(w.text, w.delay_ms) for w in whole[0]]
         mel = log_mel(pad_samples(torch.from_numpy(samples).to(dtype), 4))[None]
         offline = model.encoder(mel, chunk=chunk)[0][0]
         error = (frames_of(model, samples, chunk, tokenizer) - offline).abs().max()
         assert error <= near * max(1.0, offline.abs().max().item())
+
+
+@trained
+def test_silence_before_and_behind_costs_no_word():
+    """5 s of it before and after the speech, or none but the 0.16 s behind its last word that every
+    utterance in training has: no more errors than without, but for one in fifty words."""
+    model, tokenizer, beside = stream.load_run(os.environ["CHECKPOINT"])
+    silence, errors, n_words = np.zeros(5 * 16000, np.float32), np.zeros(3, int), 0
+    for row, samples in train.BuiltIn("de-en", 0).unseen(30):
+        hard_end = samples[:round((row.times[-1] + 0.16) * 16000)]
+        wanted = {"<asr>": row.asr.split(), "<st:en>": row.st["en"].split()}
+        n_words += sum(map(len, wanted.values()))
+        kinds = samples, np.concatenate([silence, samples, silence]), hard_end
+        for k, heard in enumerate(kinds):
+            streamer = Streamer(model, tokenizer, **stream.own_search(beside))
+            words = stream.words_of(streamer.accept(heard) + streamer.flush())
+            errors[k] += sum(
+                stream.edit_distance(text, [word.text for word in words if word.stream == tag])
+                for tag, text in wanted.items())
+    assert n_words > 300 and errors.max() <= errors[0] + 0.02 * n_words, (errors, n_words)
 
 
 def test_batch_equals_single():
