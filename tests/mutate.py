@@ -34,7 +34,7 @@ MUTATIONS = [
     ("model.py", "self.dropout = nn.Dropout(dropout)\n\n    def forward(self, x, bias, chunk",
      "self.dropout = nn.Dropout(0.0)\n\n    def forward(self, x, bias, chunk",
      "test_model.py", "dropout_is"),
-    ("train.py", "    if finite:  ", "    if True:  ",
+    ("train.py", "    if learned:", "    if True:",
      "test_train.py", "not_finite_is_dropped"),
     ("stream.py", '{"chunk": options.chunk, "beam": options.beam',
      '{"chunk": None, "beam": options.beam', "test_stream.py", "test_eval"),
