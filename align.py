@@ -1040,10 +1040,8 @@ def align_manifest(options, align):
     finally:                                          # the links are found, whatever times may lack
         serialize.write_manifest(options.out, rows)
         links = sum(len(line) for row in rows for line in row.links.values())
-        folder = Path(options.out).parent
-        outside = any(serialize.record_of(row, folder)["audio"].startswith("..") for row in rows)
-        hint = "; the sound lies outside its folder, read it with --allow-outside"
-        warn(f"{options.out}: {len(rows)} rows, {links} links written{hint if outside else ''}")
+        hint = serialize.outside_hint(options.out, rows)
+        warn(f"{options.out}: {len(rows)} rows, {links} links written{hint}")
 
 
 def parse_options(argv):

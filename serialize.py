@@ -663,6 +663,12 @@ def write_manifest(path, rows):
             temporary.unlink()
 
 
+def outside_hint(path, rows):
+    """What to say of a manifest beside its name, where its sound lies outside its folder."""
+    inside = not any(os.path.relpath(row.audio, Path(path).parent).startswith("..") for row in rows)
+    return "" if inside else "; the sound lies outside its folder, read it with --allow-outside"
+
+
 # ---- What an order costs: how long a translated word waits, how much is guessed ------------------
 def delays(row, pairs):
     """How far behind its evidence each linked word of a translation is written: [(words, seconds)].
@@ -696,10 +702,10 @@ def project_times(row):
     one.
     """
     ends = rising(row.times or [])
-    if math.inf in ends:    # no time is known
+    if not ends or math.inf in ends:    # no time is known
         return
     for lang, links in row.links.items():
-        if ends and lang not in row.st_times:
+        if lang not in row.st_times:
             row.st_times[lang] = [None] * len(units(row.st[lang]))
             for i, j in sorted(links):
                 row.st_times[lang][j] = ends[i]
@@ -1115,10 +1121,7 @@ def main(arguments):
             print(end="", flush=True)   # here, where a pipe that nobody reads is caught
             return 0
         write_manifest(options.out, rows)
-        outside = any(record_of(row, Path(options.out).parent)["audio"].startswith("..")
-                      for row in rows)
-        hint = "; the sound lies outside its folder, read it with --allow-outside"
-        tell(f"{options.out}: {len(rows)} rows{hint if outside else ''}")
+        tell(f"{options.out}: {len(rows)} rows{outside_hint(options.out, rows)}")
         return 0
     except InputError as error:
         tell(f"serialize.py: {error}")

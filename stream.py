@@ -1333,7 +1333,8 @@ def evaluate(model, tokenizer, items, *, batch_size=16, progress=False, bootstra
     try:
         while not babbles and (group := list(islice(source, batch_size))):
             own, more_tokens, more_seconds = stream_group(model, tokenizer, group, babble, how)
-            records, tokens, seconds = records + own, tokens + more_tokens, seconds + more_seconds
+            records += own
+            tokens, seconds = tokens + more_tokens, seconds + more_seconds
             babbles = tokens > babble * seconds and len(records) >= 16
     finally:
         model.train(training)
@@ -1374,11 +1375,16 @@ def stream_group(model, tokenizer, group, babble, how):
     return records, tokens, heard_s
 
 
+def texts_of(row):
+    """{stream: text} of a row, where there is one."""
+    texts = {"<asr>": row.asr} | {f"<st:{lang}>": text for lang, text in row.st.items()}
+    return {tag: text for tag, text in texts.items() if text}
+
+
 def record_of(row, samples, streamer, words, seconds):
     """What one utterance was and what was made of it."""
-    texts = {"<asr>": row.asr, **{f"<st:{lang}>": text for lang, text in row.st.items()}}
     return {"id": row.id, "audio": row.audio, "duration_ms": len(samples) / PER_MS, "words": words,
-            "references": {tag: units(text) for tag, text in texts.items() if text},
+            "references": {tag: units(text) for tag, text in texts_of(row).items()},
             "score": streamer.search.score, "capped": streamer.search.capped,
             "invalid": dict(streamer.speller.invalid), "cut": dict(streamer.speller.cut),
             "broken_off": streamer.due() is not None or not streamer.closed, "seconds": seconds}
@@ -1604,16 +1610,10 @@ def log_entry(index, row, tag):
             "source_length": row["duration_ms"]}
 
 
-def tags_of(row):
-    """The streams in which a row has a text."""
-    texts = {"<asr>": row.asr} | {f"<st:{lang}>": text for lang, text in row.st.items()}
-    return {tag for tag, text in texts.items() if text}
-
-
 def evaluation(model, tokenizer, options, search):
     """Stream all of a manifest; print figures by stream, and write logs."""
     rows = read_manifest(options.eval, allow_outside=options.allow_outside, on_bad=say)
-    has = set().union(*map(tags_of, rows))
+    has = set().union(*map(texts_of, rows))
     if not has & set(tokenizer.tags):
         raise InputError(f"{options.eval}: it has {' '.join(sorted(has))}, and the model writes "
                          f"{' '.join(tokenizer.tags)}: nothing to compare")
@@ -1621,7 +1621,7 @@ def evaluation(model, tokenizer, options, search):
         Path(options.log).mkdir(parents=True, exist_ok=True)
         if not os.access(options.log, os.W_OK):
             raise InputError(f"--log {options.log}: not allowed to write there")
-    written = [row for row in rows if tags_of(row) & set(tokenizer.tags)]
+    written = [row for row in rows if texts_of(row).keys() & set(tokenizer.tags)]
     if len(written) < len(rows):
         say(f"{options.eval}: {len(rows) - len(written)} of {len(rows)} rows left out: no text in "
             f"a language that the model writes, {' '.join(tokenizer.tags)}")

@@ -1240,7 +1240,7 @@ def open_corpus(options, evaluates=True):
         dev = Unseen([row for row, _ in found])
     frame_s = PRESETS[options.preset].frame_s
     spoken = [(row.asr or "", row.duration / frame_s) for row in rows]
-    short = sum(len(text) + repeats(text) > frames for text, frames in spoken)
+    short = sum(bool(text) and not if_it_fits(text, frames) for text, frames in spoken)
     if short:
         print(f"{short} of {len(rows)} rows have fewer frames of {1000 * frame_s:.0f} ms than "
               "letters: the letters task leaves them out", file=sys.stderr)
