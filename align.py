@@ -1105,7 +1105,8 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except BrokenPipeError:                           # whoever reads our output has seen enough
+        print(end="", flush=True)     # here, where a pipe that nobody reads is caught
+    except BrokenPipeError:           # whoever reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except input_errors() as error:
         named = isinstance(error, OSError) and error.filename

@@ -54,6 +54,7 @@ call it from one thread at a time unless numba uses TBB or OpenMP (`numba.thread
 """
 import math
 import os
+import sys
 import warnings
 from collections import namedtuple
 from functools import partial
@@ -1188,4 +1189,8 @@ def demonstrate():
 
 
 if __name__ == "__main__":
-    demonstrate()
+    try:
+        demonstrate()
+        print(end="", flush=True)     # here, where a pipe that nobody reads is caught
+    except BrokenPipeError:           # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -69,7 +69,7 @@ USER_ERRORS = InputError, TextError, align.InputError, OSError, ImportError  # t
 CLIP = 5.0            # largest norm of a step's gradient
 MUON = 10             # learning rate of the matrices over that of all else
 WARM_UP = 100         # steps until the learning rate is at its peak
-DECAY = 0.2           # share of the steps, the last ones, over which it falls
+DECAY = 0.5           # share of the steps, the last ones, over which it falls
 FORGET_STEPS = 150    # transducer steps over which ever fewer labels are hidden
 SIDE_WEIGHT = 0.3     # of each side task, beside the transducer's 1
 LOG_EVERY = 50        # steps; only then are losses fetched from the device
@@ -1195,6 +1195,9 @@ class locked:
     def __exit__(self, *error):
         if self.file:
             self.file.close()
+            path = Path(self.file.name)
+            if os.listdir(path.parent) == [path.name]:         # refused before anything was written
+                path.unlink()
 
 
 class Corpus:
@@ -1908,13 +1911,14 @@ def speak(words, speaker, rng):
         rows.append((n,) + SOUNDS[sound][1:])
         blocks += n
     add("_", rng.uniform(2, 6))
-    for word in words:
+    for k, word in enumerate(words):
+        if k:
+            add("_", rng.uniform(0.2, 1.5))
         for letter in word.lower():
             for sound in LETTERS.get(letter, letter if letter in SOUNDS else "_"):
                 add(sound, speaker.rate * rng.uniform(0.85, 1.15))
         ends.append(blocks * BLOCK / SAMPLE_RATE)
-        add("_", rng.uniform(0.2, 1.5))
-    add("_", rng.uniform(4, 8))
+    add("_", max(0.0, rng.uniform(-2, 9)))          # in two of eleven, cut off with the last word
     table = np.array(rows)
     track = np.repeat(table[:, 1:], table[:, 0].astype(int), axis=0)  # (blocks, 7)
     glide = np.ones(7) / 7  # 17.5 ms from one sound to the next
@@ -2006,7 +2010,7 @@ class BuiltIn:
         letters = row.asr.lower().replace(" ", "")
         sounds = [sound for c in letters for sound in LETTERS.get(c, c if c in SOUNDS else "_")]
         spoken = sum(SOUNDS[sound][0] for sound in sounds) * make_speaker(row.speaker).rate
-        return (spoken + SOUNDS["_"][0] * (10 + 0.85 * len(row.asr.split()))) / 1000
+        return (spoken + SOUNDS["_"][0] * (6.8 + 0.85 * len(row.asr.split()))) / 1000
 
     def unseen(self, n):
         """n test utterances with their audio: sentences and speakers that never occur in

@@ -10,6 +10,7 @@ inputs; an answer that is wrong in one of the usual ways is told in which.
 import copy
 import importlib.util
 import math
+import os
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -439,4 +440,10 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+        print(end="", flush=True)
+    except BrokenPipeError:           # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

@@ -1,6 +1,8 @@
 """The README's two commands exist as written, run what they say, and CI runs the second."""
 import ast
+import os
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +54,6 @@ def test_files_named_in_the_readme_exist():
 def test_the_house():
     allowed = {"README.md", "requirements.txt", "LICENSE", "tests"} | {
         f"{name}.py" for name in ("model", "rnnt_loss", "align", "serialize", "train", "stream")}
-    import subprocess
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     tracked = listed.stdout.split()
     assert {path.split("/")[0] for path in tracked if not path.startswith(".")} <= allowed
@@ -60,6 +61,19 @@ def test_the_house():
             for n, line in enumerate((ROOT / path).read_text("utf-8").splitlines(), 1)
             if len(line) > 100]
     assert not long, long
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
+@pytest.mark.parametrize("command", [
+    ["model.py"], ["serialize.py"], ["tests/exercises.py"], ["tests/reproduce.py", "table"]])
+def test_a_reader_who_has_seen_enough_is_no_error(command):
+    """As with `python model.py | head -1`; here the pipe has no reader from the start."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=write, text=True,
+                          stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---- commands and snippets -----------------------------------------------------------------------

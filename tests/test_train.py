@@ -139,6 +139,17 @@ def test_word_ends_are_where_the_sound_stops():
     assert loud[-1] / 16000 == pytest.approx(ends[0], abs=0.02)
 
 
+def test_some_utterances_end_with_their_last_word():
+    """As recordings that were cut do; the others have up to a third of a second of silence."""
+    speaker, behind = train.Speaker(150.0, 1.0, 1.0), []
+    for seed in range(300):
+        samples, ends = train.speak(["a", "a"], speaker, np.random.default_rng(seed))
+        behind.append(len(samples) / 16000 - ends[-1])
+    # Where nothing is to follow there still are two settings of the filters, 5 ms.
+    assert np.isclose(behind, 0.005).mean() == pytest.approx(2 / 11, abs=0.05)
+    assert min(behind) == pytest.approx(0.005) and 0.34 < max(behind) < 0.37
+
+
 def test_speakers_levels_and_noise_stay_in_their_ranges():
     speakers = [train.make_speaker(f"train{k:04d}") for k in range(500)]
     for values, low, high in (
@@ -416,7 +427,7 @@ def test_the_length_of_a_built_in_row_is_known_before_it_is_spoken():
         corpus.seconds(row) / (len(train.speak_row(row)[0]) / 16000) - 1
         for row in corpus.rows(0, 60)
     ]
-    assert abs(np.mean(error)) < 0.03 and np.abs(error).max() < 0.15
+    assert abs(np.mean(error)) < 0.03 and np.abs(error).max() < 0.2
 
 
 def test_rows_of_one_file_are_joined_in_their_order(tmp_path):
@@ -769,8 +780,8 @@ def test_weights_and_rates_at_chosen_steps():
         assert train.tasks(step, options) == pytest.approx(
             {"transducer": transducer, "simple": simple} | sides)
     assert train.tasks(900, replace(options, prune=0)) == pytest.approx({"transducer": 1} | sides)
-    assert [train.learning_rate(k, 1000) for k in (0, 49, 99, 500, 800, 900, 999)] == pytest.approx(
-        [0.01, 0.5, 1, 1, 1, 0.5, 0.02])
+    assert [train.learning_rate(k, 1000) for k in (0, 49, 99, 500, 750, 900, 999)] == pytest.approx(
+        [0.01, 0.5, 1, 1, 0.5, 0.2, 0.02])
     assert [train.label_dropout(k, options) for k in (399, 400, 475, 550, 900)] == pytest.approx(
         [0.1, 1, 0.5, 0.1, 0.1]
     )
@@ -1423,6 +1434,26 @@ def test_a_process_without_usable_sound_adds_nothing():
     assert (model.bias.grad == 7).all() and (model.weight.grad == 7).all()
 
 
+def test_what_is_told_to_the_user_is_told_by_the_first_process_only(capsys):
+    for rank in (0, 1):
+        with train.Ranks(rank, 2).only_first_speaks():
+            print("said by", rank)
+            print("warned by", rank, file=sys.stderr)
+    assert capsys.readouterr() == ("said by 0\n", "warned by 0\n")
+
+
+def test_a_worker_outlives_the_signals_of_its_job_and_runs_no_library_at_its_end():
+    """A handler that was there before would speak after its own: what it says must not come."""
+    code = ("import atexit, os, signal, sys, train; atexit.register(print, 'late')\n"
+            "if len(sys.argv) > 1: train.quiet_worker(0)\n"
+            "os.kill(os.getpid(), signal.SIGTERM); print('lives', flush=True)\n")
+    root = Path(train.__file__).parent
+    worker, other = (subprocess.run([sys.executable, "-c", code, *more], cwd=root, text=True,
+                                    capture_output=True) for more in (["worker"], []))
+    assert (worker.returncode, worker.stdout) == (0, "lives\n"), worker.stderr
+    assert other.returncode and "lives" not in other.stdout
+
+
 def test_the_best_so_far_is_remembered_by_a_resumed_run(small, tmp_path, monkeypatch):
     scores = iter([50.0, 60.0, 40.0])
     monkeypatch.setattr(train, "evaluate", lambda model, tokenizer, dev, **_: (
@@ -1494,6 +1525,43 @@ def test_disk_full_keeps_the_old_checkpoint(small, tmp_path, capsys, monkeypatch
     assert "No space left" in refused(capsys, "--resume", folder, "--steps", "8")
     assert before == {file: (folder / file).read_bytes() for file in before}
     assert not list(folder.glob("*.tmp"))
+
+
+def test_a_log_that_cannot_be_written_anew_stays_whole(small, tmp_path, capsys, monkeypatch):
+    folder = run(tmp_path / "run", "--steps", "6")
+    log = (folder / "log.csv").read_bytes()
+    assert log.count(b"\n") > 1
+
+    def full(writer, rows):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(train.csv.DictWriter, "writerows", full)
+        said = refused(capsys, "--resume", folder, "--steps", "8")
+        assert "No space left" in said and "log.csv" in said
+    assert (folder / "log.csv").read_bytes() == log
+
+
+@pytest.mark.parametrize("full", ["sound", "manifest"])
+def test_a_corpus_on_a_full_disk_names_the_file(full, tmp_path, capsys, monkeypatch):
+    import soundfile
+
+    def sound(path, samples, rate):
+        raise soundfile.SoundFileError(f"Error opening {path}")
+
+    def manifest(path, rows):
+        raise OSError(28, "No space left on device", str(path))
+    if full == "sound":
+        monkeypatch.setattr(soundfile, "write", sound)
+    else:
+        monkeypatch.setattr(train, "write_manifest", manifest)
+    said = refused(capsys, "--write-corpus", tmp_path, "2")
+    named = "manifest.jsonl" if full == "manifest" else ".flac: cannot be written"
+    assert str(tmp_path) in said and named in said and not (tmp_path / "manifest.jsonl").exists()
+
+
+def test_a_run_that_never_began_leaves_no_lock(tmp_path, capsys):
+    assert "none.jsonl" in refused(capsys, tmp_path / "none.jsonl", "--out", tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_training_hears_the_sound_of_its_manifest(small, tmp_path):
