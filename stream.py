@@ -90,11 +90,14 @@ class Streamer:
     """One audio stream. Many may share a model: `push` to each of them, or `close` it, then
     `advance` steps them in one batch."""
 
-    def __init__(self, model, tokenizer, *, chunk=None, pause=None, restart=None, **search):
+    def __init__(self, model, tokenizer, *, chunk=None, pause=None, restart=None, tail=0.0,
+                 **search):
         """chunk: encoder frames, by default the model's first; 0: everything at once, at the end.
         pause: seconds without a token after which a Pause stands among the words; None: never.
         restart: seconds without a token after which the label encoder forgets what was written, for
         models that were trained so; None: never. Both are looked at where a chunk ends.
+        tail: seconds of silence that the model hears behind the end, for models whose training had
+        some there: they wait for it before they write the last words.
         search: beam, limits, hold, blank_penalty, see `new_search`."""
         self.model, self.config = model, model.config
         self.chunk = self.config.chunks[0] if chunk is None else chunk
@@ -112,6 +115,10 @@ class Streamer:
         self.encoder_state = model.encoder.initial_state(1, self.chunk)
         self.pause = self.seconds_to_frames("pause", pause)
         restart = self.seconds_to_frames("restart", restart)
+        if not (isinstance(tail, (int, float)) and 0 <= tail <= LONGEST_CHUNK_S):
+            raise InputError(f"tail {tail!r} must be a number of seconds from 0 to "
+                             f"{LONGEST_CHUNK_S:g}")
+        self.tail = round(tail * SAMPLE_RATE)
         self.search = new_search(model, self.chunk, restart=restart, **search)
         self.speller, self.n_tokens = Speller(tokenizer), 0
         self.in_utterance = False                 # something was written, and no pause since
@@ -163,7 +170,7 @@ class Streamer:
         """What can run now, as (frames, whether they are the last), or None. After the end: a whole
         chunk where there still is one, then the shorter last one as it is."""
         if self.closed:
-            left = self.config.frames(self.received) - self.frames
+            left = self.config.frames(self.received + self.tail) - self.frames
             n_frames = min(left, self.chunk or left)
             return (n_frames, n_frames == left) if left else None
         end = (self.frames + self.chunk) * HOP * self.config.subsampling + WINDOW - HOP
@@ -190,15 +197,17 @@ class Streamer:
         last_sample = HOP * (self.frames * self.config.subsampling - 1) + WINDOW
         delay_ms = min(last_sample, self.received) / PER_MS
         self.clock_ms = max(delay_ms, self.clock_ms) + (time.perf_counter() - began) * 1000
-        frame_s = self.config.frame_s
-        events = [Word(tag, text, delay_ms, start_s=tokens[0].frame * frame_s,
-                       end_s=(tokens[-1].frame + 1) * frame_s, elapsed_ms=self.clock_ms,
+        frame_s, heard_s = self.config.frame_s, self.received / SAMPLE_RATE
+        events = [Word(tag, text, delay_ms, start_s=min(tokens[0].frame * frame_s, heard_s),
+                       end_s=min((tokens[-1].frame + 1) * frame_s, heard_s),
+                       elapsed_ms=self.clock_ms,
                        confidence=math.exp(sum(t.log_prob for t in tokens) / len(tokens)))
                   for tag, text, tokens in spelled]
         if pause:
             self.in_utterance = False
-            events.append(Pause(delay_ms, (self.frames - self.search.quiet) * frame_s,
-                                self.frames * frame_s, self.clock_ms))
+            began_s = min((self.frames - self.search.quiet) * frame_s, heard_s)
+            events.append(Pause(delay_ms, began_s, min(self.frames * frame_s, heard_s),
+                                self.clock_ms))
         return events
 
 
@@ -1020,7 +1029,7 @@ def listen(device, arrived, rate):
 
 def own_search(beside):
     """What lies beside a model -> the options of a Streamer that this model was made for."""
-    return {"blank_penalty": beside.get("blank_penalty", 0.0),
+    return {"blank_penalty": beside.get("blank_penalty", 0.0), "tail": beside.get("tail", 0.0),
             "restart": beside.get("restart")}  # seconds, if it was trained to forget
 
 

@@ -74,7 +74,9 @@ FORGET_STEPS = 150    # transducer steps over which ever fewer labels are hidden
 SIDE_WEIGHT = 0.3     # of each side task, beside the transducer's 1
 LOG_EVERY = 50        # steps; only then are losses fetched from the device
 GIVE_UP = 20          # steps in a row that learned nothing: no finite gradient, or no sound
-BLANK_PENALTY = 0.5   # nats, for the search: labels hidden in training leave blank too likely
+# How a model is searched: labels hidden in training leave blank too likely, by so many nats; and
+# what it has learned from ends in silence, by so many seconds, where a recording may not.
+SEARCH = dict(blank_penalty=0.5, tail=0.32)
 KEPT_S = 18_000       # seconds of decoded sound that are kept in memory: 1.2 GB
 LINKS_HERE = 50_000   # rows that are still aligned at the start of a run, where links lack
 BPE_ROWS = 50_000     # rows that the tokenizer learns from, at most
@@ -1401,7 +1403,7 @@ def save_model(run, options, path):
          tokenizer=run.tokenizer.to_dict(),
          letters=run.letters,
          mode=options.interleave,
-         blank_penalty=BLANK_PENALTY,
+         **SEARCH,
          step=run.step)
 
 
@@ -1604,7 +1606,7 @@ def assess(run, dev, options, folder, blind, stop):
     use, where a stop is wanted."""
     def scored(items):
         going_on = (item for item in items if not stop.wanted)
-        return evaluate(run.model, run.tokenizer, going_on, blank_penalty=BLANK_PENALTY)
+        return evaluate(run.model, run.tokenizer, going_on, **SEARCH)
     metrics, records = scored(dev)
     if stop.wanted:
         return metrics
@@ -1911,14 +1913,13 @@ def speak(words, speaker, rng):
         rows.append((n,) + SOUNDS[sound][1:])
         blocks += n
     add("_", rng.uniform(2, 6))
-    for k, word in enumerate(words):
-        if k:
-            add("_", rng.uniform(0.2, 1.5))
+    for word in words:
         for letter in word.lower():
             for sound in LETTERS.get(letter, letter if letter in SOUNDS else "_"):
                 add(sound, speaker.rate * rng.uniform(0.85, 1.15))
         ends.append(blocks * BLOCK / SAMPLE_RATE)
-    add("_", max(0.0, rng.uniform(-2, 9)))          # in two of eleven, cut off with the last word
+        add("_", rng.uniform(0.2, 1.5))
+    add("_", rng.uniform(4, 8))
     table = np.array(rows)
     track = np.repeat(table[:, 1:], table[:, 0].astype(int), axis=0)  # (blocks, 7)
     glide = np.ones(7) / 7  # 17.5 ms from one sound to the next
@@ -2010,7 +2011,7 @@ class BuiltIn:
         letters = row.asr.lower().replace(" ", "")
         sounds = [sound for c in letters for sound in LETTERS.get(c, c if c in SOUNDS else "_")]
         spoken = sum(SOUNDS[sound][0] for sound in sounds) * make_speaker(row.speaker).rate
-        return (spoken + SOUNDS["_"][0] * (6.8 + 0.85 * len(row.asr.split()))) / 1000
+        return (spoken + SOUNDS["_"][0] * (10 + 0.85 * len(row.asr.split()))) / 1000
 
     def unseen(self, n):
         """n test utterances with their audio: sentences and speakers that never occur in

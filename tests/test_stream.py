@@ -167,6 +167,28 @@ def test_streaming_equals_the_masked_encoder(dtype, near):
             assert (wider - offline).abs().max() > 1000 * near
 
 
+@pytest.mark.parametrize("beam, chunk", [(1, 8), (3, 8), (1, 0)])
+def test_the_tail_is_silence_behind_the_end(beam, chunk):
+    """The words of the same sound with so many zeros behind it; but nothing lies beyond the end:
+    not the sound that a word needed, not the time at which it is said. Packets change nothing."""
+    model, samples, tail = lively(kernel=15), noise(N), 0.5
+    how = dict(beam=beam, chunk=chunk, limits=LIMITS)
+    longer = np.concatenate([samples, np.zeros(round(tail * 16000), np.float32)])
+    words, score, capped = run(model, samples, tail=tail, **how)
+    wanted, *others = run(model, longer, **how)
+    assert [score, capped] == others and score != run(model, samples, **how)[1]
+    cut = [replace(word, delay_ms=min(word.delay_ms, N / 16), start_s=min(word.start_s, N / 16000),
+                   end_s=min(word.end_s, N / 16000)) for word in wanted]
+    assert words == cut and len(words) > 5 and (chunk or cut != wanted)
+    assert run(model, samples, [777] * (N // 777), tail=tail, **how) == (words, score, capped)
+
+
+@pytest.mark.parametrize("tail", ["x", None, -0.1, 61, float("nan")])
+def test_a_tail_that_is_none_is_refused(tail):
+    with pytest.raises(stream.InputError, match=f"tail {tail!r} must be a number of seconds from 0 to 60"):
+        Streamer(lively(), TOKENIZER, tail=tail)
+
+
 trained = pytest.mark.skipif("CHECKPOINT" not in os.environ,
                              reason="a trained model: CHECKPOINT=runs/de-en/model.pt pytest")
 
@@ -200,12 +222,12 @@ def test_a_trained_checkpoint_is_exact(dtype, near):
 
 @trained
 def test_silence_before_and_behind_costs_no_word():
-    """5 s of it before and after the speech, or none but the 0.16 s behind its last word that every
-    utterance in training has: no more errors than without, but for one in fifty words."""
+    """5 s of it before and after the speech, or none at all behind its last word: no more errors
+    than without, but for one in fifty words."""
     model, tokenizer, beside = stream.load_run(os.environ["CHECKPOINT"])
     silence, errors, n_words = np.zeros(5 * 16000, np.float32), np.zeros(3, int), 0
     for row, samples in train.BuiltIn("de-en", 0).unseen(30):
-        hard_end = samples[:round((row.times[-1] + 0.16) * 16000)]
+        hard_end = samples[:round(row.times[-1] * 16000)]
         wanted = {"<asr>": row.asr.split(), "<st:en>": row.st["en"].split()}
         n_words += sum(map(len, wanted.values()))
         kinds = samples, np.concatenate([silence, samples, silence]), hard_end
@@ -917,6 +939,7 @@ def test_a_pause_ends_the_word_that_is_half_written():
     """Its last token after the pause would else make a word that stands behind it and began
     before it."""
     streamer = Streamer(lively(), TOKENIZER, pause=0.1)
+    streamer.push(np.zeros(16000))
     half = [stream.Written(TOKENIZER.pieces.index(b"l"), 3, -0.1)]
     assert streamer.events(half, False, 0.0) == []
     streamer.search.quiet = 100

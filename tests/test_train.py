@@ -139,17 +139,6 @@ def test_word_ends_are_where_the_sound_stops():
     assert loud[-1] / 16000 == pytest.approx(ends[0], abs=0.02)
 
 
-def test_some_utterances_end_with_their_last_word():
-    """As recordings that were cut do; the others have up to a third of a second of silence."""
-    speaker, behind = train.Speaker(150.0, 1.0, 1.0), []
-    for seed in range(300):
-        samples, ends = train.speak(["a", "a"], speaker, np.random.default_rng(seed))
-        behind.append(len(samples) / 16000 - ends[-1])
-    # Where nothing is to follow there still are two settings of the filters, 5 ms.
-    assert np.isclose(behind, 0.005).mean() == pytest.approx(2 / 11, abs=0.05)
-    assert min(behind) == pytest.approx(0.005) and 0.34 < max(behind) < 0.37
-
-
 def test_speakers_levels_and_noise_stay_in_their_ranges():
     speakers = [train.make_speaker(f"train{k:04d}") for k in range(500)]
     for values, low, high in (
@@ -427,7 +416,7 @@ def test_the_length_of_a_built_in_row_is_known_before_it_is_spoken():
         corpus.seconds(row) / (len(train.speak_row(row)[0]) / 16000) - 1
         for row in corpus.rows(0, 60)
     ]
-    assert abs(np.mean(error)) < 0.03 and np.abs(error).max() < 0.2
+    assert abs(np.mean(error)) < 0.03 and np.abs(error).max() < 0.15
 
 
 def test_rows_of_one_file_are_joined_in_their_order(tmp_path):
