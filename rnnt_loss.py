@@ -1120,7 +1120,7 @@ def _integers(name, value, dims, B):
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be integers in a tensor, array or list: {error}") from None
     if a is not value and a.numel() == 0:             # an empty list has no type, and one dimension
-        a = a.long().reshape(len(value), *(0,) * (dims - 1))
+        a = a.long() if a.dim() > 1 else a.long().reshape(len(value), *(0,) * (dims - 1))
     no_integers = a.is_floating_point() or a.is_complex() or a.dtype == torch.bool
     if a.dim() != dims or len(a) != B or no_integers:
         raise ValueError(f"{name} must be {dims}-dimensional integers for {B} utterances, "

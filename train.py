@@ -73,6 +73,7 @@ DECAY = 0.5           # share of the steps, the last ones, over which it falls
 FORGET_STEPS = 150    # transducer steps over which ever fewer labels are hidden
 SIDE_WEIGHT = 0.3     # of each side task, beside the transducer's 1
 LOG_EVERY = 50        # steps; only then are losses fetched from the device
+SAVE_EVERY = 600      # seconds between two checkpoints, at most, and a step: what a crash costs
 GIVE_UP = 20          # steps in a row that learned nothing: no finite gradient, or no sound
 # How a model is searched: labels hidden in training leave blank too likely, by so many nats; and
 # what it has learned from ends in silence, by so many seconds, where a recording may not.
@@ -117,7 +118,8 @@ class Options:
     label_dropout: float = option(
         0.1, "share of labels hidden from the label encoder", low=0, high=1)
     merges: int = option(100, "BPE merges of the vocabulary", low=0)
-    prune: int = option(0, "labels a frame may be at, in the transducer loss (0: all)", low=0)
+    prune: int = option(0, "labels a frame may be at, in the transducer loss (0: all, as by "
+                        "default for every order but align and time)", low=0)
     restrict: float = option(
         0.0, "seconds after its end until which a word may be written, where rows have times; "
         "wants --prune 0; 0.8 is a good start (0: at any time)", low=0)
@@ -129,7 +131,8 @@ class Options:
     join: int = option(3, "utterances joined into one stream, at most", low=1)
     noise: str = option("", "folder of noises to mix in")
     max_seconds: float = option(
-        30.0, "rows that are longer are left out, and joining stops there, pauses not counted",
+        30.0, "rows of a manifest that are longer are left out, and joining stops there, pauses "
+        "not counted",
         low=0.1)
     workers: int = option(0, "processes that prepare sound (0: a thread)", low=0)
     eval_every: int = option(600, "updates between two evaluations", low=1)
@@ -186,6 +189,8 @@ def parse_options(argv):
     if given.get("resume"):
         return resumed_options(given)
     options = replace(Options(), **(REAL if given.get("manifest") else {}))
+    if given.get("interleave", "align") not in ("align", "time"):
+        options = replace(options, prune=0)   # a band's steep end pulls bursts before their sound
     return check(replace(options, **given))
 
 
@@ -301,6 +306,7 @@ def train(options):
         with ranks.only_first_speaks():
             corpus, dev = open_corpus(options, ranks.first)
             run = resume_run(options) if options.resume else new_run(options, corpus)
+            ranks.begin_alike(run, corpus)
             warn_of_unseen(run.tokenizer, dev)
         learn(run, corpus, dev, options, ranks, folder)
     owed = ranks.first and evaluation_owed(run.step, options, folder)
@@ -314,7 +320,7 @@ def learn(run, corpus, dev, options, ranks, folder):
         announce(run, source, corpus, options, ranks, folder)
     log = Log(folder, run.step, ranks)
     with StopSignal() as stop:
-        left = run.step < options.steps
+        left, saved = run.step < options.steps, time.monotonic()
         if ranks.first and left and evaluation_owed(run.step, options, folder):
             milestone(run, dev, options, folder, log, stop)
         with Batches(source, corpus, run, options, ranks) as batches:
@@ -325,6 +331,11 @@ def learn(run, corpus, dev, options, ranks, folder):
                     break
                 if run.step % options.eval_every == 0 and ranks.first:
                     milestone(run, dev, options, folder, log, stop)
+                elif ranks.first and time.monotonic() - saved > SAVE_EVERY:
+                    save_run(run, options, folder, log)
+                else:
+                    continue
+                saved = time.monotonic()
         log.close(run)
         if ranks.first and run.step == options.steps:
             milestone(run, dev, options, folder, log, stop)
@@ -347,16 +358,13 @@ def train_step(run, batches, options, ranks):
     torch.manual_seed(seed_of(*shared, ranks.rank))
     chunk = int(random_state(*shared, "chunk").choice(model.config.chunks))
     set_learning_rates(run.optimizers, run.step, options)
-    weights = tasks(run.step, options, bool(run.letters))
-    symbols = [[batch["symbols"][task] for task in weights] for batch in batches]
-    counts = torch.tensor(symbols).sum(0)
-    counts = ranks.add(counts.to(device, torch.float64)).clamp(min=1)
+    symbols = [sum(batch["symbols"][task] for batch in batches) for task in TASKS]
+    counts = dict(zip(TASKS, ranks.add_numbers(symbols)))
+    weights = tasks(run.step, options, counts["letters"] > 0)
     sums = torch.zeros(len(weights), device=device)
     for batch in (b for b in batches if b["frames"]):
         each = losses(model, to_device(batch, device), list(weights), run.step, options, chunk)
-        weighted = (weights[task] * loss / count
-                    for (task, loss), count in zip(each.items(), counts))
-        sum(weighted).backward()
+        sum(weights[task] * loss / max(1, counts[task]) for task, loss in each.items()).backward()
         sums += torch.stack([loss.detach().float() for loss in each.values()])
     ranks.add_gradients(model)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -369,8 +377,9 @@ def train_step(run, batches, options, ranks):
     for optimizer in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
     run.step, run.position = run.step + 1, batches[-1]["after"]
-    return dict(zip(weights, ranks.add(sums) / counts)) | {"gradient_norm": norm,
-                                                           "learned": learned}
+    sums = dict(zip(weights, ranks.add(sums)))
+    return {task: total / max(1, counts[task]) for task, total in sums.items()} | {
+        "gradient_norm": norm, "learned": learned}
 
 
 class Ranks:
@@ -402,6 +411,26 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def begin_alike(self, run, corpus):
+        """All processes learn from the same rows and begin with the first one's network: on other
+        processors the statistics of the features differ in their last bits."""
+        if self.world > 1:
+            ids = [row.id for row in corpus.rows(0)]
+            seen = [None] * self.world
+            dist.all_gather_object(seen, (len(ids), seed_of(*ids)))
+            if len(set(seen)) > 1:
+                raise InputError("the processes do not have the same rows to learn from, but "
+                                 f"{', '.join(str(n) for n, _ in seen)} of them: can every machine "
+                                 "read every file?")
+            for tensor in run.model.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+    def add_numbers(self, numbers):
+        """The same for a list of plain numbers; on one process nothing waits for its device."""
+        if self.world == 1:
+            return numbers
+        return self.add(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
 
     def add_gradients(self, model):
         """One message for all. DistributedDataParallel would not do: it averages, where tasks are
@@ -458,8 +487,8 @@ class StopSignal:
 # ---- The tasks of a step -------------------------------------------------------------------------
 
 def tasks(step, options, letters=True):
-    """{task: weight} of what is learned at this step; `letters`, whether there are any to spell:
-    rows with translations only have none."""
+    """{task: weight} of what is learned at this step; `letters`, whether its streams have any to
+    spell: rows with translations only have none."""
     if letters and step < options.warm_steps // 2:
         return {"letters": 1.0}
     sides = ["letters", "words", "next_label"]
@@ -910,9 +939,7 @@ class Source(torch.utils.data.Dataset):
         be); None where a row has no times."""
         times = []
         for row, own, start in zip(s.rows, pairs, starts):
-            row = replace(row, st_times=dict(row.st_times))
-            project_times(row)                                 # through the links, where they lack
-            known = {ASR: row.times} | {f"<st:{lang}>": row.st_times.get(lang) for lang in row.st}
+            known = known_times(row)
             if any(known[tag] is None for tag, _ in own):
                 return None
             ends = {tag: iter(known[tag]) for tag, _ in own}
@@ -933,9 +960,17 @@ class Source(torch.utils.data.Dataset):
             after = len(serialize(through, self.tokenizer))
             last = k + 1 == len(starts)
             until = len(keep) if last else starts[k + 1] // (160 * s)
-            keep[frame:until + margin, label:after + 1] = True
+            keep[frame:max(until + margin, frame + 1), label:after + 1] = True
             label, frame = after, until
         return keep
+
+
+def known_times(row):
+    """{tag: times of its words, or None}, those of a translation through the links where they
+    lack."""
+    row = replace(row, st_times=dict(row.st_times))
+    project_times(row)
+    return {ASR: row.times} | {f"<st:{lang}>": row.st_times.get(lang) for lang in row.st}
 
 
 def around(times, n_frames, frame_s, after):
@@ -1167,7 +1202,7 @@ def run_directory(options, ranks):
     if options.out and (folder / "resume.pt").exists():
         raise InputError(f"--out {folder} holds a run already: go on with --resume {folder}, or "
                          "choose another")
-    while not options.out and (folder / "log.csv").exists():
+    while not options.out and any((folder / name).exists() for name in ("log.csv", "lock")):
         number += 1
         folder = Path(f"runs/{name}-{number}")
     chosen = [folder]
@@ -1243,6 +1278,15 @@ def open_corpus(options, evaluates=True):
     if options.dev and evaluates:
         found = readable(read_manifest(options.dev, **kept), options.strict)
         dev = Unseen([row for row, _ in found])
+    if options.restrict:
+        written = [{tag for tag, _ in interleave(row, mode_of(row, options.interleave))}
+                   for row in rows]
+        untimed = sum(None in map(known_times(row).get, tags) for row, tags in zip(rows, written))
+        told = f"{untimed} of {len(rows)} rows lack times of their words (or links to them)"
+        if untimed == len(rows):
+            raise InputError(f"--restrict {options.restrict}: {told}; align.py --times finds them")
+        if untimed:
+            print(f"{told}: --restrict does not bind these", file=sys.stderr)
     frame_s = PRESETS[options.preset].frame_s
     spoken = [(row.asr or "", row.duration / frame_s) for row in rows]
     short = sum(bool(text) and not if_it_fits(text, frames) for text, frames in spoken)
@@ -1457,7 +1501,7 @@ class Log:
         # Those of the other processes are about as many.
         self.frames += self.world * sum(batch["frames"] for batch in group)
         self.steps, learned = self.steps + 1, numbers.pop("learned")
-        self.count(learned, run, group)
+        self.count(learned, run, group, numbers["gradient_norm"])
         for name, number in numbers.items() if learned else ():  # on the device still: no wait here
             self.sums[name] = self.sums.get(name, 0) + number
             self.counts[name] = self.counts.get(name, 0) + 1
@@ -1465,14 +1509,15 @@ class Log:
         if run.step % LOG_EVERY == 0:
             self.flush(run)
 
-    def count(self, learned, run, group):
+    def count(self, learned, run, group, norm):
         self.skipped += not learned
         self.in_a_row = 0 if learned else self.in_a_row + 1
         if self.in_a_row == GIVE_UP:
             rows = ", ".join(row for batch in group for row in batch["rows"])
             why = "without usable sound."
             if any(batch["frames"] for batch in group):
-                why = "whose gradient is not finite; a lower --lr?"
+                why = ("whose gradient is not finite; a lower --lr?" if norm else
+                       "with nothing to learn: no text that fits its sound.")
             raise InputError(f"step {run.step}: the {GIVE_UP}th in a row {why} What was saved "
                              f"before stays as it is. Rows of this step: {rows}")
 
@@ -1542,7 +1587,7 @@ def trial(run, batch, step, options):
     for _ in range(2):                                         # the first one compiles
         began = time.perf_counter()
         on_device = to_device(batch, options.device)
-        names = list(tasks(step, options, bool(run.letters)))
+        names = list(tasks(step, options, batch["symbols"]["letters"] > 0))
         each = losses(run.model.train(), on_device, names, step, options)
         sum(each.values()).backward()
         if options.device != "cpu":
@@ -1552,7 +1597,8 @@ def trial(run, batch, step, options):
 
 
 def warn_of_unseen(tokenizer, dev):
-    texts = [text for row, _ in dev for text in (row.asr or "", *row.st.values())]
+    rows = dev.rows if isinstance(dev, Unseen) else [row for row, _ in dev]
+    texts = [text for row in rows for text in (row.asr or "", *row.st.values())]
     unseen = {c for text in texts for c in tokenizer.unseen(text)}
     if unseen:
         print(f"warning: {len(unseen)} characters of the development set never occur in training "
@@ -2049,6 +2095,9 @@ def main(argv=None):
         folder_and_size = make_parser().parse_args(argv).__dict__.get("write_corpus")
         if folder_and_size:
             folder, size = folder_and_size
+            if options.manifest or options.resume:
+                raise InputError(f"--write-corpus {folder} writes the built-in corpus: it does not "
+                                 f"go with {options.manifest or '--resume ' + options.resume}")
             write_corpus(folder, whole_number("--write-corpus", size), options)
             return 0
         folder, stopped = train(options)

@@ -1143,6 +1143,7 @@ def test_lengths_and_targets_may_be_lists_and_arrays():
 @pytest.mark.parametrize("place,value,message", [
     (0, [[1, 2], [3]], "targets must be integers in a tensor, array or list: expected sequence"),
     (0, None, "targets must be integers in a tensor, array or list"),
+    (1, [[], [], []], "logit_lengths must be 1-dimensional integers for 3 utterances"),
     (1, ["6", "1", "1"], "logit_lengths must be integers in a tensor, array or list"),
     (1, [6.0, 1.0, 1.0], "logit_lengths must be 1-dimensional integers for 3 utterances, not"),
     (1, 6, r"logit_lengths must be 1-dimensional integers .* of shape \(\)"),

@@ -456,6 +456,11 @@ def test_an_example_of_joined_utterances_has_their_words_in_turn_and_a_lattice_o
     assert keep[after].nonzero().min() == labels[0]
     assert keep[-1].nonzero().flatten().tolist() == list(range(labels[1], labels[2] + 1))
     assert keep.float().mean() < 0.6                           # the work that is left
+    # However short the utterances, and without a margin, a path leads through.
+    source.config = replace(source.config, chunks=(0,))
+    through = source.blocks([interleave(row, "align") for row in s.rows], [0, 100, 200], 800,
+                            len(example["targets"]))
+    assert through.any(0).all() and through[0, 0] and through[-1, -1]
 
 
 def test_a_restricted_lattice_by_hand():
@@ -1021,6 +1026,17 @@ def run(folder, *more):
     return Path(folder)
 
 
+def corpus_rows(folder, n):
+    """The rows of n built-in utterances that were written there."""
+    assert train.main(["--write-corpus", str(folder), str(n)]) == 0
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def manifest_of(folder, rows):
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "manifest.jsonl")
+
+
 def stopped_at(step, call):
     """Run `call` and ask it, as Ctrl-C does, to stop in the step that is the `step`-th from now."""
     done, real = iter(range(1, 1000)), train.train_step
@@ -1294,6 +1310,87 @@ def test_translations_alone_are_learned_from_the_first_step(small, tmp_path):
     assert float(losses["translations"]["next_label"]) > 1
 
 
+def test_steps_without_letters_among_others_learn_the_rest(small, tmp_path, monkeypatch):
+    """One transcription among eight rows: most steps of the first phase have no letters to spell,
+    and are neither lost nor taken for failures."""
+    rows = corpus_rows(tmp_path, 8)
+    for row in rows[1:]:
+        row["asr"] = None
+        del row["links"], row["times"]
+    manifest = manifest_of(tmp_path, rows)
+    monkeypatch.setattr(train, "GIVE_UP", 2)
+    folder = run(tmp_path / "run", manifest, "--steps", "10", "--warm-steps", "8",
+                 "--batch-seconds", "2")
+    lines = list(csv.DictReader(open(folder / "log.csv")))
+    assert lines[-1]["step"] == "10" and lines[-1]["skipped"] == "0"
+    assert any(float(line["next_label"] or 0) > 1 for line in lines[:2])
+
+
+def test_a_crash_costs_no_more_than_the_time_between_two_checkpoints(
+        small, tmp_path, capsys, monkeypatch):
+    real = train.train_step
+
+    def step(run, *args):
+        if run.step == 5:
+            raise MemoryError
+        return real(run, *args)
+    whole = run(tmp_path / "whole", "--steps", "8")
+    monkeypatch.setattr(train, "SAVE_EVERY", -1)
+    monkeypatch.setattr(train, "train_step", step)
+    with pytest.raises(MemoryError):
+        run(tmp_path / "run", "--steps", "8")
+    assert load(tmp_path / "run" / "resume.pt")[1]["step"] == 5
+    monkeypatch.setattr(train, "train_step", real)
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    same = [weights_of(folder / "resume.pt") for folder in (whole, tmp_path / "run")]
+    assert same_weights(*same)
+
+
+def test_restrict_says_which_rows_it_does_not_bind(small, tmp_path, capsys):
+    rows, restrict = corpus_rows(tmp_path, 4), ["--restrict", "0.8", "--prune", "0"]
+    del rows[1]["times"]
+    options = train.parse_options([manifest_of(tmp_path, rows), "--device", "cpu", *restrict])
+    train.open_corpus(options)
+    assert "1 of 4 rows lack times of their words" in capsys.readouterr().err
+    for row in rows:
+        row.pop("times", None)
+    manifest = manifest_of(tmp_path, rows)
+    assert "--restrict 0.8: 4 of 4 rows lack times" in refused(
+        capsys, manifest, *restrict, "--out", tmp_path / "run")
+
+
+def test_a_band_is_for_orders_without_bursts():
+    prune = lambda *argv: train.parse_options(["m.jsonl", "--device", "cpu", *argv]).prune
+    assert [prune(), prune("--interleave", "time")] == [16, 16]
+    assert [prune("--interleave", order) for order in ("asr", "st", "ratio:0.5")] == [0, 0, 0]
+    assert prune("--interleave", "st", "--prune", "8") == 8
+
+
+def test_the_built_in_corpus_is_not_written_beside_a_manifest(tmp_path, capsys):
+    assert "does not go with" in refused(
+        capsys, tmp_path / "m.jsonl", "--write-corpus", tmp_path / "x", "3")
+    assert not (tmp_path / "x").exists()
+
+
+def test_processes_with_other_rows_stop_and_begin_with_the_first_ones_network(small, monkeypatch):
+    options = train.parse_options(["--device", "cpu"])
+    corpus = train.BuiltIn("de-en", 0)
+    made, sent, other = train.new_run(options, corpus), [], []
+
+    def gather(seen, own):
+        seen[:] = [own, other[0] if other else own]
+    monkeypatch.setattr(train.dist, "all_gather_object", gather)
+    monkeypatch.setattr(train.dist, "broadcast", lambda tensor, source: sent.append(tensor))
+    train.Ranks(1, 2).begin_alike(made, corpus)
+    assert len(sent) == len(made.model.state_dict())
+    own = dict(made.model.named_parameters())["joint.output.weight"]
+    assert own.data_ptr() in [tensor.data_ptr() for tensor in sent]    # in place, not a copy
+    other.append((15, 7))
+    with pytest.raises(train.InputError, match="but 16, 15 of them"):
+        train.Ranks(1, 2).begin_alike(made, corpus)
+    train.Ranks(0, 1).begin_alike(made, corpus)                        # alone, nothing to compare
+
+
 def test_a_run_can_be_made_longer_and_model_pt_streams(small, tmp_path):
     folder = run(tmp_path / "run", "--steps", "6")
     assert train.main(["--resume", str(folder), "--steps", "9"]) == 0
@@ -1492,6 +1589,10 @@ def test_one_run_a_folder_and_a_number_for_the_next(small, tmp_path, capsys, mon
     for _ in range(2):
         assert train.main([*SHORT, "--steps", "5"]) == 0
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["de-en", "de-en-2"]
+    begun = tmp_path / "runs" / "de-en-3"
+    begun.mkdir()
+    with train.locked(begun, True):                            # of which there is no log yet
+        assert train.run_directory(train.parse_options(SHORT), train.Ranks()).name == "de-en-4"
     with train.locked(tmp_path / "runs" / "de-en", True):
         capsys.readouterr()
         log = (tmp_path / "runs" / "de-en" / "log.csv").read_text()
