@@ -368,7 +368,7 @@ def train_step(run, batches, options, ranks):
         sums += torch.stack([loss.detach().float() for loss in each.values()])
     ranks.add_gradients(model)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    # One GPU's only wait in a step, but for the band of --prune. A step that overflows is dropped,
+    # A wait for the GPU; others are in the band of --prune. A step that overflows is dropped,
     # and so is one that heard nothing.
     learned = bool(torch.isfinite(norm) & (norm > 0))
     if learned:
@@ -586,7 +586,7 @@ def ctc_loss(logits, frame_lengths, targets, target_lengths):
     log_probs = logits.float().log_softmax(-1).transpose(0, 1)                            # (T,B,V)
     costs = F.ctc_loss(log_probs, targets, frame_lengths, target_lengths,
                        blank=0, reduction="none", zero_infinity=True)                     # (B,)
-    return (costs * (target_lengths > 0).to(costs.device)).sum()
+    return (costs * (target_lengths > 0).to(costs.device, non_blocking=True)).sum()
 
 
 def next_label_scores(model, labels):
@@ -601,7 +601,7 @@ def language_loss(model, labels, targets, target_lengths):
     """Cross entropy of the next label given those before it, the ones shown: word order and
     translation are learned from this long before the transducer's gradient would teach them."""
     positions = torch.arange(targets.shape[1], device=targets.device)
-    present = positions < target_lengths.to(targets.device)[:, None]
+    present = positions < target_lengths.to(targets.device, non_blocking=True)[:, None]
     scores = next_label_scores(model, labels[:, :-1])                                     # (B,U,V)
     costs = F.cross_entropy(scores.float().transpose(1, 2), targets, reduction="none")    # (B,U)
     return (costs * present).sum()

@@ -262,6 +262,10 @@ def conditions(items, more):
     yield "five voices, 10 dB", each(lambda x: noisy(x, babble(len(x), voices, rng)))
     silence = np.zeros(5 * RATE, np.float32)
     yield "5 s of silence before", each(lambda x: np.concatenate([silence, x]))
+    yield "5 s of silence behind", each(lambda x: np.concatenate([x, silence]))
+    timed = [(row, samples[:round(row.times[-1] * RATE)]) for row, samples in items if row.times]
+    if timed:
+        yield "cut as the last word ends", timed
     yield "ten sentences", [joined(items[k:k + 10], 0.5, rng) for k in range(0, len(items), 10)]
     long, samples = joined(more, 0.5, rng)
     yield f"{len(samples) / RATE / 60:.1f} minutes", [(long, samples)]
