@@ -185,7 +185,7 @@ def test_the_tail_is_silence_behind_the_end(beam, chunk):
 
 @pytest.mark.parametrize("tail", ["x", None, -0.1, 61, float("nan")])
 def test_a_tail_that_is_none_is_refused(tail):
-    with pytest.raises(stream.InputError, match=f"tail {tail!r} must be a number of seconds from 0 to 60"):
+    with pytest.raises(stream.InputError, match=f"tail {tail!r} must be a number of seconds from"):
         Streamer(lively(), TOKENIZER, tail=tail)
 
 
