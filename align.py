@@ -61,6 +61,7 @@ NULL = 0.02        # the chance that a word is emitted by no word of the other s
 WIDTH = 8          # jumps of this length and longer have one weight, each of them the whole of it
 STEM = 4           # letters
 CELLS = 250_000    # of 500 words beside 500; a longer pair is aligned in windows of that size
+LONGEST_TIMED_S = 300  # of sound whose words' times are found in one piece
 BATCH_SAMPLES = 120 * 16000  # of sound with its padding that go through a model together
 # What forced aligners write where nothing is said.
 SILENCES = "", "sil", "sp", "<eps>", "<sil>", "<silence>"
@@ -642,6 +643,9 @@ def viterbi_times(rows, run):
             if not pairs:
                 raise InputError("no text of a stream that the model writes")
             ids = serialize.serialize(pairs, tokenizer)
+            if len(samples) > LONGEST_TIMED_S * 16000:    # memory grows with its square
+                raise InputError(f"{len(samples) / 16000:.0f} s, and times are found for at most "
+                                 f"{LONGEST_TIMED_S} s: cut it into utterances")
         except ValueError as error:
             warn(f"{row.where}: no times: {error}")
             continue
@@ -720,8 +724,9 @@ def textgrid_times(folder):
         if file.suffix.lower() == ".textgrid":
             try:
                 words = read_textgrid(file)
-            except InputError as error:
-                warn(f"{error}: left out")
+            except (InputError, OSError) as error:
+                warn(f"{error if isinstance(error, InputError) else f'{file}: {error.strerror}'}: "
+                     "left out")
             else:
                 found[file.relative_to(folder).with_suffix("").as_posix()] = in_time(words)
     if not found:
@@ -902,6 +907,8 @@ def read_lines(path):
     other. A byte order mark is dropped, text becomes NFC (told once), and bytes that are not UTF-8
     become lone surrogates (see not_utf8), so that a caller can name the line."""
     lines = read_regular(path).split(b"\n")
+    if lines[0][:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise InputError(f"{path}: UTF-16, but UTF-8 is read here: iconv -f UTF-16 -t UTF-8")
     if not lines[-1]:
         lines.pop()
     given = [line.removesuffix(b"\r").decode("utf-8-sig", "surrogateescape") for line in lines]

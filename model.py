@@ -637,10 +637,14 @@ def _model_for(config, weights):
             raise InputError(f"{name} must be plain floating-point numbers: {tensor!r:.50}")
         if not torch.isfinite(tensor).all():
             raise InputError(f"{name} holds numbers that are NaN or infinite")
+        if name == "encoder.std" and not (tensor > 0).all():
+            raise InputError(f"{name} must be above 0, not {tensor.min():g}")
     return model
 
 
 def _check_device(device, path):
+    if str(device).startswith("meta"):
+        raise InputError(f"{path}: cannot be loaded on device meta, which holds no numbers")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # by builds of torch

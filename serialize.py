@@ -42,6 +42,7 @@ from itertools import accumulate, zip_longest
 from pathlib import Path
 
 ASR = "<asr>"
+LONGEST_PIECE = 1 << 16  # bytes that one id may write
 SEPARATOR = b" "  # ends every word: whoever writes a word's last token has finished the word
 MODES = ["asr", "st", "ratio:0.0", "ratio:0.5", "ratio:1.0", "align", "time"]
 
@@ -235,6 +236,9 @@ class Tokenizer:
                                  "of one word")
             self.rank[chr(first) + chr(second)] = len(self.pieces)
             self.pieces.append(self.pieces[first] + self.pieces[second])
+            if len(self.pieces[-1]) > LONGEST_PIECE:           # forty merges could fill the memory
+                raise InputError(f"merge {first}, {second} makes a piece of "
+                                 f"{len(self.pieces[-1])} bytes, {LONGEST_PIECE} at most")
         self._cache = {}
 
     def __len__(self):
@@ -524,6 +528,8 @@ def read_lines(path):
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
+    if lines[0][:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise InputError(f"{path}: UTF-16, but UTF-8 is read here: iconv -f UTF-16 -t UTF-8")
     if not lines[-1]:
         lines.pop()  # what follows the end of the last line is no line
     return list(enumerate(lines, 1))
@@ -1037,13 +1043,17 @@ def sound_seconds(path):
             n, claimed, rate = 0, file.frames, file.samplerate
             while block := len(file.read(65536, dtype="int16")):
                 n += block
-            # An MP3 may claim too little, and reading stops there, before the end of the file; the
-            # library's log tells where a header promises more bytes than there are.
-            unread = file.format == "MP3" and raw.tell() < os.path.getsize(path)
-            doubt = re.search(r"should be|end-of-stream", file.extra_info)
+            # An MP3 may claim too little, of two files end to end the first alone is read, and what
+            # a header promises may not be there: the library's log tells. Other things may follow
+            # the sound in containers of chunks.
+            unread = 0
+            if file.format not in ("WAV", "WAVEX", "RF64", "AIFF", "CAF"):
+                unread = (os.path.getsize(path) - raw.tell()) * n / max(1, raw.tell()) / rate
+            doubt = re.search("should be|end-of-stream|Junk after|ds64|Exiting parser",
+                              file.extra_info)
     except (soundfile.SoundFileError, OSError, ValueError, TypeError, MemoryError):
         return None
-    return n / rate if n == claimed and not unread and not doubt else None
+    return n / rate if n == claimed and unread < 0.25 and not doubt else None
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -1109,7 +1119,11 @@ def read_rows(options):
 def main(arguments):
     """The exit code: 0, or 2 after one line about what is wrong."""
     options = read_arguments(arguments)
+    if sys.stderr is None:            # closed: or print would write to standard output
+        sys.stderr = open(os.devnull, "w")
     try:
+        if sys.stdout is None and not options.out:
+            raise InputError("standard output is closed")
         rows = read_rows(options) if options.files else []
         for row in rows if options.project else []:
             project_times(row)
@@ -1130,6 +1144,9 @@ def main(arguments):
         return 0
     except OSError as error:
         tell(f"serialize.py: {error.filename or 'output'}: {error.strerror}")
+        # What a full disk did not take, Python would try again as it ends.
+        if not error.filename and sys.stdout:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 2
 
 

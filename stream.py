@@ -42,9 +42,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from model import HOP, PRESETS, SAMPLE_RATE, WINDOW, State, Transducer, load, log_mel
-from model import InputError as CheckpointError
-from serialize import InputError, StreamParser, Tokenizer, join, read_manifest, units
+try:
+    from model import HOP, PRESETS, SAMPLE_RATE, WINDOW, State, Transducer, load, log_mel
+    from model import InputError as CheckpointError
+    from serialize import InputError, StreamParser, Tokenizer, join, read_manifest, units
+except ModuleNotFoundError as error:
+    if __name__ != "__main__" or error.name not in ("model", "serialize"):
+        raise
+    sys.exit(f"stream.py: {error.name}.py must lie beside it")
 
 BLANK = 0
 LIMITS = (20, 500)  # labels in one frame, and in the last: a whole translation may be still to come
@@ -52,6 +57,7 @@ AHEAD = 8           # frames that greedy search looks at in one call
 HALF_CHUNK = "half a chunk"
 LONGEST_CHUNK_S = 60.0
 LONGEST_WHOLE_S = 300  # of sound in one piece, with chunk 0: memory grows with its square
+WIDEST_BEAM = 256   # hypotheses
 LOUDEST = 16.0      # float samples beyond -1..1 by so much are of another scale
 PER_MS = SAMPLE_RATE / 1000  # samples in a millisecond
 
@@ -192,6 +198,9 @@ class Streamer:
         self.in_utterance |= bool(spelled or self.speller.pending)
         pause = bool(self.pause and self.in_utterance and not final
                      and self.search.quiet >= self.pause and not self.search.withheld)
+        if final and not math.isfinite(self.search.score):
+            raise InputError("the model computes what is no number: its weights are damaged or far "
+                             "too large")
         if final or pause:  # a word that is half written ends with its utterance
             spelled += self.speller.flush()
         last_sample = HOP * (self.frames * self.config.subsampling - 1) + WINDOW
@@ -283,8 +292,8 @@ def new_search(model, chunk, *, beam=1, limits=LIMITS, hold=HALF_CHUNK, blank_pe
         against translations that are too short (HENT-SRT, 2025); never part of a score.
     restart: frames without a token after which the label encoder starts anew.
     """
-    if beam < 1:
-        raise InputError(f"beam {beam} must be 1 or more")
+    if not 1 <= beam <= WIDEST_BEAM:
+        raise InputError(f"beam {beam} must be from 1 to {WIDEST_BEAM}")
     if not isinstance(blank_penalty, (int, float)) or not math.isfinite(blank_penalty):
         raise InputError(f"blank penalty {blank_penalty!r} must be a finite number")
     if beam == 1:
@@ -594,7 +603,9 @@ MAGIC = {  # first bytes (a regular expression) -> what that is
     rb"RIFF....WAVE|RIFX|RF64": "WAV", rb"FORM....AIF": "AIFF", rb"caff": "CAF", rb"\.snd": "AU",
     rb"fLaC": "FLAC", rb"OggS": "Ogg", rb"ID3": "MP3", rb"....ftyp": "MPEG-4 (m4a, mp4, mov)",
     rb"\x30\x26\xb2\x75": "Windows Media (wma, asf)", rb"\x1a\x45\xdf\xa3": "Matroska or WebM",
-    rb"#!AMR": "AMR"}
+    rb"#!AMR": "AMR", rb"\xff[\xe0-\xff].{7,40}?(?:Xing|Info|LAME)": "MP3", rb"riff\x2e\x91": "W64",
+    rb"wvpk": "WavPack", rb"MAC ": "Monkey's Audio", rb"FLV\x01": "Flash video",
+    rb"Creative Voice File": "VOC", rb"NIST_1A": "NIST SPHERE"}
 SYNC_WORDS = {rb"\xff[\xf0\xf1\xf8\xf9]": "AAC", rb"\x0b\x77": "AC-3"}  # PCM may begin so as well
 
 
@@ -700,6 +711,11 @@ def fault_of_header(file, size, promised):
         # About 2^31 or 2^32 bytes is what is written into a pipe, where the length is not known.
         if other or min(abs(int(length) - 2 ** 31), abs(int(length) - 2 ** 32)) > 2 ** 16:
             return "cut off"
+    # Where chunks should follow each other something else stands, maybe more of the sound.
+    if after := re.search(r"at position (\d+)\. (?:Exiting|Resynching)", file.extra_info):
+        rest = size - int(after[1])
+        if promised and rest / int(after[1]) * promised / file.samplerate > 0.25:
+            return f"goes on after the sound that its header states, for {rest} bytes"
     return None
 
 
@@ -842,7 +858,7 @@ def readable(rows, strict=False):
         except InputError as error:
             if strict:
                 raise InputError(f"{row.where}: {error}") from None
-            tqdm.write(f"{row.where}: skipped: {error}", file=sys.stderr)
+            tqdm.write(printable(f"{row.where}: skipped: {error}"), file=sys.stderr)
             bad += 1
             continue
         yield row, samples
@@ -965,7 +981,7 @@ def standard_input():
     waiting, received, heard, known = b"", 0, False, False
     while (data := sys.stdin.buffer.read1(4096)) or not known:
         waiting += data
-        if data and len(waiting) < 12 and not known:
+        if data and len(waiting) < 64 and not known:
             continue  # the first bytes of a file may be on their way
         if not known and (kind := kind_of(waiting, MAGIC)):
             raise AudioError(f"standard input: {kind}, not 16-bit PCM; into: {piped('-i -')}")
@@ -1044,6 +1060,10 @@ def load_run(path, device="cpu"):
     if len(tokenizer) != model.config.vocab:
         raise InputError(f"{path}: a damaged checkpoint, its tokenizer has {len(tokenizer)} "
                          f"tokens, its model {model.config.vocab}")
+    try:
+        Streamer(model, tokenizer, **own_search(beside))
+    except InputError as error:
+        raise InputError(f"{path}: a damaged checkpoint, {error}") from None
     return model, tokenizer, beside
 
 
@@ -1235,7 +1255,9 @@ def planned_tracks(options, tags):
     planned = [(own, tag, webvtt)
                for path, webvtt in ((options.srt, False), (options.vtt, True)) if path
                for tag, own in track_paths(path, tags).items()]
-    taken = {os.path.realpath(options.audio): "the recording"}
+    taken = {os.path.realpath(options.checkpoint): "the model"}
+    if options.audio not in ("-", "mic"):
+        taken[os.path.realpath(options.audio)] = "the recording"
     for own, tag, _ in planned:
         real = os.path.realpath(own)
         if real in taken:
@@ -1634,16 +1656,28 @@ def evaluation(model, tokenizer, options, search):
     if len(written) < len(rows):
         say(f"{options.eval}: {len(rows) - len(written)} of {len(rows)} rows left out: no text in "
             f"a language that the model writes, {' '.join(tokenizer.tags)}")
-    metrics, records = evaluate(model, tokenizer, readable(written), batch_size=1,
-                                progress=len(written), bootstrap=1000, pause=options.pause,
-                                **search)
-    if options.log:
-        write_logs(options.log, records, metrics)
+    items = readable(written)
+    if 0 == (model.config.chunks[0] if options.chunk is None else options.chunk):
+        items = short_enough(items)
+    metrics, records = evaluate(model, tokenizer, items, batch_size=1, progress=len(written),
+                                bootstrap=1000, pause=options.pause, **search)
     for tag, figures in metrics.items():
         print(f"\n{printable(tag)}")
         for name, value in figures.items():
             if not isinstance(value, list):
                 print(figure_line(name, value, figures.get(f"{name}_95")))
+    if options.log:
+        write_logs(options.log, records, metrics)
+
+
+def short_enough(items):
+    """Those that can be heard in one piece; the others are named."""
+    for row, samples in items:
+        if len(samples) > LONGEST_WHOLE_S * SAMPLE_RATE:
+            say(f"{row.where}: skipped: {len(samples) / SAMPLE_RATE:.0f} s; with chunk 0 at most "
+                f"{LONGEST_WHOLE_S}")
+        else:
+            yield row, samples
 
 
 def figure_line(name, value, interval):
@@ -1724,6 +1758,8 @@ def search_of(options, beside):
 def main(argv=None):
     parser = arguments()
     options = parser.parse_args(argv)
+    if sys.stderr is None:   # closed: or print would write to standard output what it cannot
+        sys.stderr = open(os.devnull, "w")
     if sys.stdout is None:
         say("stream.py: standard output is closed")
         return 2
@@ -1755,8 +1791,12 @@ def main(argv=None):
     except BrokenPipeError:  # whoever reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (InputError, CheckpointError, OSError) as error:
+    except (InputError, CheckpointError, OSError, ImportError) as error:
         say(f"stream.py: {error}")
+        try:
+            sys.stdout.flush()
+        except OSError:      # a full disk: or Python tries again as it ends, and says so
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
     except KeyboardInterrupt:
         return 130

@@ -860,7 +860,21 @@ def test_a_batch_has_the_times_of_its_rows_alone():
     assert [len(line) for line in frames] == [5, 12, 1, 9] and len(set(sum(frames, []))) > 4
 
 
-def test_times_by_a_checkpoint(tmp_path):
+def test_utf_16_and_files_that_cannot_be_read_are_named(tmp_path, capsys):
+    path = tmp_path / "a.pairs"
+    path.write_bytes("a ||| b\n".encode("utf-16"))
+    with pytest.raises(align.InputError, match="a.pairs: UTF-16, but UTF-8 is read here"):
+        align.read_pairs(path)
+    path.write_bytes("a 1 0.1 0.2 b\n".encode("utf-16"))
+    with pytest.raises(align.InputError, match="UTF-16"):
+        align.ctm_times(path)
+    (tmp_path / "gone.TextGrid").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(align.InputError, match="no TextGrid that can be read"):
+        align.textgrid_times(tmp_path)
+    assert "gone.TextGrid" in capsys.readouterr().err
+
+
+def test_times_by_a_checkpoint(tmp_path, monkeypatch, capsys):
     """Of an untrained transducer, against the plain Viterbi above over all its logits."""
     torch = pytest.importorskip("torch")
     soundfile = pytest.importorskip("soundfile")
@@ -882,6 +896,12 @@ def test_times_by_a_checkpoint(tmp_path):
     assert second.times is None and "in.jsonl:2: skipped" in said
     assert len(alone.times) == 2 and alone.times == sorted(alone.times)      # as it was learned
     assert not other.st_times and "in.jsonl:4: no times: no text of a stream" in said
+
+    monkeypatch.setattr(align, "LONGEST_TIMED_S", 0.9)         # longer ones would fill the memory
+    align.main([str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "short.jsonl"), "--times",
+                str(tmp_path / "model.pt")])
+    said = capsys.readouterr().err
+    assert "in.jsonl:1: no times: 1 s, and times are found for at most 0.9 s" in said
 
     words = [("<asr>", "das"), ("<st:en>", "the"), ("<asr>", "haus"), ("<st:en>", "house")]
     ids = serialize(words, tokenizer)

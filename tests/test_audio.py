@@ -19,6 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import serialize
 import stream
 from model import save
 from serialize import InputError, Row, Tokenizer
@@ -203,8 +204,10 @@ def test_joined(tmp_path):
                           ("au", "goes on"), ("wav", "WAV"), ("aiff", "AIFF")):
         path = tmp_path / f"x.{kind}"
         soundfile.write(path, noise(SECOND * 3) * 0.5, 16000)
+        assert serialize.sound_seconds(path) == pytest.approx(3, abs=0.1 * (kind == "mp3"))
         path.write_bytes(path.read_bytes() * 2)
         refused(path, message)
+        assert serialize.sound_seconds(path) is None           # an importer states no duration
 
 
 def test_containers_that_do_not_show_their_end(tmp_path):
@@ -261,6 +264,14 @@ def test_lengths_in_a_wav(tmp_path):
     for promise in (10 ** 9, 32002, 3 * 10 ** 9, 40000):
         (tmp_path / "x.wav").write_bytes(wav_that_promises(promise, x))
         refused(tmp_path / "x.wav", "cut off")
+    for too_little in (3200, 3201, 20000):
+        (tmp_path / "x.wav").write_bytes(wav_that_promises(too_little, x))
+        refused(tmp_path / "x.wav", "goes on after the sound that its header states")
+        assert serialize.sound_seconds(tmp_path / "x.wav") is None
+    whole = wav_that_promises(32000, x)     # what stands behind the sound is none, if it is short
+    for behind in (bytes(500), b"\xff\xfe\x01\x02" * 500, b"LIST\4\0\0\0INFO"):
+        (tmp_path / "x.wav").write_bytes(whole + behind)
+        assert len(read_audio(tmp_path / "x.wav")) == SECOND
 
 
 def test_lengths_in_a_flac(tmp_path):
@@ -430,7 +441,7 @@ def test_standard_input(folder, capsys, monkeypatch):
         code, out, err = captions(folder, capsys, monkeypatch, "-", data=data)
         assert code == 2 and f"no sound, {count} samples" in err
     assert captions(folder, capsys, monkeypatch, "-", data=pcm(folder)[:8])[0] == 0
-    for kind in ("WAV", "FLAC", "OGG", "AIFF", "CAF", "AU", "RF64"):
+    for kind in ("WAV", "FLAC", "OGG", "AIFF", "CAF", "AU", "RF64", "MP3", "W64"):
         file = io.BytesIO()
         soundfile.write(file, noise(SECOND) * 0.5, 16000, format=kind)
         code, out, err = captions(folder, capsys, monkeypatch, "-", data=file.getvalue())
@@ -443,6 +454,88 @@ def test_closed_ends(folder):
         command = f"{sys.executable} {ROOT / 'stream.py'} {folder / 'model.pt'} - {end}"
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, input="")
         assert done.returncode == 2 and done.stderr == f"stream.py: {message}\n"
+
+
+def test_closed_standard_error_and_a_full_disk(folder):
+    """Messages go nowhere then, and not among the captions; what could not be written is told
+    once."""
+    model, sound = folder / "model.pt", folder / "2.wav"
+
+    def shell(command):
+        return subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    python = sys.executable
+    given = shell(f"{python} stream.py {model} {sound} --json --eval x")
+    assert given.returncode == 2 and given.stderr
+    quiet = shell(f"{python} stream.py {model} --eval {folder / 'set.jsonl'} 2>&-")
+    assert quiet.returncode == 0 and "wer" in quiet.stdout and "skipped" not in quiet.stdout
+    for command in (f"stream.py {model} {sound}", "serialize.py"):
+        full = shell(f"{python} {command} > /dev/full")
+        assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
+        assert "No space left" in full.stderr
+    closed = shell(f"{python} serialize.py {folder / 'set.jsonl'} >&-")
+    assert (closed.returncode, closed.stderr) == (2, "serialize.py: standard output is closed\n")
+
+
+def test_stream_alone_names_what_it_needs(tmp_path):
+    (tmp_path / "stream.py").write_bytes((ROOT / "stream.py").read_bytes())
+    for present, lacking in (([], "model"), (["model"], "serialize")):
+        for name in present:
+            (tmp_path / f"{name}.py").write_bytes((ROOT / f"{name}.py").read_bytes())
+        done = subprocess.run([sys.executable, "stream.py"], cwd=tmp_path, capture_output=True,
+                              text=True)
+        assert done.returncode and done.stderr == f"stream.py: {lacking}.py must lie beside it\n"
+
+
+def test_a_model_that_computes_no_numbers_says_so(folder, tmp_path, capsys):
+    model, tokenizer, beside = load_run(folder / "model.pt")
+    with torch.no_grad():
+        model.encoder.std.fill_(1e-38)                         # finite, above 0, and useless
+    save(tmp_path / "model.pt", model, **beside)
+    assert stream.main([str(tmp_path / "model.pt"), str(folder / "2.wav")]) == 2
+    assert "computes what is no number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, value", [("tail", None), ("blank_penalty", "x"), ("restart", [1])])
+def test_options_beside_the_weights_that_are_none(folder, tmp_path, name, value):
+    model, tokenizer, beside = load_run(folder / "model.pt")
+    save(tmp_path / "model.pt", model, **beside | {name: value})
+    said = "model.pt: a damaged checkpoint, " + name.replace("_", " ")
+    with pytest.raises(InputError, match=said):
+        load_run(tmp_path / "model.pt")
+
+
+def test_one_long_row_does_not_end_an_evaluation(folder, capsys, monkeypatch):
+    monkeypatch.setattr(stream, "LONGEST_WHOLE_S", 2)
+    how = ["--eval", str(folder / "set.jsonl")]
+    assert stream.main([str(folder / "model.pt"), *how, "--chunk", "0"]) == 0
+    out, err = capsys.readouterr()
+    assert "set.jsonl:3: skipped: 2 s; with chunk 0 at most 2" in err and "utterances" in out
+
+
+def test_figures_are_shown_before_logs_are_written(folder, tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device", "metrics.json")
+    monkeypatch.setattr(stream, "write_logs", full)
+    assert stream.main([str(folder / "model.pt"), "--eval", str(folder / "set.jsonl"), "--log",
+                        str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert "wer" in out and "No space left" in err
+
+
+def test_subtitles_do_not_overwrite_the_model(folder, capsys):
+    before = (folder / "model.pt").read_bytes()
+    (folder / "x.asr.srt").unlink(missing_ok=True)
+    os.symlink(folder / "model.pt", folder / "x.asr.srt")
+    assert stream.main([str(folder / "model.pt"), str(folder / "2.wav"), "--srt",
+                        str(folder / "x.srt")]) == 2
+    assert "would overwrite the model" in capsys.readouterr().err
+    assert (folder / "model.pt").read_bytes() == before
+    (folder / "x.asr.srt").unlink()
+
+
+def test_a_beam_has_a_bound(folder, capsys):
+    assert stream.main([str(folder / "model.pt"), str(folder / "2.wav"), "--beam", "100000"]) == 2
+    assert "beam 100000 must be from 1 to 256" in capsys.readouterr().err
 
 
 def test_readable(tmp_path, capsys):

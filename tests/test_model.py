@@ -657,6 +657,7 @@ def damages(content):
         (weight(torch.full_like(whole, math.nan)), f"{name} holds numbers that are NaN"),
         (weight(whole.index_fill(0, torch.tensor(3), -math.inf)), f"{name} holds .* infinite"),
         ({"model": {**weights, "encoder.std": weights["encoder.std"] * math.inf}}, "encoder.std"),
+        ({"model": {**weights, "encoder.std": weights["encoder.std"] * 0}}, "std must be above 0"),
         (weight(whole[1:].clone()), f"{name} must have the shape"),
         (weight(whole.tolist()), f"{name} must have the shape"),
         (weight(None), f"{name} must have the shape"),

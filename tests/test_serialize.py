@@ -1180,6 +1180,21 @@ def test_no_duration_is_guessed(name):
     assert module.sound_seconds(DATA / "cases" / name) is None
 
 
+def test_a_piece_does_not_double_until_the_memory_is_full():
+    doubling = [[99, 99]] + [[258 + k, 258 + k] for k in range(40)]
+    with pytest.raises(InputError, match="makes a piece of 131072 bytes"):
+        Tokenizer(["<asr>"], doubling)
+
+
+@pytest.mark.parametrize("coding", ["utf-16", "utf-16-be"])
+def test_utf_16_is_named_once(tmp_path, coding):
+    """As Windows writes a text: every line would else be another error."""
+    text = "\ufeff" * (coding == "utf-16-be") + '{"id": "a", "audio": "a.wav", "asr": "b"}\n' * 3
+    (tmp_path / "m.jsonl").write_bytes(text.encode(coding))
+    with pytest.raises(InputError, match="m.jsonl: UTF-16, but UTF-8 is read here"):
+        read_manifest(tmp_path / "m.jsonl")
+
+
 def test_it_works_alone_in_an_empty_folder(tmp_path):
     """-S leaves only the standard library: no sibling and no package is needed."""
     shutil.copy(ROOT / "serialize.py", tmp_path)
