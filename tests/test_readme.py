@@ -76,6 +76,26 @@ def test_a_reader_who_has_seen_enough_is_no_error(command):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_mutations_stand_once_in_their_files():
+    """Or tests/mutate.py, which runs them for half an hour, would try others than it says."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from mutate import MUTATIONS
+    for file, right, *_ in MUTATIONS:
+        assert (ROOT / file).read_text("utf-8").count(right) == 1, (file, right)
+
+
+def test_tables_are_those_of_the_result_files():
+    sys.path.insert(0, str(ROOT / "tests"))
+    from reproduce import RESULTS, table_of
+    tables = (RESULTS / "README.md").read_text("utf-8")
+    for path in RESULTS.glob("*.json"):
+        made = "\n".join(table_of(path))
+        assert made in tables, path
+        if f"<!-- {path.stem} -->" in README:
+            assert f"<!-- {path.stem} -->\n{made}\n<!-- /{path.stem} -->" in README, path
+    assert README.count("\n") < 250
+
+
 # ---- commands and snippets -----------------------------------------------------------------------
 
 def commands():
