@@ -576,7 +576,7 @@ PICTURES = {
     "tradeoff.png": ("Quality against delay", "python tests/figures.py tradeoff"),
     "mask.png": ("Who sees whom: the chunk mask", "python tests/figures.py mask"),
     "links.png": ("Word links found and true", "python tests/figures.py links"),
-    "timeline.png": ("Words, said and shown", "python tests/figures.py timeline "
+    "timeline.png": ("Words, written and shown", "python tests/figures.py timeline "
                      "runs/de-en/model.pt runs/de-en/unseen.wav"),
     "lattice.png": ("The paths through a lattice", "python tests/figures.py lattice "
                     "runs/de-en/model.pt"),
