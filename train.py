@@ -329,13 +329,13 @@ def learn(run, corpus, dev, options, ranks, folder):
                 log.add(run, group, numbers, batches.waited)
                 if ranks.agree(stop.wanted) or run.step >= options.steps:
                     break
-                if run.step % options.eval_every == 0 and ranks.first:
-                    milestone(run, dev, options, folder, log, stop)
-                elif ranks.first and time.monotonic() - saved > SAVE_EVERY:
-                    save_run(run, options, folder, log)
-                else:
-                    continue
-                saved = time.monotonic()
+                evaluates = run.step % options.eval_every == 0
+                if ranks.first and (evaluates or time.monotonic() - saved > SAVE_EVERY):
+                    if evaluates:
+                        milestone(run, dev, options, folder, log, stop)
+                    else:
+                        save_run(run, options, folder, log)
+                    saved = time.monotonic()
         log.close(run)
         if ranks.first and run.step == options.steps:
             milestone(run, dev, options, folder, log, stop)
