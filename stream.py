@@ -607,6 +607,8 @@ MAGIC = {  # first bytes (a regular expression) -> what that is
     rb"wvpk": "WavPack", rb"MAC ": "Monkey's Audio", rb"FLV\x01": "Flash video",
     rb"Creative Voice File": "VOC", rb"NIST_1A": "NIST SPHERE"}
 SYNC_WORDS = {rb"\xff[\xf0\xf1\xf8\xf9]": "AAC", rb"\x0b\x77": "AC-3"}  # PCM may begin so as well
+MP3_KBITS = [[8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160],       # MPEG 2 and 2.5
+             [32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320]]   # MPEG 1
 
 
 class AudioError(InputError):
@@ -629,6 +631,27 @@ def piped(source):
 def kind_of(head, kinds):
     """The name of what begins with these bytes, or None."""
     return next((name for magic, name in kinds.items() if re.match(magic, head, re.DOTALL)), None)
+
+
+def frame_of(data):
+    """(kind, bytes) of the MP3 or AAC frame whose header begins these bytes, or (None, 0)."""
+    if len(data) < 6 or data[0] != 255 or data[1] < 0xE0:    # eleven bits that are 1
+        return None, 0
+    version, layer, code = data[1] >> 3 & 3, data[1] >> 1 & 3, data[2] >> 4
+    if data[1] & 0xF6 == 0xF0:
+        return "AAC", (data[3] & 3) << 11 | data[4] << 3 | data[5] >> 5
+    if version == 1 or layer != 1 or code in (0, 15) or data[2] >> 2 & 3 == 3:
+        return None, 0
+    rate = (44100, 48000, 32000)[data[2] >> 2 & 3] >> {3: 0, 2: 1, 0: 2}[version]  # MPEG 1, 2, 2.5
+    bits = MP3_KBITS[version == 3][code - 1] * 1000 * (1152 if version == 3 else 576) // rate
+    return "MP3", bits // 8 + (data[2] >> 1 & 1)
+
+
+def framed(data):
+    """"MP3" or "AAC" if these bytes begin with a frame and a second one stands where it ends: a
+    stream that was taken up in its middle has no other mark."""
+    kind, length = frame_of(data)
+    return kind if kind and frame_of(data[length:])[0] == kind else None
 
 
 def read_audio(path, start=0.0, duration=None):
@@ -751,10 +774,10 @@ def stored_blocks(path, start, duration, file, promised, left):
     """Blocks (N, channels) of a second, as they are stored; AudioError if some are not there."""
     import soundfile
     rate, at = file.samplerate, 0
-    first = min(round(start * rate), file.frames)
+    first = round(start * rate) if promised is None else min(round(start * rate), promised)
     end = math.inf if duration is None else first + round(duration * rate)
     try:
-        if first and file.seekable():
+        if first and promised is not None and file.seekable():
             at = file.seek(first)
         # soundfile would set a seekable file after each block to where it stands already. That
         # tears the bits that MP3 frames share, and fails in a FLAC of unknown length.
@@ -773,17 +796,18 @@ def stored_blocks(path, start, duration, file, promised, left):
         raise refusal(path, f"cut off or damaged after {at / rate:.2f} s "
                             f"({error.error_string})") from None
     if not at:
-        raise AudioError(f"{path}: no samples")
-    if at <= first or duration is not None and at < end - rate // 20:  # manifests may round
-        wanted = "more" if duration is None else f"{duration} s"
-        raise AudioError(f"{path}: {at / rate:.2f} s long, not {wanted} from {start} s on")
-    if duration is None:
+        raise refusal(path, "no samples, as its header says")
+    short = at <= first or duration is not None and at < end - rate // 20  # manifests may round
+    if at < end:  # the file ended first
         unread_s = 0 if file.format in CHUNKED else left() * at / rate
         if promised and at < promised - rate // 20:
             raise refusal(path, f"cut off, {at / rate:.2f} s of {promised / rate:.2f} are there")
         if unread_s > 0.25:
             raise refusal(path, f"goes on after {at / rate:.2f} s for about {unread_s:.2f} s that "
                                 "libsndfile does not reach")
+    if short:
+        wanted = "more" if duration is None else f"{duration} s"
+        raise AudioError(f"{path}: {at / rate:.2f} s long, not {wanted} from {start} s on")
 
 
 def one_channel(path, rate, blocks):
@@ -981,9 +1005,10 @@ def standard_input():
     waiting, received, heard, known = b"", 0, False, False
     while (data := sys.stdin.buffer.read1(4096)) or not known:
         waiting += data
-        if data and len(waiting) < 64 and not known:
-            continue  # the first bytes of a file may be on their way
-        if not known and (kind := kind_of(waiting, MAGIC)):
+        enough = 4096 if waiting[:1] == b"\xff" else 64  # two frames of MP3 or AAC; a file's head
+        if data and len(waiting) < enough and not known:
+            continue  # they may be on their way
+        if not known and (kind := kind_of(waiting, MAGIC) or framed(waiting)):
             raise AudioError(f"standard input: {kind}, not 16-bit PCM; into: {piped('-i -')}")
         whole = len(waiting) // 2 * 2  # half a sample waits for its other half
         samples = np.frombuffer(waiting[:whole], "<i2").astype(np.float32) / 32768

@@ -162,11 +162,11 @@ def test_bad_samples_in_a_file(tmp_path):
     nan = np.where(np.arange(16000) == 5, np.nan, x)
     bad = {"nan": (nan, "NaN or infinite at 0.0003 s (sample 5)"),
            "silent": (x * 0, "silent, all 16000"), "clipped": (np.clip(x * 100, -1, 1), "clipped"),
-           "empty": (x[:0], "no samples")}
+           "empty": (x[:0], "no samples, as its header says")}
     for name, (samples, message) in bad.items():
         path = tmp_path / f"{name}.wav"
         soundfile.write(path, samples, 16000, subtype="FLOAT")
-        refused(path, message, ffmpeg=False)
+        refused(path, message, ffmpeg=name == "empty")
     soundfile.write(tmp_path / "short.wav", x, 16000)
     refused(tmp_path / "short.wav", "1.00 s long", ffmpeg=False, start=0.5, duration=2.0)
     refused(tmp_path / "short.wav", "1.00 s long", ffmpeg=False, start=1.5)
@@ -330,6 +330,7 @@ def test_mp3(tmp_path):
     # `sound` has a variable rate now: its first frames are long, and the library's guess is short.
     path.write_bytes(sound)
     refused(path, "that libsndfile does not reach")
+    refused(path, "that libsndfile does not reach", start=4, duration=1)
     info, sound = mp3(tmp_path, "CONSTANT")
     for data in (sound, picture + sound, sound + b"TAG" + bytes(125)):
         path.write_bytes(data)
@@ -447,6 +448,18 @@ def test_standard_input(folder, capsys, monkeypatch):
         code, out, err = captions(folder, capsys, monkeypatch, "-", data=file.getvalue())
         assert code == 2 and not out and err.count("\n") == 1 and FFMPEG.format("-") in err
         assert kind.replace("RF64", "WAV").lower() in err.lower()
+    # MP3 and AAC that are taken up in their middle, as from a radio station, begin with any frame.
+    aac = b"".join(b"\xff\xf1\x50\x80" + bytes([size >> 3, (size & 7) << 5]) + b"\x55" * (size - 6)
+                   for size in (300, 401, 280))
+    for kind, sound in (("MP3", mp3(folder, "CONSTANT")[1]), ("MP3", mp3(folder, "VARIABLE")[1]),
+                        ("AAC", aac)):
+        code, out, err = captions(folder, capsys, monkeypatch, "-", data=sound)
+        assert code == 2 and not out and f"standard input: {kind}, not 16-bit PCM" in err
+        assert stream.framed(sound) == kind and not stream.framed(sound[1:])
+        # PCM may begin with such bytes: then no other frame stands where the first would end.
+        quiet = sound[:6] + pcm(folder)
+        assert not stream.framed(quiet)
+        assert captions(folder, capsys, monkeypatch, "-", data=quiet)[0] == 0
 
 
 def test_closed_ends(folder):

@@ -100,11 +100,11 @@ def test_tables_are_those_of_the_result_files():
 
 def commands():
     """(script, arguments) of every command in the README: a line of code, or one between
-    backticks."""
-    blocks = [line[4:] for line in README.splitlines() if line.startswith("    ")]
-    inline = re.findall(r"`([^`\n]+)`", README)
+    backticks, over two lines too."""
+    prose = re.sub(r"```.*?```", "", README, flags=re.S)
+    blocks = [line[4:].split("  #")[0] for line in prose.splitlines() if line.startswith("    ")]
+    inline = [" ".join(text.split()) for text in re.findall(r"`([^`]+)`", prose)]
     for text in blocks + inline:
-        text = text.split("  #")[0]
         for part in re.split(r"&&|\|", text):
             match = re.match(r"\s*(?:python|torchrun \S+) ((?:tests/)?\w+\.py)(?: (.*))?$", part)
             if match:
@@ -146,6 +146,19 @@ def test_every_flag_in_the_readmes_tables_is_train_pys():
     assert len(cells) == 4
     for cell in cells:
         train.make_parser().parse_args(cell.split())
+
+
+def test_every_flag_of_the_readme_is_somebodys(capsys):
+    """In prose too. torchrun's own is not ours."""
+    known = {"--nproc_per_node"}
+    for script in ("train.py", "stream.py", "align.py", "serialize.py", "tests/figures.py"):
+        with pytest.raises(SystemExit):
+            parse(script, ["--help"])
+        known |= set(re.findall(r"--[a-z_-]+", capsys.readouterr().out))
+    for script in ("bench.py", "align_steps.py", "reproduce.py"):
+        known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "tests" / script).read_text("utf-8")))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README))
+    assert len(named) > 20 and not named - known, named - known
 
 
 def test_the_snippets_run(tmp_path):
