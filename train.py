@@ -26,10 +26,14 @@ translation (32.7 % against 3.7 % after 1500 steps, with AdamW).
 """
 from __future__ import annotations
 
+import os
 import signal
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C while the imports run: no traceback
+    # numpy's matrix products make batches beside the step: on two cores, threads of their own
+    # would take five times as long, and the cores from the step.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import argparse
 import atexit
@@ -37,7 +41,6 @@ import csv
 import io
 import json
 import math
-import os
 import sys
 import time
 import zlib
@@ -68,6 +71,7 @@ from stream import evaluate, read_audio, readable, resample
 USER_ERRORS = InputError, TextError, align.InputError, OSError, ImportError  # told in one line
 CLIP = 5.0            # largest norm of a step's gradient
 MUON = 10             # learning rate of the matrices over that of all else
+PARTS = dict(qkv=3, gate=2)  # layers that are several matrices in one, for Muon
 WARM_UP = 100         # steps until the learning rate is at its peak
 DECAY = 0.5           # share of the steps, the last ones, over which it falls
 FORGET_STEPS = 150    # transducer steps over which ever fewer labels are hidden
@@ -141,8 +145,8 @@ class Options:
     strict: bool = option(False, "stop at the first bad row instead of leaving it out")
 
 
-REAL = dict(steps=8100, warm_steps=3400, label_dropout=0.25, merges=240, prune=16, augment=0.5,
-            eval_every=1350)
+REAL = dict(steps=10000, warm_steps=3400, label_dropout=0.25, merges=240, prune=16, augment=0.2,
+            eval_every=2000)
 FIXED = "corpus", "preset", "interleave", "init", "seed", "merges"   # what a checkpoint decides
 
 
@@ -616,11 +620,13 @@ class Muon(torch.optim.Optimizer):
     For a gradient G = U S V', five Newton-Schulz iterations X <- a X + (b A + c A^2) X, A = X X',
     pull all singular values of G / |G| towards 1, so that U V' is learned: no direction of a matrix
     waits for the others. They run in the parameters' type, not in bfloat16, which most laptops
-    emulate, and on all matrices of one shape at once.
+    emulate, and on all matrices of one shape at once. A parameter that holds several matrices, one
+    below the other, is updated in so many `parts`.
     """
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01, parts=1):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+                                      parts=parts))
 
     @torch.no_grad()
     def step(self):
@@ -628,13 +634,14 @@ class Muon(torch.optim.Optimizer):
             shapes = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for same in shapes.values():
-                grads = torch.stack([self.with_momentum(p, group["momentum"]) for p in same])
-                rows, columns = same[0].shape
+                    grad = self.with_momentum(p, group["momentum"])
+                    for pair in zip(p.chunk(group["parts"]), grad.chunk(group["parts"])):
+                        shapes.setdefault(pair[0].shape, []).append(pair)
+            for (rows, columns), pairs in shapes.items():
                 factor = group["lr"] * max(1, rows / columns) ** 0.5
-                for p, update in zip(same, orthogonalised(grads)):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-factor)
+                updates = orthogonalised(torch.stack([grad for _, grad in pairs]))
+                for (matrix, _), update in zip(pairs, updates):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-factor)
 
     def with_momentum(self, p, momentum):
         """Nesterov's: the running mean of the gradients, and a look one step ahead."""
@@ -668,7 +675,11 @@ def make_optimizers(model, options):
                 if p.dim() == 2 and name.endswith("weight")
                 and name.startswith(("encoder", "label_encoder")) and "embedding" not in name}
     others = [p for name, p in model.named_parameters() if name not in matrices]
-    return [Muon(matrices.values(), lr=MUON * options.lr),
+    groups = {}
+    for name, p in matrices.items():
+        groups.setdefault(PARTS.get(name.split(".")[-2], 1), []).append(p)
+    return [Muon([dict(params=own, parts=parts) for parts, own in groups.items()],
+                 lr=MUON * options.lr),
             torch.optim.AdamW(others, lr=options.lr, betas=(0.9, 0.98), weight_decay=0.01)]
 
 

@@ -908,6 +908,34 @@ def test_muon_makes_its_updates_orthogonal_as_torch_does():
         assert float((p - twin).norm() / moved) < 0.03         # torch iterates in bfloat16
 
 
+def test_muon_updates_the_parts_of_a_parameter_each_on_its_own(batch_of_eight):
+    """Queries, keys and values lie in one parameter: as if they were three."""
+    torch.manual_seed(0)
+    joined = torch.nn.Parameter(torch.randn(15, 5, dtype=torch.float64))
+    alone = [torch.nn.Parameter(part.clone()) for part in joined.detach().chunk(3)]
+    whole = torch.nn.Parameter(joined.detach().clone())
+    muons = [train.Muon([dict(params=[joined], parts=3)], lr=0.02), train.Muon(alone, lr=0.02),
+             train.Muon([whole], lr=0.02)]
+    for _ in range(3):
+        scale = torch.tensor([1, 9, 0.1]).repeat_interleave(5)[:, None]
+        joined.grad = torch.randn(15, 5, dtype=torch.float64) * scale
+        whole.grad = joined.grad.clone()
+        for part, grad in zip(alone, joined.grad.chunk(3)):
+            part.grad = grad.clone()
+        for muon in muons:
+            muon.step()
+    assert (joined - torch.cat(alone)).abs().max() < 1e-12
+    assert (joined - whole).abs().max() > 1e-2                 # the control
+    _, made, _ = batch_of_eight
+    parts = {name: group["parts"] for group in train.make_optimizers(made.model, train.Options())[0]
+             .param_groups for name, p in made.model.named_parameters()
+             if any(p is own for own in group["params"])}
+    shapes = {name: p.shape for name, p in made.model.named_parameters()}
+    assert {parts[name] for name in parts if name.endswith("qkv.weight")} == {3}
+    assert {parts[name] for name in parts if name.endswith("gate.weight")} == {2}
+    assert all(shapes[name][0] == n * shapes[name][1] for name, n in parts.items() if n > 1)
+
+
 def test_eight_utterances_are_overfitted_and_noise_is_not(batch_of_eight):
     """All tasks, a tiny net: greedy search then gives the targets, and with noise for sound it does
     not."""
