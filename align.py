@@ -43,6 +43,7 @@ import sys
 import unicodedata
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -647,7 +648,7 @@ def viterbi_times(rows, run):
                 raise InputError(f"{len(samples) / 16000:.0f} s, and times are found for at most "
                                  f"{LONGEST_TIMED_S} s: cut it into utterances")
         except ValueError as error:
-            warn(f"{row.where}: no times: {error}")
+            warn(f"{row.where}: no times: {str(error).removeprefix(f'{row.where}: ')}")
             continue
         longest = max([len(samples), *(len(earlier) for _, earlier, _, _ in ready)])
         if ready and longest * (len(ready) + 1) > BATCH_SAMPLES:
@@ -728,7 +729,7 @@ def textgrid_times(folder):
                 warn(f"{error if isinstance(error, InputError) else f'{file}: {error.strerror}'}: "
                      "left out")
             else:
-                found[file.relative_to(folder).with_suffix("").as_posix()] = in_time(words)
+                found[nfc(file.relative_to(folder).with_suffix("").as_posix())] = in_time(words)
     if not found:
         raise InputError(f"{folder}: no TextGrid that can be read")
     names = Counter(key.split("/")[-1] for key in found)
@@ -759,7 +760,7 @@ def read_textgrid(path):
             raise ValueError
         next(tokens), next(tokens), next(tokens)  # xmin, xmax, <exists>
         tiers = [read_tier(tokens) for _ in range(int(next(tokens)))]
-    except (ValueError, StopIteration, RuntimeError):
+    except (ValueError, StopIteration):
         raise InputError(f"{path}: not a whole TextGrid in text format") from None
     words = [tier for name, tier in tiers if re.fullmatch("(.* - )?words", name, re.I)]
     if not words:
@@ -811,7 +812,7 @@ def annotated_times(rows, found, path):
     Their utterances are rows: named by speaker/id, or by row.id alone, and their times count from
     the row's start, not from that of a longer file."""
     for row in rows:
-        words = found.get(f"{row.speaker}/{row.id}") or found.get(row.id)
+        words = found.get(nfc(f"{row.speaker}/{row.id}")) or found.get(nfc(row.id))
         own = row.words()[0]
         if not words or not own:
             lacking = f"annotation of {row.id!r} in {path}" if own else "transcription"
@@ -848,6 +849,8 @@ def times_from(path):
     """What reads times: a function of rows that yields (row, {tag: [end in s]}), from a checkpoint
     RUN/model.pt, a CTM or a folder of TextGrids; what is wrong with these shows at once."""
     if path.endswith(".pt"):
+        for package in ("soundfile", "tqdm", "rnnt_loss"):
+            needed(package, "--times")
         return partial(viterbi_times, run=needed("stream", "--times").load_run(path))
     found = textgrid_times(path) if Path(path).is_dir() else ctm_times(path)
     return partial(annotated_times, found=found, path=path)
@@ -940,7 +943,9 @@ def read_pairs(path):
     for n, line in enumerate(lines, 1):
         source, separator, target = line.partition("|||")
         if line.strip() and not separator:
-            warn(f"{path}:{n}: no separator |||")
+            warn(f"{path}:{n}: not aligned: no separator |||")
+            pairs.append(([], []))
+            continue
         pairs.append(check_pair(source.split(), target.split(), f"{path}:{n}"))
     return pairs
 
@@ -970,11 +975,12 @@ def write_lines(path, lines):
     content = "".join(f"{line}\n" for line in lines).encode()
     if path is None and sys.stdout is None:
         raise InputError("standard output is closed")
-    target = sys.stdout.fileno() if path is None else os.path.realpath(path)
-    if path is None or os.path.exists(target) and not os.path.isfile(target):
-        with open(target, "wb", closefd=path is not None) as file:  # a device or a pipe
+    if path is None or os.path.exists(path) and not os.path.isfile(path):
+        with open(sys.stdout.fileno() if path is None else path, "wb",  # a device or a pipe
+                  closefd=path is not None) as file:
             file.write(content)
         return
+    target = os.path.realpath(path)
     temporary = f"{target}.{os.getpid()}.tmp"
     try:
         Path(temporary).write_bytes(content)
@@ -982,7 +988,8 @@ def write_lines(path, lines):
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None  # not the temporary name
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):
+            Path(temporary).unlink()
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -1001,7 +1008,7 @@ def needed(name, purpose):
 def input_errors():
     """What is told in one line. Each file stands alone and so has an InputError of its own."""
     files = [sys.modules.get(name) for name in ("model", "serialize")]
-    return OSError, InputError, *(file.InputError for file in files if file)
+    return OSError, ImportError, InputError, *(file.InputError for file in files if file)
 
 
 def demonstrate():
@@ -1017,6 +1024,8 @@ def demonstrate():
 
 
 def align_pairs(options, align):
+    if options.out and not Path(options.out).parent.is_dir():
+        raise InputError(f"{options.out}: there is no folder {Path(options.out).parent}")
     pairs = read_pairs(options.input)
     sure, possible = read_gold(options.gold, pairs) if options.gold else (None, None)
     links = align(pairs)
@@ -1031,7 +1040,10 @@ def align_manifest(options, align):
     if not options.out:
         raise InputError("a manifest needs -o OUT.jsonl")
     serialize = needed("serialize", "a manifest")
-    rows = serialize.read_manifest(options.input, allow_outside=options.allow_outside)
+    serialize.check_target(options.out)
+    # Lines that were skipped would be gone from the only file that had them.
+    strict = serialize.same_file(options.out, options.input)
+    rows = serialize.read_manifest(options.input, strict, allow_outside=options.allow_outside)
     languages = {lang for row in rows for lang in row.st}
     if options.train and len(languages) > 1:
         raise InputError(f"--train is of one target language, {options.input} has "

@@ -279,6 +279,7 @@ class Tokenizer:
                 spelled[word] = spelled[word].replace(pair, merged)
                 cls._count_pairs(word, spelled[word], counts[word], pairs, found_in)
             del pairs[pair]
+            found_in.pop(pair, None)  # counting down has put it there again
             merges.append((ord(pair[0]), ord(pair[1])))
         return cls(tags, merges, "".join(sorted(set("".join(counts)))))
 
@@ -511,8 +512,9 @@ def printable(text):
 
 
 def tell(message):
-    """One line for the user, on standard error."""
-    print(printable(message), file=sys.stderr)
+    """One line for the user, on standard error, unless that is closed."""
+    if sys.stderr is not None:
+        print(printable(message), file=sys.stderr)
 
 
 def read_lines(path):
@@ -645,13 +647,23 @@ def record_of(row, folder):
     return kept | row.other
 
 
+def check_target(path):
+    """InputError where write_manifest could not put its file; a command asks before its work. Where
+    a link is followed, sound named from the manifest's folder would be looked for in another."""
+    if os.path.islink(path):
+        raise InputError(f"{path}: a link; name the file itself: {os.path.realpath(path)}")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: a folder, a pipe or a device, not a file that can be replaced")
+    if not Path(path).parent.is_dir():
+        raise InputError(f"{path}: there is no folder {Path(path).parent}")
+
+
 def write_manifest(path, rows):
     """Write what read_manifest reads, under a temporary name first.
 
     Whatever fails, the file is whole: the old one or the new one, and the temporary one is gone.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"{path}: a folder, a pipe or a device, not a file that can be replaced")
+    check_target(path)
     lines = [json.dumps(record_of(row, Path(path).parent), ensure_ascii=False) for row in rows]
     try:
         content = "".join(line + "\n" for line in lines).encode()
@@ -667,6 +679,10 @@ def write_manifest(path, rows):
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def same_file(a, b):
+    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
 
 
 def outside_hint(path, rows):
@@ -711,7 +727,7 @@ def project_times(row):
     if not ends or math.inf in ends:    # no time is known
         return
     for lang, links in row.links.items():
-        if lang not in row.st_times:
+        if links and lang not in row.st_times:
             row.st_times[lang] = [None] * len(units(row.st[lang]))
             for i, j in sorted(links):
                 row.st_times[lang][j] = ends[i]
@@ -795,7 +811,8 @@ def import_tsv(*paths, columns, folder="", allow_outside=False, strict=False, on
     {"audio": "path", "asr": "sentence", "st.en": "translation"}, and also id, lang, speaker, start
     and duration (seconds); columns not named are kept under their own names, but for those called
     like a key of the manifest, which are left out. Cells are not quoted; a backslash escapes a tab,
-    a line's end, a quote and itself. The sound lies in `folder`, seen from the TSV's.
+    a line's end, a quote and itself, and before anything else it is one. The sound lies in
+    `folder`, seen from the TSV's.
     """
     intake = Intake(strict, on_bad, by_sound=True)
     known = [key for key in KINDS if _is_column(key)]
@@ -817,6 +834,11 @@ def _is_column(name):
     return KINDS.get(name) in (str, float, AUDIO) or re.fullmatch(r"st\.\S+", name) is not None
 
 
+def _escape(match):
+    """A backslash that escapes nothing, as in C:\\words, is doubled: csv would drop it."""
+    return match[0] if match[1] in '\t\r"\\' else "\\" + match[0]
+
+
 def tsv_records(path, intake, columns, optional):
     """Yield (line number, record) of a TSV; bad lines go to the intake.
 
@@ -826,7 +848,8 @@ def tsv_records(path, intake, columns, optional):
     """
     # A CR that ends no line is white space, as in read_lines; to csv it would be an error.
     text = (line.decode(errors="surrogateescape") for _, line in read_lines(path))
-    text = (re.sub(r"(?<!\\)\r\Z", "", line).replace("\r", " ") + "\n" for line in text)
+    text = (re.sub(r"(?<!\\)\r\Z", "", line) for line in text)
+    text = (re.sub(r"\\(.?)", _escape, line).replace("\r", " ") + "\n" for line in text)
     reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\")
     header = _header(path, reader, columns)
     columns = columns | {ours: name for ours, name in optional.items() if name in header}
@@ -997,6 +1020,9 @@ IMPORTERS = {"covost": import_covost, "mustc": import_mustc, "nemo": import_nemo
 
 def join_texts(first, row):
     """`row`, about the same sound as `first`, adds its texts to it; InputError if they differ."""
+    if first.lang and row.lang and first.lang != row.lang:
+        raise InputError(f"another language ({first.lang!r}) for the same sound stands at "
+                         f"{first.where}")
     texts = {"asr": (first.asr, row.asr)}
     texts |= {lang: (first.st.get(lang), text) for lang, text in row.st.items()}
     for name, (one, another) in texts.items():
@@ -1099,6 +1125,8 @@ def read_arguments(arguments):
         parser.error("which files?")
     if (options.kind == "tsv") != (options.columns is not None):
         parser.error("--from tsv needs --columns, and nothing else does")
+    if options.folder and options.kind != "tsv":
+        parser.error("--folder is for --from tsv")
     return options
 
 
@@ -1124,6 +1152,10 @@ def main(arguments):
     try:
         if sys.stdout is None and not options.out:
             raise InputError("standard output is closed")
+        if options.out:
+            check_target(options.out)
+            # Lines that were skipped would be gone from the only file that had them.
+            options.strict |= any(same_file(options.out, path) for path in options.files)
         rows = read_rows(options) if options.files else []
         for row in rows if options.project else []:
             project_times(row)

@@ -16,11 +16,15 @@ network is model.py's, turning tokens into words serialize.py's. `python stream.
 prints captions, `python stream.py MODEL --eval MANIFEST` error rates and latency; alone, it shows
 that packets do not matter.
 """
+import os
+
+if __name__ == "__main__":  # numpy, which resamples, has threads of its own beside --threads
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import argparse
 import io
 import json
 import math
-import os
 import queue
 import re
 import shlex

@@ -147,6 +147,7 @@ class Options:
 
 REAL = dict(steps=10000, warm_steps=3400, label_dropout=0.25, merges=240, prune=16, augment=0.2,
             eval_every=2000)
+KEPT = "resume.pt", "model.pt", "best.pt", "metrics.json"   # of a run, in its folder
 FIXED = "corpus", "preset", "interleave", "init", "seed", "merges"   # what a checkpoint decides
 
 
@@ -395,7 +396,11 @@ class Ranks:
 
     @classmethod
     def here(cls, device):
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        if not (rank + world).isdecimal() or int(rank) >= int(world):
+            raise InputError(f"RANK is {rank!r} and WORLD_SIZE {world!r}: processes that train "
+                             "together are started by torchrun")
+        rank, world = int(rank), int(world)
         if device == "cuda":
             local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
             if local >= there:
@@ -690,8 +695,8 @@ def set_learning_rates(optimizers, step, options):
 
 
 def learning_rate(step, steps):
-    """A factor: up in a line, level, and down in a line, so that a run can be made longer, and its
-    end be chosen late."""
+    """A factor: up in a line, level, and down in a line. While it is level a run can be made
+    longer; after that, with more steps it would rise at once to where theirs is."""
     return min(1.0, (step + 1) / WARM_UP, max(0.02, (steps - step) / (DECAY * steps)))
 
 
@@ -889,7 +894,8 @@ class Source(torch.utils.data.Dataset):
         modes = [mode_of(row, options.interleave) for row in s.rows]
         pairs = [interleave(row, mode) for row, mode in zip(s.rows, modes)]
         targets = serialize([pair for own in pairs for pair in own], self.tokenizer)
-        spoken = " ".join(row.asr for row in s.rows if row.asr)
+        # Where one of them has no transcription, letters cannot say what is heard there.
+        spoken = " ".join(row.asr for row in s.rows) if all(row.asr for row in s.rows) else ""
         words = [" ".join(word for _, word in own) if mode == "st" else row.asr
                  for row, mode, own in zip(s.rows, modes, pairs)]
         n_frames = len(mel) // self.config.subsampling
@@ -1210,10 +1216,11 @@ def run_directory(options, ranks):
         return Path(options.resume)
     name = Path(options.manifest).parent.name if options.manifest else options.corpus
     folder, number = Path(options.out or f"runs/{name}"), 1
-    if options.out and (folder / "resume.pt").exists():
-        raise InputError(f"--out {folder} holds a run already: go on with --resume {folder}, or "
-                         "choose another")
-    while not options.out and any((folder / name).exists() for name in ("log.csv", "lock")):
+    held = [name for name in KEPT if (folder / name).exists()]
+    if options.out and held:
+        raise InputError(f"--out {folder} holds a run already ({', '.join(held)}): " + (
+            f"go on with --resume {folder}, or " * ("resume.pt" in held)) + "choose another")
+    while not options.out and any((folder / name).exists() for name in (*KEPT, "log.csv", "lock")):
         number += 1
         folder = Path(f"runs/{name}-{number}")
     chosen = [folder]
@@ -1239,6 +1246,9 @@ class locked:
         except BlockingIOError:
             folder = Path(self.file.name).parent
             raise InputError(f"{folder}: another run is writing there now") from None
+        except OSError as error:                               # as on some network file systems
+            print(f"{self.file.name}: no locks here ({error.strerror}): nothing keeps a second run "
+                  "from this folder", file=sys.stderr)
 
     def __exit__(self, *error):
         if self.file:
@@ -1359,6 +1369,10 @@ def new_run(options, corpus):
     languages = sorted({lang for row in rows for lang in row.st})
     tags = ["<asr>"] + [f"<st:{lang}>" for lang in languages]
     tokenizer = Tokenizer.train(texts, 1 + len(tags) + 256 + options.merges, tags)
+    # What a text may be written with, all rows say, also where the tokenizer learned from some.
+    tokenizer.alphabet = "".join(sorted(
+        {c for row in rows for text in (row.asr, *row.st.values()) for c in text or ""
+         if not c.isspace()}))
     letters = "".join(sorted({c for row in rows for c in row.asr or ""}))
     torch.manual_seed(options.seed)
     config = replace(PRESETS[options.preset], vocab=len(tokenizer), ctc_vocab=1 + len(letters))
@@ -1378,14 +1392,15 @@ def new_run(options, corpus):
 
 def feature_statistics(rows, config, options):
     """Mean and deviation (80,) of every band, over all rows, or 300 to 600 of many."""
-    mels = []
+    mels, faults = [], []
     for row in rows[::max(1, len(rows) // 300)]:
         try:
             mels.append(mel_of(sound_of(row, options.seed), config))
-        except USER_ERRORS:
-            pass                                               # named when it is to be learned from
+        except USER_ERRORS as error:                           # named when it is to be learned from
+            faults.append(f"{row.where}: {error}")
     if not mels:
-        raise InputError(f"{options.manifest}: none of the rows tried has usable sound")
+        raise InputError(f"{options.manifest}: none of {len(faults)} rows tried has usable sound; "
+                         f"the first: {faults[0]}")
     frames = torch.cat(mels)
     return frames.mean(0), frames.std(0).clamp(min=1e-3)
 
@@ -1435,7 +1450,8 @@ def resume_run(options):
         return Run(model, tokenizer, beside["letters"], optimizers, beside["step"],
                    tuple(beside["position"]), best)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: a damaged checkpoint: {error}") from None
+        raise InputError(f"{path}: a damaged checkpoint, or one of another version of train.py: "
+                         f"{error}") from None
 
 
 def save_run(run, options, folder, log):
@@ -1487,7 +1503,7 @@ class Log:
             # What a resumed run does again, it writes again.
             new = self.path.with_suffix(".new")
             with naming(self.path), open(new, "w", newline="") as file:
-                writer = csv.DictWriter(file, self.COLUMNS)
+                writer = csv.DictWriter(file, self.COLUMNS, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(lines)
             os.replace(new, self.path)                         # never half a history
@@ -1501,7 +1517,7 @@ class Log:
         with open(self.path, newline="") as file:
             # A line that a power cut left half written is none.
             return [line for line in csv.DictReader(file)
-                    if (line["step"] or "").isdecimal() and (line["skipped"] or "").isdecimal()]
+                    if all((line.get(k) or "").isdecimal() for k in ("step", "skipped"))]
 
     def start(self):
         self.sums, self.counts, self.frames, self.steps = {}, {}, 0, 0
@@ -2122,6 +2138,10 @@ def main(argv=None):
               f"python stream.py {folder / 'model.pt'} {example}")
     except USER_ERRORS as error:
         stream.say(f"train.py: {error}")
+        return 2
+    except torch.OutOfMemoryError as error:
+        stream.say(f"train.py: {str(error).splitlines()[0]} (the same update in less memory: half "
+                   "of --batch-seconds, twice --accumulate)")
         return 2
     except KeyboardInterrupt:
         print("train.py: stopped", file=sys.stderr)

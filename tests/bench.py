@@ -8,11 +8,14 @@
     python tests/bench.py tokenizer FILE...  training and encoding, a sentence a line, .gz or not
 """
 
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in train.py and stream.py
+
 import argparse
 import gzip
 import hashlib
 import math
-import os
 import platform
 import resource
 import statistics

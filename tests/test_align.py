@@ -749,6 +749,11 @@ def test_words_that_look_like_silence_and_files_of_other_speakers(tmp_path, caps
     times = [(row.where, ends["<asr>"]) for row, ends in align.times_from(str(tmp_path))(rows)]
     assert times == [("m:1", [0.3, 0.6]), ("m:2", [0.4, 0.8]), ("m:3", [0.3])]
     said = capsys.readouterr().err
+    (tmp_path / "cafe\u0301.TextGrid").write_text(tier.format(3, intervals.format(0.3, 0.6)))
+    for name in ("caf\u00e9", "cafe\u0301"):                   # equal on the screen
+        row, = align.times_from(str(tmp_path))([Row(name, "a", asr="bunu", where="m:6")])
+        assert row[1]["<asr>"] == [0.3]
+    capsys.readouterr()
     assert "m:4: no times: no annotation of 'u3'" in said
     assert "m:5: no times: no transcription" in said
     assert re.search(r"u2.TextGrid: neither UTF-8 nor UTF-16 at byte \d+", said)
@@ -781,7 +786,19 @@ def test_small_things_are_told_as_they_are(tmp_path, capsys):
     (tmp_path / "x.pairs").write_text("a ||| b\nc d\n||| e\n")
     align.main([str(tmp_path / "x.pairs"), "-o", str(tmp_path / "x.links")])
     said = capsys.readouterr().err
-    assert "x.pairs:2: no separator |||" in said and "x.pairs:3: not aligned: an empty side" in said
+    assert "x.pairs:2: not aligned: no separator |||" in said and said.count("x.pairs:2") == 1
+    assert "x.pairs:3: not aligned: an empty side" in said
+    for name, more in (("x.pairs", []), ("in.jsonl", ["--times", str(tmp_path / "none.pt")])):
+        manifest(tmp_path / "in.jsonl", [{"id": "u1", "asr": "a", "st": {"en": "b"}}])
+        with pytest.raises(ValueError, match="there is no folder .*none"):    # before any work
+            align.main([str(tmp_path / name), "-o", str(tmp_path / "none" / "out.jsonl"), *more])
+    (tmp_path / "in.jsonl").write_text((tmp_path / "in.jsonl").read_text() + "{\n")
+    before = (tmp_path / "in.jsonl").read_text()
+    with pytest.raises(ValueError, match="in.jsonl:2: "):      # it would be gone
+        align.main([str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "in.jsonl")])
+    assert (tmp_path / "in.jsonl").read_text() == before
+    assert ImportError in align.input_errors()
+    capsys.readouterr()
     (tmp_path / "sub").mkdir()
     manifest(tmp_path / "in.jsonl", [{"id": "u1", "asr": "a", "st": {"en": "b"}}])
     align.main([str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "sub" / "out.jsonl")])

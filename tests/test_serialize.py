@@ -10,6 +10,7 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -542,7 +543,7 @@ def test_nothing_half_written(tmp_path):
     elsewhere = Row("3", os.fsdecode(bytes(tmp_path.parent) + b"/caf\xe9/a.wav"), asr="a")
     with pytest.raises(InputError, match="m.jsonl: a name that is not UTF-8"):
         write_manifest(path, [good, elsewhere])
-    with pytest.raises(OSError, match="m.jsonl/x.jsonl'$"):    # not the temporary name
+    with pytest.raises(InputError, match="m.jsonl/x.jsonl: there is no folder"):
         write_manifest(path / "x.jsonl", [good])
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["m.jsonl"]
 
@@ -827,6 +828,11 @@ def test_no_id_stands_twice(tmp_path):
     code, _, err = command("--from", "nemo", one, again, "--strict", "-o", tmp_path / "out.jsonl")
     assert code == 2
     assert f"{again}:1: another text (asr) for the same sound stands at {one}:1" in err
+    first, other = Row("1", "a", asr="hi", lang="en"), Row("2", "a", st={"en": "hi"}, lang="de")
+    with pytest.raises(InputError, match="another language .'en'. for the same sound"):
+        module.join_texts(first, other)
+    module.join_texts(first, replace(other, lang=""))
+    assert first.st == {"en": "hi"} and first.lang == "en"
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -874,8 +880,48 @@ def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path):
     assert "File too large" in done.stdout and str(path) in done.stdout
     assert ".tmp" not in done.stdout
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["m.jsonl"]
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(InputError, match="there is no folder .*none"):
         write_manifest(tmp_path / "none" / "m.jsonl", rows)
+    (tmp_path / "link.jsonl").symlink_to(path)                 # whose folder may be another
+    with pytest.raises(InputError, match=f"link.jsonl: a link; name the file itself: {path}"):
+        write_manifest(tmp_path / "link.jsonl", rows)
+    assert path.read_bytes() == before and (tmp_path / "link.jsonl").is_symlink()
+
+
+def test_a_command_asks_where_its_output_goes_before_its_work(tmp_path):
+    """And reading over its own input, it does not leave out the lines that it cannot read."""
+    path = manifest(tmp_path, GOOD, b"{")
+    code, _, err = command(path, "-o", tmp_path / "none" / "out.jsonl")
+    assert code == 2 and err.count("\n") == 1 and "there is no folder" in err
+    before = path.read_bytes()
+    code, _, err = command(path, "-o", path)
+    assert code == 2 and "m.jsonl:2: " in err and path.read_bytes() == before
+    assert command(path, "-o", tmp_path / "out.jsonl")[0] == 0
+    with pytest.raises(SystemExit):
+        module.read_arguments(["--from", "covost", "x.tsv", "--folder", "wav"])
+
+
+def test_nothing_is_said_where_standard_error_is_closed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)
+    module.tell("a line")
+    monkeypatch.undo()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_no_times_through_no_links():
+    row = Row("1", "a", asr="a b", st={"en": "x y"}, links={"en": []}, times=[0.5, 1.0])
+    module.project_times(row)
+    assert row.st_times == {}
+    row.links["en"] = [(0, 1)]
+    module.project_times(row)
+    assert row.st_times == {"en": [None, 0.5]}
+
+
+def test_a_backslash_that_escapes_nothing_is_one(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_bytes(rb"file	fr" + b"\n" + rb"clips\1.wav	AC\DC \\ \"a\" \N" + b"\n")
+    row, = module.import_tsv(path, columns={"audio": "file", "asr": "fr"}, on_bad=[].append)
+    assert row.asr == r'AC\DC \ "a" \N' and row.audio.endswith(r"clips\1.wav")
 
 
 # ---- Modes by row, utterances in one stream ------------------------------------------------------

@@ -1338,6 +1338,57 @@ def test_translations_alone_are_learned_from_the_first_step(small, tmp_path):
     assert float(losses["translations"]["next_label"]) > 1
 
 
+def test_letters_are_those_of_all_that_is_heard_or_none(small, tmp_path):
+    """Joined with a row that has no transcription, a row's letters would stand for the sound of
+    both."""
+    rows = corpus_rows(tmp_path, 4)
+    rows[1]["asr"] = None
+    del rows[1]["links"], rows[1]["times"]
+    options = train.parse_options([manifest_of(tmp_path, rows), *SHORT])
+    corpus, _ = train.open_corpus(options)
+    made = train.new_run(options, corpus)
+    source, some = train.Source(options, made), corpus.rows(0)
+
+    def letters(*which):
+        stream = train.Stream([some[k] for k in which], [0.0] * len(which), [], 1.0, 9.0)
+        return source[train.Request([stream], 0, (0, 1), True)]["letters_lengths"].tolist()
+    assert letters(0)[0] > 5 and letters(0, 2)[0] > letters(0)[0] and letters(0, 1) == [0]
+    # All rows say what a text may be written with, also where the tokenizer learned from some.
+    assert made.tokenizer.alphabet == "".join(sorted(
+        {c for row in some for text in (row.asr, *row.st.values()) for c in text or ""} - {" "}))
+
+
+def test_a_folder_with_a_model_is_not_written_over(small, tmp_path, capsys, monkeypatch):
+    for name in train.KEPT:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_bytes(b"x")
+        said = refused(capsys, *SHORT, "--out", folder)
+        assert f"holds a run already ({name})" in said
+        assert ("--resume" in said) == (name == "resume.pt")
+        assert (folder / name).read_bytes() == b"x"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "de-en").mkdir(parents=True)
+    (tmp_path / "runs" / "de-en" / "model.pt").write_bytes(b"x")
+    assert train.run_directory(train.parse_options(SHORT), train.Ranks()).name == "de-en-2"
+
+
+@pytest.mark.parametrize("rank, world", [("1", "1"), ("x", "2"), ("0", "-1"), ("2", "2")])
+def test_ranks_that_cannot_be(small, capsys, monkeypatch, rank, world):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert f"RANK is '{rank}' and WORLD_SIZE '{world}'" in refused(capsys, *SHORT)
+
+
+def test_why_no_row_has_sound(small, tmp_path, capsys):
+    rows = corpus_rows(tmp_path, 3)
+    for row in rows:
+        row |= {"audio": "none/" + row["audio"], "duration": 3.0}
+    said = refused(capsys, manifest_of(tmp_path, rows), *SHORT)
+    assert "none of 3 rows tried has usable sound; the first: " in said
+    assert "No such file" in said and ":1: " in said
+
+
 def test_steps_without_letters_among_others_learn_the_rest(small, tmp_path, monkeypatch):
     """One transcription among eight rows: most steps of the first phase have no letters to spell,
     and are neither lost nor taken for failures."""
