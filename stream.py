@@ -7,9 +7,10 @@ goes
     samples -> log-mel -> encoder (keys and values of earlier chunks are cached) -> search
             -> tokens -> words
 
-and less than a chunk waits. So the same computations run on the same shapes however the audio is
-cut into packets, and the result is the same to the last bit. (Streams that are stepped as one batch
-may differ in the last bits: matrix products of another shape add up in another order.)
+and what waits is never more than a chunk and 15 ms. So the same computations run on the same shapes
+however the audio is cut into packets, and the result is the same to the last bit. (Streams that are
+stepped as one batch may differ in the last bits: matrix products of another shape add up in another
+order.)
 
 `step` is the whole loop; searches, audio files and captions follow, and measuring comes last. The
 network is model.py's, turning tokens into words serialize.py's. `python stream.py MODEL FILE`
@@ -137,7 +138,7 @@ class Streamer:
         if seconds is None:
             return None
         if not (isinstance(seconds, (int, float)) and 0 < seconds < 1e6):
-            raise InputError(f"{name} {seconds!r} must be a number of seconds above 0")
+            raise InputError(f"{name} {seconds!r} must be a number of seconds between 0 and 1e6")
         return math.ceil(seconds / self.config.frame_s)
 
     def accept(self, samples):
@@ -904,8 +905,8 @@ class Resampler:
     Output n lies at input n down / up. It is a sum over the 2 half inputs around it, with weights
     that depend on the fraction of n down / up alone. `group` outputs in a row come from the same
     inputs, `length` of them: their weights are a matrix, and groups whose fractions agree share
-    it. From 44.1 kHz, `up` is 160 and `down` 441: 80 outputs come from some 220 inputs, and 2 kinds
-    of such groups take turns."""
+    it. From 44.1 kHz, `up` is 160 and `down` 441: 80 outputs lie among some 220 inputs, come from
+    400 with those that the filter adds at both ends, and 2 kinds of such groups take turns."""
 
     def __init__(self, rate, to=SAMPLE_RATE, crossings=32):
         common = math.gcd(rate, to)
@@ -1133,8 +1134,9 @@ def pieces(text, width):
 
 
 def say(message):
-    """One line for the user, on standard error."""
-    print(printable(message), file=sys.stderr)
+    """One line for the user, on standard error, unless that is closed."""
+    if sys.stderr is not None:
+        print(printable(message), file=sys.stderr)
     Terminal.disturbed = True
 
 
@@ -1337,6 +1339,9 @@ def uninterrupted():
 
 def caption(model, tokenizer, options, search):
     """Stream one recording, or whatever comes in, and show its words as they are ready."""
+    if options.audio == "mic" and search["chunk"] is None and not model.config.chunks[0]:
+        raise InputError("this model hears everything at once, at the end, and mic has none: give "
+                         "--chunk")
     screen = show_json if options.json else show_lines
     if sys.stdout.isatty() and not options.json:
         screen = Terminal(tokenizer.tags)
@@ -1689,14 +1694,18 @@ def evaluation(model, tokenizer, options, search):
     if 0 == (model.config.chunks[0] if options.chunk is None else options.chunk):
         items = short_enough(items)
     metrics, records = evaluate(model, tokenizer, items, batch_size=1, progress=len(written),
-                                bootstrap=1000, pause=options.pause, **search)
-    for tag, figures in metrics.items():
-        print(f"\n{printable(tag)}")
-        for name, value in figures.items():
-            if not isinstance(value, list):
-                print(figure_line(name, value, figures.get(f"{name}_95")))
-    if options.log:
-        write_logs(options.log, records, metrics)
+                                bootstrap=1000, **search)
+    if not records:
+        raise InputError(f"{options.eval}: no row could be heard")
+    try:
+        for tag, figures in metrics.items():
+            print(f"\n{printable(tag)}")
+            for name, value in figures.items():
+                if not isinstance(value, list):
+                    print(figure_line(name, value, figures.get(f"{name}_95")))
+    finally:  # also where whoever reads the figures has seen enough
+        if options.log:
+            write_logs(options.log, records, metrics)
 
 
 def short_enough(items):

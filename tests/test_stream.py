@@ -857,6 +857,32 @@ def test_eval_searches_as_it_is_told(folder, monkeypatch):
     assert (asked["chunk"], asked["beam"], asked["blank_penalty"]) == (4, 3, 2)
 
 
+def test_an_evaluation_of_nothing_is_told_and_logs_outlive_a_reader(folder, monkeypatch, capsys):
+    command = [str(folder / "model.pt"), "--eval", str(folder / "set.jsonl")]
+    monkeypatch.setattr(stream, "evaluate", lambda *_, **how: ({}, []))
+    assert stream.main(command) == 2 and "no row could be heard" in capsys.readouterr().err
+    monkeypatch.setattr(stream, "evaluate", lambda *_, **how: ({"<asr>": {"wer": 1.0}}, [None]))
+    written = []
+    monkeypatch.setattr(stream, "write_logs", lambda *what: written.append(what))
+
+    def gone(*_):
+        raise BrokenPipeError
+    monkeypatch.setattr(stream, "figure_line", gone)
+    options = stream.arguments().parse_args([*command, "--log", str(folder)])
+    model, tokenizer, beside = stream.load_run(command[0])
+    with pytest.raises(BrokenPipeError):
+        stream.evaluation(model, tokenizer, options, stream.search_of(options, beside))
+    assert written == [(str(folder), [None], {"<asr>": {"wer": 1.0}})]
+
+
+def test_no_microphone_for_a_model_that_hears_everything_at_once(folder):
+    model, tokenizer, beside = stream.load_run(str(folder / "model.pt"))
+    model.config = replace(model.config, chunks=(0, 16))
+    options = stream.arguments().parse_args(["model.pt", "mic"])
+    with pytest.raises(stream.InputError, match="mic has none: give --chunk"):
+        stream.caption(model, tokenizer, options, stream.search_of(options, beside))
+
+
 def test_subtitles_survive_whatever_ends_the_captions(folder, capsys, monkeypatch, tmp_path):
     """A reader who leaves, and audio that is not there: the cues written so far are in the file, an
     older file is not emptied."""
