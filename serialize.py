@@ -1147,8 +1147,6 @@ def read_rows(options):
 def main(arguments):
     """The exit code: 0, or 2 after one line about what is wrong."""
     options = read_arguments(arguments)
-    if sys.stderr is None:            # closed: or print would write to standard output
-        sys.stderr = open(os.devnull, "w")
     try:
         if sys.stdout is None and not options.out:
             raise InputError("standard output is closed")

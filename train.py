@@ -1370,10 +1370,10 @@ def new_run(options, corpus):
     tags = ["<asr>"] + [f"<st:{lang}>" for lang in languages]
     tokenizer = Tokenizer.train(texts, 1 + len(tags) + 256 + options.merges, tags)
     # What a text may be written with, all rows say, also where the tokenizer learned from some.
-    tokenizer.alphabet = "".join(sorted(
-        {c for row in rows for text in (row.asr, *row.st.values()) for c in text or ""
-         if not c.isspace()}))
-    letters = "".join(sorted({c for row in rows for c in row.asr or ""}))
+    spoken = set().union(*(row.asr or "" for row in rows))
+    written = spoken.union(*(text or "" for row in rows for text in row.st.values()))
+    tokenizer.alphabet = "".join(sorted(c for c in written if not c.isspace()))
+    letters = "".join(sorted(spoken))
     torch.manual_seed(options.seed)
     config = replace(PRESETS[options.preset], vocab=len(tokenizer), ctc_vocab=1 + len(letters))
     config = replace(config, chunks=options.chunks or config.chunks,
