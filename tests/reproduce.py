@@ -7,7 +7,7 @@
     python tests/reproduce.py mboshi DATA           Mboshi -> French; DATA holds train.jsonl and
                                                     dev.jsonl
     python tests/reproduce.py papers de-en          the papers' comparison: each stream alone and
-                                                    both in every order
+                                                    both in every order; papers de-en 2: two seeds
     python tests/reproduce.py search RUN/model.pt   the run's unseen utterances by every beam and
                                                     chunk size
     python tests/reproduce.py sound RUN/model.pt    its unseen utterances as telephones, codecs and
@@ -300,38 +300,49 @@ def sound(path, n=60, long_s=300):
 # "ASR", of the translation under "ST restricted".
 
 TRAINING_ROWS = 6400
-TEST_ROWS = 500
-FIRST = ["--steps", "700", "--warm-steps", "300"]
-NEXT = ["--steps", "700", "--warm-steps", "150"]
+TEST_ROWS = 1000
+FIRST, NEXT = (700, 300), (700, 150)          # steps, and warm steps of these; twice as many of both
+#                                               where a model learns several languages
 SHARED = ["--merges", "100", "--label-dropout", "0.1", "--join", "1", "--augment", "0",
-          "--prune", "0", "--restrict", "0", "--eval-every", "700"]
+          "--prune", "0", "--restrict", "0"]
 ORDERS = {"INTER 0.0": "ratio:0", "INTER 0.5": "ratio:0.5", "ALIGN": "align", "TIME": "time"}
 NOISES_DB = 30, 25, 20, 15, 10, 5
 DRAWS = 1000
 
 
-def papers(corpus):
+def papers(corpus, seeds="1"):
     import train
     made = train.BuiltIn(corpus, 0)
     data = ROOT / "runs" / "reproduce" / f"papers-{corpus}-data"
     if not (data / "manifest.jsonl").exists():
         subprocess.run([sys.executable, str(ROOT / "train.py"), "--corpus", corpus,
                         "--write-corpus", str(data), str(TRAINING_ROWS)], check=True)
-    manifest = str(data / "manifest.jsonl")
-    first = train_in(f"papers-{corpus}-first", [manifest, "--interleave", "asr", *FIRST, *SHARED])
-    start = ["--init", str(first / "model.pt"), *NEXT, *SHARED]
-    runs = {"ASR": train_in(f"papers-{corpus}-asr", [manifest, "--interleave", "asr", *start])}
+    score(corpus, made, [trained(corpus, made, data, seed) for seed in range(int(seeds))])
+
+
+def trained(corpus, made, data, seed):
+    """{row of the table: the folder of its run} with this seed."""
+    longer = 2 if len(made.sources + made.targets) > 2 else 1
+    prefix = f"papers-{corpus}" + (f"-seed{seed}" if seed else "")
+
+    def row(name, manifest, mode, lengths, *more):
+        steps, warm_steps = (str(longer * n) for n in lengths)
+        return train_in(f"{prefix}-{name}", [
+            str(manifest), "--interleave", mode, "--steps", steps, "--warm-steps", warm_steps,
+            *SHARED, "--eval-every", steps, "--seed", str(seed), *more])
+
+    manifest = data / "manifest.jsonl"
+    start = ["--init", str(row("first", manifest, "asr", FIRST) / "model.pt")]
+    runs = {"ASR": row("asr", manifest, "asr", NEXT, *start)}
     for lang in made.targets:
         own = one_translation(manifest, lang) if len(made.targets) > 1 else manifest
-        alone = [own, "--interleave", "st", *start]
-        runs[f"ST {lang}"] = train_in(f"papers-{corpus}-st-{lang}", alone)
-        runs[f"ST {lang} restricted"] = train_in(
-            f"papers-{corpus}-st-{lang}-restricted", [*alone, "--restrict", "0.8"])
+        runs[f"ST {lang}"] = row(f"st-{lang}", own, "st", NEXT, *start)
+        runs[f"ST {lang} restricted"] = row(f"st-{lang}-restricted", own, "st", NEXT, *start,
+                                            "--restrict", "0.8")
     for name, mode in ORDERS.items():
-        rows = manifest if mode != "time" else timed(data, runs)
-        folder = f"papers-{corpus}-{mode.replace(':', '-')}"
-        runs[name] = train_in(folder, [rows, "--interleave", mode, *start])
-    score(corpus, made, runs)
+        learned = timed(data, seed, runs) if mode == "time" else manifest
+        runs[name] = row(mode.replace(":", "-"), learned, mode, NEXT, *start)
+    return runs
 
 
 def one_translation(manifest, lang):
@@ -346,12 +357,12 @@ def one_translation(manifest, lang):
     return str(path)
 
 
-def timed(data, runs):
-    """The manifest with the times of words as trained transducers emit them."""
+def timed(data, seed, runs):
+    """The manifest with the times of words as these trained transducers emit them."""
     path = data / "manifest.jsonl"
     for name, folder in runs.items():
         if name == "ASR" or name.endswith("restricted"):
-            target = data / f"timed-{len(name)}-{name.replace(' ', '-')}.jsonl"
+            target = data / f"timed-{seed}-{name.replace(' ', '-')}.jsonl"
             if not target.exists():
                 subprocess.run([sys.executable, str(ROOT / "align.py"), str(path), "--times",
                                 str(folder / "model.pt"), "-o", str(target)], check=True)
