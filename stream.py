@@ -701,7 +701,7 @@ def opened(path):
             raise refusal(path, "not a regular file")
         # Opened by number, the file has no name: its suffix decides nothing.
         with RawFile(io.FileIO(os.open(path, os.O_RDONLY))) as raw:
-            size, head = os.fstat(raw.fileno()).st_size, raw.read(16)
+            size, head = os.fstat(raw.fileno()).st_size, raw.read(4096)
             if not size:
                 raise AudioError(f"{path}: an empty file")
             begin, end = between_tags(raw, size)
@@ -710,7 +710,9 @@ def opened(path):
                 raise refusal(path, f"cut off or joined: its Info frame states {stated} bytes, "
                                     f"{end - begin} are there")
             raw.seek(0)
-            with soundfile.SoundFile(raw) as file:
+            with uninterrupted():      # or Ctrl-C would be lost in libsndfile, which calls back
+                file = soundfile.SoundFile(raw)
+            with file:
                 unstated = file.frames > UNKNOWN or file.format == "MP3" and not stated
                 promised = None if unstated else file.frames
                 if fault := fault_of_header(file, size, promised):
@@ -718,7 +720,7 @@ def opened(path):
                 yield file, promised, lambda: (end - raw.tell()) / max(1, raw.tell() - begin)
     except soundfile.LibsndfileError as error:
         what = "no format of sound that is known here (raw samples? give ffmpeg their -f, -ar, -ac)"
-        if kind := kind_of(head, MAGIC | SYNC_WORDS):
+        if kind := kind_of(head, MAGIC) or framed(head) or kind_of(head, SYNC_WORDS):
             what = f"{kind}, cut off or not readable here ({error.error_string})"
             if error.code == 1:  # unrecognised
                 what = f"{kind}, which is not read here"
@@ -783,12 +785,14 @@ def stored_blocks(path, start, duration, file, promised, left):
     end = math.inf if duration is None else first + round(duration * rate)
     try:
         if first and promised is not None and file.seekable():
-            at = file.seek(first)
+            with uninterrupted():
+                at = file.seek(first)
         # soundfile would set a seekable file after each block to where it stands already. That
         # tears the bits that MP3 frames share, and fails in a FLAC of unknown length.
         file.seekable = lambda: False
         while at < end:
-            block = file.read(int(min(end - at, rate)), "float32", always_2d=True)
+            with uninterrupted():
+                block = file.read(int(min(end - at, rate)), "float32", always_2d=True)
             if not len(block):
                 break
             if not (finite := np.isfinite(block).all(1)).all():
@@ -984,6 +988,7 @@ WITHOUT = (f"arecord -q -f S16_LE -c 1 -r {SAMPLE_RATE} | python stream.py MODEL
            + piped("-f alsa -i default"))
 STALLED_S = 2.0  # of no packets, or of exact zeros, that are worth a message
 LATE_S = 2.0     # of sound that waits to be heard
+UNHEARD_S = 0.5  # of sound that still waits at the end
 
 
 def packets(source, realtime):
@@ -1040,7 +1045,12 @@ def microphone():
         rate = round(sounddevice.query_devices(kind="input")["default_samplerate"])
         options = {"samplerate": rate, "channels": 1, "dtype": "float32"}
         with sounddevice.InputStream(**options, callback=copy) as device:
-            yield from listen(device, arrived, rate)
+            try:
+                yield from listen(device, arrived, rate)
+            finally:                         # Ctrl-C, where the model is too slow
+                unheard = sum(len(arrived.get()[0]) for _ in range(arrived.qsize())) / rate
+                if unheard > UNHEARD_S:
+                    say(f"mic: the last {unheard:.1f} s were not captioned any more")
     except (sounddevice.PortAudioError, ValueError) as error:
         devices = "; ".join(str(sounddevice.query_devices()).splitlines()) or "none"
         raise AudioError(f"mic: {error}; devices: {devices}; or: {WITHOUT}") from None
@@ -1352,16 +1362,23 @@ def caption(model, tokenizer, options, search):
         first = next((packet for packet in incoming if len(packet)), np.zeros(0, np.float32))
     except KeyboardInterrupt:
         return
+    interrupted = False
     with opened_tracks(planned, options.pause) as tracks:
         def show(events):
-            for way in (*tracks, screen):  # the screen last: whoever reads it may have left
-                way(events)
+            for track in tracks:
+                track(events)
+            try:
+                screen(events)
+            except BrokenPipeError:          # whoever reads the screen has left
+                discard_output()
+                if not tracks:
+                    raise
         try:
             for packet in chain([first], incoming):
                 with uninterrupted():        # or the words of this packet would be lost
                     show(streamer.accept(packet))
-        except KeyboardInterrupt:
-            pass  # the usual end of a microphone: the words of what was heard are still to come
+        except KeyboardInterrupt:  # the words of what was heard are still to come
+            interrupted = options.audio not in ("-", "mic")        # of those it is the usual end
         except InputError as error:
             fault = error  # some faults, as a file cut off, show at its end: told after its words
         if streamer.received:
@@ -1370,6 +1387,13 @@ def caption(model, tokenizer, options, search):
         say(f"frames cut off at {LIMITS[0]} symbols (last: {LIMITS[1]}): {streamer.search.capped}")
     if fault:
         raise fault
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def discard_output():
+    """Nothing more can be written to standard output; nor will Python try again as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ---- Evaluation: stream a set, then compare words and delays with the references -----------------
@@ -1827,14 +1851,18 @@ def main(argv=None):
         code = run(options) if options.checkpoint else demonstration()
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 0
     except (InputError, CheckpointError, OSError, ImportError) as error:
         say(f"stream.py: {error}")
         try:
             sys.stdout.flush()
-        except OSError:      # a full disk: or Python tries again as it ends, and says so
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError:      # a full disk
+            discard_output()
+        return 2
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        reason = str(error).partition("\n")[0] or "out of memory"
+        say(f"stream.py: {reason} (a smaller --chunk or --beam takes less)")
         return 2
     except KeyboardInterrupt:
         return 130

@@ -705,7 +705,7 @@ def learning_rate(step, steps):
 # more GPUs see the same.
 
 ALONE = 0.4           # share of streams that have one utterance; the others draw 1 to --join
-BEFORE = 0.25         # share of streams with silence, up to PAUSE, before the first word
+BEFORE = 0.1          # share of streams with silence, up to PAUSE, before the first word
 PAUSE = 5.0           # seconds of silence between two utterances, at most; most are far shorter
 BABBLE = 0.15         # share of disturbed streams with other speakers in the background
 SPEAKERS = 5          # how many
@@ -785,7 +785,7 @@ def neighbours(rows):
 
 
 def draw_stream(chosen, seconds, rows, rng, options):
-    pauses = [PAUSE * x ** 4 for x in rng.random(len(chosen)).tolist()]      # 1 s on average
+    pauses = [PAUSE * x ** 6 for x in rng.random(len(chosen)).tolist()]      # 0.7 s on average
     augmented = options.augment > 0
     pauses[0] = PAUSE * rng.random() if augmented and rng.random() < BEFORE else 0
     loud = augmented and rng.random() < BABBLE
@@ -908,21 +908,21 @@ class Source(torch.utils.data.Dataset):
             keep=self.lattice(s, pairs, starts, len(mel), len(targets)))
         return example
 
-    def sound_of(self, row):
+    def sound_of(self, row, keep=True):
         """The samples of a row. Those of the first files are kept, up to KEPT_S: a small corpus is
         decoded once. (Not in worker processes: a row comes back to the same one by chance only.)"""
         key = row.audio, row.start, row.duration
         if key in self.kept:
             return self.kept[key]
         samples = sound_of(row, self.options.seed)
-        if row.audio and len(samples) <= self.room:
+        if keep and row.audio and len(samples) <= self.room:
             self.kept[key], self.room = samples, self.room - len(samples)
         return samples
 
-    def heard(self, row, bad):
+    def heard(self, row, bad, keep=True):
         """The samples of a row, or None and why in `bad`."""
         try:
-            return self.sound_of(row)
+            return self.sound_of(row, keep)
         except USER_ERRORS as error:
             bad.append(f"{row.where}: {error}")
 
@@ -935,7 +935,11 @@ class Source(torch.utils.data.Dataset):
             return sum(levelled) if levelled else None
         if self.noises and rng.random() < 0.5:
             path = self.noises[rng.integers(len(self.noises))]
-            noise = self.heard(Row(id=path, audio=path, where=path), bad)
+            row = Row(id=path, audio=path, where=path)
+            start = rng.random() * (stated_seconds(path) - n / SAMPLE_RATE)
+            if start > 0:              # of an hour of noise no more is decoded than what is heard
+                row.start, row.duration = start, n / SAMPLE_RATE
+            noise = self.heard(row, bad, keep=start <= 0)
             if noise is not None:
                 return np.resize(np.roll(noise, -rng.integers(len(noise))), n)
 
@@ -1003,7 +1007,8 @@ def around(times, n_frames, frame_s, after):
 
 
 def joined(s, sounds):
-    """-> samples of the whole stream, and where each utterance starts, counted in samples."""
+    """-> samples of the whole stream, and where each utterance starts, counted in samples. Behind
+    recorded speech is the silence that the search will append."""
     parts, starts, at = [], [], 0
     for own, pause in zip(sounds, s.pauses):
         if s.speed != 1:
@@ -1012,6 +1017,8 @@ def joined(s, sounds):
         starts.append(at + len(silence))
         at += len(silence) + len(own)
         parts += [silence, own]
+    if s.rows[-1].audio:               # cut where its last word ended, as a rule; the voice is not
+        parts.append(np.zeros(round(SEARCH["tail"] * SAMPLE_RATE), np.float32))
     return np.concatenate(parts), starts
 
 
@@ -1020,6 +1027,16 @@ def sound_of(row, seed):
     if not row.audio:
         return speak_row(row, seed)[0]
     return read_audio(row.audio, row.start, row.duration)
+
+
+def stated_seconds(path):
+    """What the header of a file says of its length; 0 where it says nothing."""
+    import soundfile
+    try:
+        info = soundfile.info(path)
+    except soundfile.SoundFileError:
+        return 0.0
+    return info.duration if info.frames < stream.UNKNOWN else 0.0
 
 
 def mel_of(samples, config):

@@ -301,8 +301,8 @@ def sound(path, n=60, long_s=300):
 
 TRAINING_ROWS = 6400
 TEST_ROWS = 1000
-FIRST, NEXT = (700, 300), (700, 150)          # steps, and warm steps of these; twice as many of both
-#                                               where a model learns several languages
+# Steps, and warm steps of these; twice as many of both where a model learns several languages.
+FIRST, NEXT = (700, 300), (700, 150)
 SHARED = ["--merges", "100", "--label-dropout", "0.1", "--join", "1", "--augment", "0",
           "--prune", "0", "--restrict", "0"]
 ORDERS = {"INTER 0.0": "ratio:0", "INTER 0.5": "ratio:0.5", "ALIGN": "align", "TIME": "time"}
@@ -312,16 +312,16 @@ DRAWS = 1000
 
 def papers(corpus, seeds="1"):
     import train
-    made = train.BuiltIn(corpus, 0)
-    data = ROOT / "runs" / "reproduce" / f"papers-{corpus}-data"
+    made, data = train.BuiltIn(corpus, 0), data_of(corpus)
     if not (data / "manifest.jsonl").exists():
         subprocess.run([sys.executable, str(ROOT / "train.py"), "--corpus", corpus,
                         "--write-corpus", str(data), str(TRAINING_ROWS)], check=True)
-    score(corpus, made, [trained(corpus, made, data, seed) for seed in range(int(seeds))])
+    score(corpus, made, [trained(corpus, made, seed) for seed in range(int(seeds))])
 
 
-def trained(corpus, made, data, seed):
+def trained(corpus, made, seed):
     """{row of the table: the folder of its run} with this seed."""
+    data = data_of(corpus)
     longer = 2 if len(made.sources + made.targets) > 2 else 1
     prefix = f"papers-{corpus}" + (f"-seed{seed}" if seed else "")
 
@@ -343,6 +343,10 @@ def trained(corpus, made, data, seed):
         learned = timed(data, seed, runs) if mode == "time" else manifest
         runs[name] = row(mode.replace(":", "-"), learned, mode, NEXT, *start)
     return runs
+
+
+def data_of(corpus):
+    return ROOT / "runs" / "reproduce" / f"papers-{corpus}-data"
 
 
 def one_translation(manifest, lang):
@@ -370,30 +374,35 @@ def timed(data, seed, runs):
     return str(path)
 
 
-def score(corpus, made, runs):
-    """Every model on the same unseen utterances, clean and in noise; -> tests/results."""
+def score(corpus, made, seeds):
+    """Every model on the same unseen utterances, clean and in noise; -> tests/results. `seeds`: of
+    each, {row of the table: folder}."""
     from serialize import read_manifest
     from stream import load_run
-    models = {name: load_run(folder / "model.pt") for name, folder in runs.items()}
+    models = {name: [load_run(runs[name] / "model.pt") for runs in seeds] for name in seeds[0]}
     items = made.unseen(TEST_ROWS)
-    ratio_db = choose_noise(models["ALIGN"], made)
+    ratio_db = choose_noise(models["ALIGN"][0], made)
     rng = np.random.default_rng(1)
-    evidence = {row.id: evidence_of(row) for row, _ in items}
     in_noise = [(row, noisy(x, rng.standard_normal(len(x)), ratio_db)) for row, x in items]
+    evidence, foreign = {row.id: evidence_of(row) for row, _ in items}, foreign_words(items)
     print(HEAD)
     rows = {}
-    for name, model in models.items():
-        done = json.loads((runs[name] / "done.json").read_text())
-        rows[name] = {**done, "parameters": sum(p.numel() for p in model[0].parameters())}
+    for name, trained in models.items():
+        done = [json.loads((runs[name] / "done.json").read_text()) for runs in seeds]
+        rows[name] = {**done[0], "seconds": [one["seconds"] for one in done],
+                      "parameters": sum(p.numel() for p in trained[0][0].parameters())}
         for condition, heard in (("clean", items), ("noise", in_noise)):
-            metrics, records = evaluated(model, heard)
-            rows[name][condition] = {tag: figures(tag, m, records, evidence)
-                                     for tag, m in metrics.items() if written_by(tag, name)}
-            show(f"{name}, {condition}", done["steps"], metrics)
-    moved = moved_by_time(read_manifest(timed_manifest(corpus))) if "TIME" in runs else None
+            found = []
+            for model in trained:
+                metrics, records = evaluated(model, heard)
+                found.append({tag: figures(tag, m, records, evidence, foreign)
+                              for tag, m in metrics.items() if written_by(tag, name)})
+                show(f"{name}, {condition}", done[0]["steps"], metrics)
+            rows[name][condition] = {tag: pooled([one[tag] for one in found]) for tag in found[0]}
+    moved = moved_by_time(read_manifest(timed(data_of(corpus), 0, seeds[0])))
     write_result(f"papers-{corpus}", {
-        "training_rows": TRAINING_ROWS, "test_rows": TEST_ROWS, "noise_db": ratio_db,
-        "options": {"ASR": FIRST + SHARED, "others": NEXT + SHARED},
+        "corpus": corpus, "training_rows": TRAINING_ROWS, "test_rows": TEST_ROWS,
+        "noise_db": ratio_db, "seeds": len(seeds), "options": SHARED,
         "words_moved_by_time": moved,
         "differences": differences(rows), "rows": without_counts(rows)})
 
@@ -424,11 +433,6 @@ def written_by(tag, name):
     return tag == ("<asr>" if name == "ASR" else f"<st:{name.split()[1]}>")
 
 
-def timed_manifest(corpus):
-    folder = ROOT / "runs" / "reproduce" / f"papers-{corpus}-data"
-    return str(max(folder.glob("timed-*.jsonl"), key=os.path.getmtime))
-
-
 def choose_noise(model, made):
     """The ratio of speech to white noise at which this model makes 5 % errors, on utterances that
     are not scored."""
@@ -456,17 +460,31 @@ def evidence_of(row):
     return found
 
 
-def figures(tag, metrics, records, evidence):
+def foreign_words(items):
+    """{utterance: {stream: the words that other languages have and its own has not}}."""
+    words, languages = {}, {}
+    for row, _ in items:
+        own, translations = row.words()
+        languages[row.id] = {"<asr>": row.lang, **{f"<st:{lang}>": lang for lang in translations}}
+        for lang, found in {row.lang: own, **translations}.items():
+            words.setdefault(lang, set()).update(found)
+    foreign = {lang: set().union(*words.values()) - own for lang, own in words.items()}
+    return {key: {tag: foreign[lang] for tag, lang in tags.items()}
+            for key, tags in languages.items()}
+
+
+def figures(tag, metrics, records, evidence, foreign):
     """What a table shows of one stream, and the errors of every utterance, for pairs. A word is
     guessed if it is right but was shown before what it says had been heard."""
     from stream import edit_distance, stands_for
-    errors, words, right, guessed = [], [], 0, 0
+    errors, words, right, guessed, strange = [], [], 0, 0, []
     for record in records:
         reference = record["references"][tag]
         written = [word for word in record["words"] if word.stream == tag]
         texts = [word.text for word in written]
         errors.append(edit_distance(reference, texts))
         words.append(len(reference))
+        strange += [text in foreign[record["id"]][tag] for text in texts]
         # By its reference word: of several, the last one stands for it, the others are inserted.
         standing = dict(zip(stands_for(reference, texts), written))
         for k, word in standing.items():
@@ -474,7 +492,17 @@ def figures(tag, metrics, records, evidence):
                 right += 1
                 guessed += word.delay_ms < 1000 * evidence[record["id"]][tag][k]
     kept = {name: metrics[name] for name in ("wer", "cer", "bleu", "chrf", "laal_ms")}
-    return kept | {"guessed": 100 * guessed / max(1, right), "errors": errors, "words": words}
+    return kept | {"guessed": 100 * guessed / max(1, right), "errors": errors, "words": words,
+                   "foreign": 100 * sum(strange) / max(1, len(strange))}
+
+
+def pooled(seeds):
+    """What figures() says of several seeds, as one: means, and an utterance's errors in all."""
+    counts = {key: [sum(column) for column in zip(*(one[key] for one in seeds))]
+              for key in ("errors", "words")}
+    means = {key: None if seeds[0][key] is None else sum(one[key] for one in seeds) / len(seeds)
+             for key in seeds[0] if key not in counts}
+    return counts | means | {"wer_by_seed": [one["wer"] for one in seeds]}
 
 
 def differences(rows):
@@ -506,13 +534,16 @@ def without_counts(rows):
 # ---- Tables --------------------------------------------------------------------------------------
 
 def papers_table(result):
+    seeds = result["seeds"]
+    several = "," in result["corpus"]
     lines = [
         f"{result['training_rows']:,} utterances to learn from, {result['test_rows']} unseen ones "
-        f"to score, clean and at {result['noise_db']} dB of white noise. {about(result)}",
+        f"to score, clean and at {result['noise_db']} dB of white noise; "
+        f"{'one seed' if seeds == 1 else f'means of {seeds} seeds'}. {about(result)}",
         "",
         "| row | stream | WER | in noise | minus ALIGN, in noise | BLEU | chrF | LAAL s "
-        "| guessed % | M parameters |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
+        "| guessed % | " + "wrong language, in noise % | " * several + "M parameters |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|" + "--:|" * several]
     for name, row in result["rows"].items():
         for tag, clean in row["clean"].items():
             noise, delta = row["noise"][tag], result["differences"].get(name, {})
@@ -522,6 +553,7 @@ def papers_table(result):
                                                            f"{clean['chrf']:.1f}"]
             cells = [name, f"`{tag}`", f"{clean['wer']:.1f}", f"{noise['wer']:.1f}", interval,
                      *bleu, in_seconds(clean["laal_ms"]), f"{clean['guessed']:.1f}",
+                     *[f"{noise['foreign']:.1f}" for _ in range(several)],
                      f"{row['parameters'] / 1e6:.2f}"]
             lines.append("| " + " | ".join(cells) + " |")
     separate = [row for name, row in result["rows"].items()

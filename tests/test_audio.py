@@ -105,6 +105,7 @@ def test_memory_stays_flat_and_the_first_block_does_not_wait(tmp_path):
     start back."""
     path = tmp_path / "long.wav"
     soundfile.write(path, np.tile(noise(SECOND * 10) * 0.5, 30), 44100)
+    next(audio_blocks(path))                        # the filter is made once, and kept
     tracemalloc.start()
     n = sum(len(block) for block in audio_blocks(path))
     peak = tracemalloc.get_traced_memory()[1]
@@ -674,6 +675,18 @@ def test_a_model_too_slow_for_the_microphone_is_told(folder, capsys, monkeypatch
                           ([[packet]] * 3, 0)):
         _, _, err = from_microphone(monkeypatch, capsys, folder, sounddevice(script))
         assert err.count("too slow for this model") == times
+
+
+def test_sound_that_waits_when_the_microphone_is_stopped_is_told(folder, capsys, monkeypatch):
+    """Eight packets of 10 ms come at once, Ctrl-C while the first is computed."""
+    monkeypatch.setattr(stream, "UNHEARD_S", 0.05)
+
+    def interrupted(self, packet):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Streamer, "accept", interrupted)
+    script = [[(noise(480) * 0.5, False)] * 8]
+    code, _, err = from_microphone(monkeypatch, capsys, folder, sounddevice(script))
+    assert code == 0 and "mic: the last 0.1 s were not captioned any more" in err
 
 
 def test_no_microphone(folder, capsys, monkeypatch):

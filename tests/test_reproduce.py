@@ -45,9 +45,28 @@ def test_words_that_time_puts_elsewhere():
 def test_guessed_words(words, guessed, errors):
     metrics = dict.fromkeys(("wer", "cer", "bleu", "chrf", "laal_ms"), 1.0)
     found = reproduce.figures("<st:en>", metrics, [record("<st:en>", words, ROW.st["en"])],
-                              {"a": reproduce.evidence_of(ROW)})
+                              {"a": reproduce.evidence_of(ROW)},
+                              {"a": {"<st:en>": {"sold"}}})
     assert found["guessed"] == pytest.approx(guessed)
+    assert found["foreign"] == pytest.approx(100 / 3 if words[1][0] == "sold" else 0)
     assert found["errors"] == [errors] and found["words"] == [3]
+
+
+def test_words_of_the_wrong_language():
+    """"die" is German and English here, so it says nothing; "es" is German, and Spanish only in a
+    row that is Spanish."""
+    german = Row(id="g", audio="", lang="de", asr="es die", st={"en": "it die"})
+    spanish = Row(id="s", audio="", lang="es", asr="es rojo", st={"en": "red"})
+    found = reproduce.foreign_words([(german, None), (spanish, None)])
+    assert found == {"g": {"<asr>": {"rojo", "it", "red"}, "<st:en>": {"es", "rojo"}},
+                     "s": {"<asr>": {"die", "it", "red"}, "<st:en>": {"es", "rojo"}}}
+
+
+def test_seeds_are_pooled():
+    one = {"wer": 10.0, "bleu": None, "errors": [1, 0], "words": [5, 5]}
+    two = {"wer": 20.0, "bleu": None, "errors": [1, 1], "words": [5, 5]}
+    assert reproduce.pooled([one, two]) == {"wer": 15.0, "bleu": None, "errors": [2, 1],
+                                            "words": [10, 10], "wer_by_seed": [10.0, 20.0]}
 
 
 def test_differences_are_paired():

@@ -433,6 +433,18 @@ def test_rows_of_one_file_are_joined_in_their_order(tmp_path):
     assert sum(len(s.rows) for s in streams_of(train.Corpus(rows), options)) == len(rows)
 
 
+def test_recorded_speech_ends_in_the_silence_that_the_search_appends():
+    rows = [train.builtin_row(0), train.builtin_row(1)]
+    sounds = [np.ones(1600, np.float32), np.full(800, 2, np.float32)]
+    s = train.Stream(rows, [0.0, 0.5], [], 1.0, 1.0)
+    spoken, starts = train.joined(s, sounds)
+    assert starts == [0, 1600 + 8000] and len(spoken) == 1600 + 8000 + 800   # it has its own
+    rows[1].audio = "x.wav"
+    recorded, _ = train.joined(s, sounds)
+    assert np.array_equal(recorded[:len(spoken)], spoken)
+    assert len(recorded) - len(spoken) == 0.32 * 16000 and not recorded[len(spoken):].any()
+
+
 def test_an_example_of_joined_utterances_has_their_words_in_turn_and_a_lattice_of_blocks():
     corpus = train.BuiltIn("de-en", 0)
     options = train.parse_options(["--device", "cpu", "--augment", "0"])
@@ -730,6 +742,29 @@ def test_noise_comes_from_a_folder_with_sound_in_it(tmp_path, capsys, small):
         assert any(np.allclose(noise, np.resize(np.roll(hum, -k), 20000), atol=1e-4)
                    for k in starts)                            # and over again, the whole of it
     assert "never heard" in refused(capsys, "--noise", tmp_path, "--augment", "0")
+
+
+def test_of_a_long_noise_only_what_is_heard_is_decoded(tmp_path, monkeypatch):
+    """An hour would: here ten seconds, of which every sample tells its place."""
+    ramp = np.linspace(0.1, 0.9, 160000).astype(np.float32)
+    soundfile.write(tmp_path / "ramp.wav", ramp, 16000, subtype="FLOAT")
+    options = train.parse_options(["--noise", str(tmp_path), "--device", "cpu"])
+    corpus, read = train.BuiltIn("de-en", 0), []
+    source = train.Source(options, train.new_run(options, corpus))
+    real = train.read_audio
+
+    def counted(*asked):
+        read.append(len(real(*asked)))
+        return real(*asked)
+    monkeypatch.setattr(train, "read_audio", counted)
+    s, bad, firsts = train.Stream(corpus.rows(0)[:1], [0.0], [], 1.0, 3.0), [], []
+    for seed in range(40):
+        noise = source.background(s, 20000, np.random.default_rng(seed), bad)
+        if noise is not None:
+            firsts.append(noise.min())
+            assert noise.max() - noise.min() == pytest.approx(0.8 * 20000 / 160000, rel=1e-3)
+    assert not bad and not source.kept and set(read) == {20000} and len(firsts) > 8
+    assert min(firsts) < 0.3 and max(firsts) > 0.6               # from anywhere in it
 
 
 def test_small_corpora_are_decoded_once(tmp_path, small, monkeypatch):
