@@ -550,7 +550,7 @@ class Intake:
     """The rows of one or more files as they are read: bad ones are told and skipped, or raise.
 
     No two rows may have one id. With `by_sound`, rows about the same stretch of the same file
-    become one row with several texts.
+    become one row with several texts; lengths that differ by less than 50 ms are rounded ones.
     """
 
     def __init__(self, strict=False, on_bad=None, by_sound=False):
@@ -578,6 +578,9 @@ class Intake:
         if bad:  # an importer's line is not yet a row
             self.tell(f"{path}: {bad} {'lines' if self.by_sound else f'of {bad + good} rows'} "
                       "skipped")
+        if apart := self.counts["apart"]:
+            self.tell(f"{path}: {apart} rows have the sound of another from the same place on, but "
+                      "of another duration: rows of their own")
         if composed := self.counts["composed"]:
             self.tell(f"{path}: text of {composed} rows brought to NFC")
         if unspaced := self.counts["unspaced"]:
@@ -592,14 +595,17 @@ class Intake:
         row = make_row(record, path, number, allow_outside)
         if not record.get("id") and row.id in self.ids:
             row.id = row.where        # a name of ours, so ours to change
-        sound = (row.audio, row.start, row.duration)
-        if self.by_sound and sound in self.sounds:
-            join_texts(self.sounds[sound], row)
+        begun = self.sounds.setdefault((row.audio, row.start), [])
+        same = [other for other in begun if about_equal(other.duration, row.duration)]
+        if self.by_sound and same:
+            join_texts(same[0], row)
         elif row.id in self.ids:
             raise InputError(f"id {row.id!r} stands at {self.ids[row.id].where} already")
         else:
-            self.ids[row.id] = self.sounds[sound] = row
+            self.counts["apart"] += self.by_sound and bool(begun)
+            self.ids[row.id] = row
             self.rows.append(row)
+            begun.append(row)
         self.counts["good"] += 1
         texts = [record.get("asr") or "", *(record.get("st") or {}).values()]
         normal = all(unicodedata.is_normalized("NFC", text) for text in texts)
@@ -1016,6 +1022,11 @@ def _nemo_record(cells):
 
 
 IMPORTERS = {"covost": import_covost, "mustc": import_mustc, "nemo": import_nemo, "tsv": import_tsv}
+
+
+def about_equal(one_s, other_s):
+    """Whether two durations, or None, are the same but for rounding."""
+    return one_s == other_s or None not in (one_s, other_s) and abs(one_s - other_s) < 0.05
 
 
 def join_texts(first, row):

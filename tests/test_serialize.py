@@ -1133,6 +1133,20 @@ def test_a_row_takes_from_both_lines_about_its_sound(tmp_path):
     assert row.other == {"topic": "x"}
 
 
+def test_lengths_of_one_sound_are_joined_if_only_rounded_and_told_if_not(tmp_path):
+    sound = {"audio_filepath": "/x.wav", "duration": 3.5}
+    english = {**sound, "text": "yes", "source_lang": "de", "target_lang": "en"}
+    path = manifest(tmp_path, {**sound, "text": "ja"}, {**english, "duration": 3.5124},
+                    {**english, "target_lang": "fr", "text": "oui", "duration": 3.6},
+                    {**english, "target_lang": "it", "text": "si", "duration": 3.62}, name="n.json")
+    told = []
+    near, apart = module.import_nemo(path, on_bad=told.append)
+    assert (near.asr, near.st, near.duration) == ("ja", {"en": "yes"}, 3.5)
+    assert (apart.asr, apart.st, apart.duration) == (None, {"fr": "oui", "it": "si"}, 3.6)
+    assert told == [f"{path}: 1 rows have the sound of another from the same place on, but of "
+                    "another duration: rows of their own"]
+
+
 def test_the_byte_that_is_named_is_the_wrong_one(tmp_path):
     for mark in (b"", b"\xef\xbb\xbf"):
         with pytest.raises(InputError, match="byte 0xff after 2 others"):
