@@ -140,6 +140,25 @@ def test_every_command_of_the_readme_is_one():
         parse("train.py", ["--no-such-flag", "3"])
 
 
+def test_the_shell_makes_a_table_of_recordings_with_a_file_for_each_text(tmp_path):
+    """The README's two lines, in a folder as that of Mboshi is."""
+    import numpy as np
+    import soundfile
+    from serialize import read_manifest
+    for name, mboshi, french in (("a b", "wa é", "il \\ est"), ("c", "bé", "oui")):
+        soundfile.write(tmp_path / f"{name}.wav", np.full(8000, 0.1), 16000)
+        (tmp_path / f"{name}.mb.cleaned").write_text(mboshi + "\n", "utf-8")
+        (tmp_path / f"{name}.fr.cleaned").write_text(french + "\n", "utf-8")
+    lines = README.split("the shell makes the table:\n\n")[1].split("\n\n")[0].splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        line = line.strip().replace("python serialize.py", f"{sys.executable} {ROOT}/serialize.py")
+        subprocess.run(["sh", "-ec", line], cwd=tmp_path, check=True)
+    rows = read_manifest(tmp_path / "train.jsonl")
+    assert [(Path(row.audio).name, row.asr, row.st, row.duration) for row in rows] == [
+        ("a b.wav", "wa é", {"fr": "il \\ est"}, 0.5), ("c.wav", "bé", {"fr": "oui"}, 0.5)]
+
+
 def test_every_flag_in_the_readmes_tables_is_train_pys():
     import train
     cells = re.findall(r"^\| \d+ \|.*?\| `(--[^`]*)`", README, re.M)
