@@ -122,11 +122,11 @@ class Options:
     label_dropout: float = option(
         0.1, "share of labels hidden from the label encoder", low=0, high=1)
     merges: int = option(100, "BPE merges of the vocabulary", low=0)
-    prune: int = option(0, "labels a frame may be at, in the transducer loss (0: all, as by "
-                        "default for every order but align and time)", low=0)
+    prune: int = option(16, "labels a frame may be at, in the transducer loss (0: all, as by "
+                        "default with --restrict and for every order but align and time)", low=0)
     restrict: float = option(
-        0.0, "seconds after its end until which a word may be written, where rows have times; "
-        "wants --prune 0; 0.8 is a good start (0: at any time)", low=0)
+        0.0, "seconds after its end until which a word may be written, where rows have times; 0.8 "
+        "is a good start (0: at any time)", low=0)
     fastemit: float = option(0.0, "FastEmit's lambda (arXiv 2010.11148)", low=0)
     delay_penalty: float = option(0.0, "the penalty of arXiv 2211.00490", low=0)
     augment: float = option(
@@ -145,7 +145,7 @@ class Options:
     strict: bool = option(False, "stop at the first bad row instead of leaving it out")
 
 
-REAL = dict(steps=10000, warm_steps=3400, label_dropout=0.25, merges=240, prune=16, augment=0.2,
+REAL = dict(steps=10000, warm_steps=3400, label_dropout=0.25, merges=240, augment=0.2,
             eval_every=2000)
 KEPT = "resume.pt", "model.pt", "best.pt", "metrics.json"   # of a run, in its folder
 FIXED = "corpus", "preset", "interleave", "init", "seed", "merges"   # what a checkpoint decides
@@ -194,7 +194,7 @@ def parse_options(argv):
     if given.get("resume"):
         return resumed_options(given)
     options = replace(Options(), **(REAL if given.get("manifest") else {}))
-    if given.get("interleave", "align") not in ("align", "time"):
+    if given.get("restrict") or given.get("interleave", "align") not in ("align", "time"):
         options = replace(options, prune=0)   # a band's steep end pulls bursts before their sound
     return check(replace(options, **given))
 

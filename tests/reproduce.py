@@ -40,6 +40,7 @@ RATE = 16000
 EXPERIMENTS = {
     "builtin": {
         "all ingredients": [],
+        "the whole lattice": ["--prune", "0"],
         "no CTC start": ["--warm-steps", "0"],
         "whole words": ["--merges", "1000"],
         "single clean utterances": ["--join", "1", "--augment", "0"],
