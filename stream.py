@@ -123,6 +123,7 @@ class Streamer:
         self.waiting = [np.zeros(0, np.float32)]  # samples that no chunk has used up yet
         self.received = self.frames = 0           # samples got, encoder frames done
         self.clock_ms, self.closed = 0.0, False   # end of the previous step, as elapsed_ms counts
+        self.began = 0.0                          # when the computer turned to it
         self.encoder_state = model.encoder.initial_state(1, self.chunk)
         self.pause = self.seconds_to_frames("pause", pause)
         restart = self.seconds_to_frames("restart", restart)
@@ -195,7 +196,7 @@ class Streamer:
         samples = samples[:used + WINDOW - HOP]
         return np.pad(samples, (0, used + WINDOW - HOP - len(samples)))
 
-    def events(self, tokens, final, began):
+    def events(self, tokens, final):
         """[Written] of one step -> its words, and a Pause if one was long enough. Nothing here
         depends on packets but the computing time in `elapsed_ms`."""
         self.n_tokens += len(tokens)
@@ -210,7 +211,9 @@ class Streamer:
             spelled += self.speller.flush()
         last_sample = HOP * (self.frames * self.config.subsampling - 1) + WINDOW
         delay_ms = min(last_sample, self.received) / PER_MS
-        self.clock_ms = max(delay_ms, self.clock_ms) + (time.perf_counter() - began) * 1000
+        now = time.perf_counter()
+        self.clock_ms = max(delay_ms, self.clock_ms) + (now - self.began) * 1000
+        self.began = now
         frame_s, heard_s = self.config.frame_s, self.received / SAMPLE_RATE
         events = [Word(tag, text, delay_ms, start_s=min(tokens[0].frame * frame_s, heard_s),
                        end_s=min((tokens[-1].frame + 1) * frame_s, heard_s),
@@ -258,6 +261,8 @@ class Speller:
 def advance(streamers):
     """Run all that can run, chunks of one model and size as one batch -> the new words of each."""
     events = {streamer: [] for streamer in streamers}
+    for streamer in streamers:                    # also those that wait while others are stepped
+        streamer.began = time.perf_counter()
 
     def kind(streamer):
         return id(streamer.model), type(streamer.search), streamer.chunk, streamer.due()
@@ -271,7 +276,7 @@ def advance(streamers):
 @torch.inference_mode()
 def step(streamers, n_frames, final):
     """The next `n_frames` encoder frames of every stream in one batch -> the new words of each."""
-    began, model = time.perf_counter(), streamers[0].model
+    model = streamers[0].model
     samples = np.stack([streamer.take(n_frames) for streamer in streamers])             # (B, N)
     samples = torch.from_numpy(samples).to(model.joint.output.weight)
     mel = log_mel(samples, model.config.n_mels, model.config.floor)                     # (B, F, 80)
@@ -281,7 +286,7 @@ def step(streamers, n_frames, final):
         streamer.encoder_state = state.select([b])  # a copy: a slice would keep the batch alive
     searches = [streamer.search for streamer in streamers]
     tokens = type(searches[0]).advance(searches, model.joint.encoder_proj(frames), final)
-    return [streamer.events(written, final, began) for streamer, written in zip(streamers, tokens)]
+    return [streamer.events(written, final) for streamer, written in zip(streamers, tokens)]
 
 
 # ---- Searches: greedy, and beam ------------------------------------------------------------------

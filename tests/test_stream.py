@@ -950,6 +950,24 @@ def test_an_empty_text_is_no_reference(folder):
     assert list(records[0]["references"]) == ["<st:en>"] == list(metrics)
 
 
+def test_waiting_for_another_group_counts_as_elapsed(monkeypatch):
+    """Two chunk sizes are two batches. A clock that goes on by a second each time that it is read:
+    twice as the streams begin, then once as each of three steps ends. The second stream waits for
+    both of the first."""
+    model = lively()
+    streamers = [Streamer(model, TOKENIZER, chunk=chunk) for chunk in (16, 32)]
+    for streamer in streamers:
+        streamer.push(noise(2 * 10240 + 800))              # two chunks of 16 frames, or one of 32
+    ticks = iter(range(100))
+    monkeypatch.setattr(stream.time, "perf_counter", lambda: float(next(ticks)))
+    short, long = stream.advance(streamers)
+    first, last = ([word.elapsed_ms for word in short if word.delay_ms == delay]
+                   for delay in sorted({word.delay_ms for word in short}))
+    assert next(ticks) == 5 and set(first) == {655.0 + 2000}       # began at 0, ended at 2
+    assert set(last) == {655.0 + 3000}                             # and again at 3
+    assert {word.elapsed_ms for word in long} == {1295.0 + 3000}   # began at 1, ended at 4
+
+
 def test_an_idle_stream_does_not_keep_its_batch():
     model = lively()
     streamers = [Streamer(model, TOKENIZER) for _ in range(8)]
