@@ -341,7 +341,7 @@ def tokens_of(model, samples, beam=None, **options):
     """What the search wrote, as ids and frames from the start of the stream."""
     streamer, found = Streamer(model, TOKENIZER, **options), []
     streamer.search = beam or streamer.search
-    streamer.events = lambda tokens, final, began: found.extend(tokens) or []
+    streamer.events = lambda tokens, final: found.extend(tokens) or []
     streamer.accept(samples), streamer.flush()
     return streamer.search, [(written.token, written.frame) for written in found]
 
@@ -985,30 +985,30 @@ def test_a_pause_ends_the_word_that_is_half_written():
     streamer = Streamer(lively(), TOKENIZER, pause=0.1)
     streamer.push(np.zeros(16000))
     half = [stream.Written(TOKENIZER.pieces.index(b"l"), 3, -0.1)]
-    assert streamer.events(half, False, 0.0) == []
+    assert streamer.events(half, False) == []
     streamer.search.quiet = 100
-    word, pause = streamer.events([], False, 0.0)
+    word, pause = streamer.events([], False)
     assert isinstance(word, Word) and isinstance(pause, stream.Pause)
     assert word.text == "l" and word.start_s == pytest.approx(0.12)
-    assert streamer.events([], False, 0.0) == [] and streamer.speller.flush() == []
+    assert streamer.events([], False) == [] and streamer.speller.flush() == []
 
 
 def test_no_pause_where_a_beam_withholds_a_token_or_the_audio_ends():
     streamer = Streamer(lively(), TOKENIZER, pause=0.1, beam=2)
     half = [stream.Written(TOKENIZER.pieces.index(b"l"), 3, -0.1)]
-    assert streamer.events(half, False, 0.0) == []
+    assert streamer.events(half, False) == []
     streamer.search.done = 100
     first = streamer.search.hyps[0]
     streamer.search.hyps = [replace(first, tokens=(5,), written=(stream.Written(5, 9, -0.1),))]
     assert streamer.search.quiet == 90 and streamer.search.withheld
-    assert streamer.events([], False, 0.0) == []               # the rest of "l" may be on its way
+    assert streamer.events([], False) == []               # the rest of "l" may be on its way
     streamer.search.hyps = [first]
-    word, pause = streamer.events([], False, 0.0)
+    word, pause = streamer.events([], False)
     assert word.text == "l" and isinstance(pause, stream.Pause)
     streamer.search.done = 1
-    assert streamer.events(half, False, 0.0) == []
+    assert streamer.events(half, False) == []
     streamer.search.done = 200
-    assert [type(event) for event in streamer.events([], True, 0.0)] == [Word]
+    assert [type(event) for event in streamer.events([], True)] == [Word]
 
 
 def test_the_search_is_that_of_the_models_file_unless_the_command_says_otherwise(folder, capsys):
