@@ -37,6 +37,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests" / "results"
 RATE = 16000
+LOG_LINES = 200           # of a run's log.csv that a result keeps, at most
 EXPERIMENTS = {
     "builtin": {
         "all ingredients": [],
@@ -56,10 +57,21 @@ HEAD = (f"\n{'run':24} {'steps':>6}  {'stream':14} {'WER':>6} {'CER':>6} {'BLEU'
 
 
 def run(name, options):
-    """One training, unless it is done; -> its last metrics, and what done.json says of it."""
+    """One training, unless it is done; -> its last metrics, and what is known of it."""
     folder = train_in("".join(c if c.isalnum() else "_" for c in name), options)
-    last = json.loads((folder / "metrics.json").read_text())[-1]
-    return last | json.loads((folder / "done.json").read_text())
+    return json.loads((folder / "metrics.json").read_text())[-1] | known_of(folder)
+
+
+def known_of(folder):
+    """What done.json says of a run, its options, and its log, thinned."""
+    done, options = (json.loads((folder / name).read_text())
+                     for name in ("done.json", "options.json"))
+    head, *lines = (folder / "log.csv").read_text().splitlines()
+    every = max(1, -(-len(lines) // LOG_LINES))
+    # Of a path its last two parts: where it lay is nobody's business.
+    options = [os.path.join(*Path(option).parts[-2:]) if os.path.isabs(option) else option
+               for option in options]
+    return done | {"options": options, "log": [head, *lines[::-every][::-1]]}     # with the last
 
 
 def train_in(name, options):
@@ -389,7 +401,7 @@ def score(corpus, made, seeds):
     print(HEAD)
     rows = {}
     for name, trained in models.items():
-        done = [json.loads((runs[name] / "done.json").read_text()) for runs in seeds]
+        done = [known_of(runs[name]) for runs in seeds]
         rows[name] = {**done[0], "seconds": [one["seconds"] for one in done],
                       "parameters": sum(p.numel() for p in trained[0][0].parameters())}
         for condition, heard in (("clean", items), ("noise", in_noise)):

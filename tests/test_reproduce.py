@@ -62,6 +62,18 @@ def test_words_of_the_wrong_language():
                      "s": {"<asr>": {"die", "it", "red"}, "<st:en>": {"es", "rojo"}}}
 
 
+def test_of_a_log_at_most_so_many_lines_are_kept_and_the_last(tmp_path):
+    (tmp_path / "done.json").write_text('{"steps": 9}')
+    (tmp_path / "options.json").write_text(json.dumps([str(tmp_path / "a" / "m.jsonl"), "--seed"]))
+    for n, every in ((3, 1), (200, 1), (201, 2), (1000, 5)):
+        lines = [f"{50 * (k + 1)},0.5" for k in range(n)]
+        (tmp_path / "log.csv").write_text("\n".join(["step,loss", *lines]) + "\n")
+        found = reproduce.known_of(tmp_path)
+        assert found["log"] == ["step,loss", *lines[(n - 1) % every::every]]
+        assert found["log"][-1] == lines[-1] and len(found["log"]) <= 201
+    assert (found["steps"], found["options"]) == (9, ["a/m.jsonl", "--seed"])
+
+
 def test_seeds_are_pooled():
     one = {"wer": 10.0, "bleu": None, "errors": [1, 0], "words": [5, 5]}
     two = {"wer": 20.0, "bleu": None, "errors": [1, 1], "words": [5, 5]}
