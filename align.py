@@ -568,20 +568,28 @@ def extract_links(source, source_word, target, target_word, threshold=1e-3):
 def contextual_links(pairs, name, layer=8):
     """Links from the vectors of a pretrained encoder. name: a model with a fast tokenizer, as
     transformers takes it: bert-base-multilingual-cased, or a folder. Words beyond its longest
-    input, often 512 pieces, get no links."""
+    input, often 512 pieces, get no links. Raises InputError for a model that cannot be used."""
     torch, transformers = needed("torch", "--model"), needed("transformers", "--model")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = transformers.AutoModel.from_pretrained(name).eval()
-    except ValueError as error:
-        raise InputError(f"--model {name}: {str(error).splitlines()[0]}") from None
+        model = transformers.AutoModel.from_pretrained(name).float().eval()
+    except (OSError, ImportError):
+        raise
+    except Exception as error:        # a reader of damaged files may fail in any way
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"--model {name}: {type(error).__name__}: {reason}") from None
     if not tokenizer.is_fast:
         raise InputError(f"--model {name}: no fast tokenizer, which knows the word of each piece")
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
 
+    # Tokenizers do not always say how much the model can take; some models begin at position 2.
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = min(tokenizer.model_max_length, positions - 2 if positions else math.inf)
+    limit = {"max_length": int(longest), "truncation": True} if longest < 1e9 else {}
+
     def vectors(words):
-        pieces = tokenizer([words], is_split_into_words=True, truncation=True, return_tensors="pt")
+        pieces = tokenizer([words], is_split_into_words=True, return_tensors="pt", **limit)
         with torch.inference_mode():
             layers = model(**pieces, output_hidden_states=True).hidden_states
         word = np.array([-1 if w is None else w for w in pieces.word_ids(0)])  # -1: [CLS], [SEP]
@@ -635,7 +643,7 @@ def viterbi_times(rows, run):
     trained on times, times), is named and left out."""
     serialize, stream = needed("serialize", "--times"), needed("stream", "--times")
     model, tokenizer, beside = run
-    ready = []
+    tail, ready = stream.own_search(beside)["tail"], []
     for row, samples in stream.readable(rows):
         try:
             mode = serialize.mode_of(row, str(beside.get("mode")))
@@ -652,17 +660,20 @@ def viterbi_times(rows, run):
             continue
         longest = max([len(samples), *(len(earlier) for _, earlier, _, _ in ready)])
         if ready and longest * (len(ready) + 1) > BATCH_SAMPLES:
-            yield from batch_times(model, tokenizer, serialize, ready)
+            yield from batch_times(model, tokenizer, serialize, ready, tail)
             ready = []
         ready.append((row, samples, pairs, ids))
     if ready:
-        yield from batch_times(model, tokenizer, serialize, ready)
+        yield from batch_times(model, tokenizer, serialize, ready, tail)
 
 
-def batch_times(model, tokenizer, serialize, ready):
-    """ready: [(row, samples, (tag, word) pairs, token ids)]; see viterbi_times"""
-    frames = best_path(model, [samples for _, samples, _, _ in ready], [ids for *_, ids in ready])
-    for (row, _, pairs, ids), written in zip(ready, frames):
+def batch_times(model, tokenizer, serialize, ready, tail):
+    """ready: [(row, samples, (tag, word) pairs, token ids)]; see viterbi_times. As a search does,
+    the model hears `tail` seconds of silence behind each recording; no time lies in it."""
+    silence = np.zeros(round(tail * 16000), np.float32)
+    heard = [np.concatenate([samples, silence]) for _, samples, _, _ in ready]
+    frames = best_path(model, heard, [ids for *_, ids in ready])
+    for (row, samples, pairs, ids), written in zip(ready, frames):
         if -1 in written:
             warn(f"{row.where}: no times: no path through the model writes its text")
             continue
@@ -673,7 +684,7 @@ def batch_times(model, tokenizer, serialize, ready):
         streams = {}
         ends = word_times(written, word_of_token, model.config.frame_s)
         for (tag, _), end in zip(pairs, ends, strict=True):
-            streams.setdefault(tag, []).append(end)
+            streams.setdefault(tag, []).append(min(end, len(samples) / 16000))
         yield row, streams
 
 
@@ -757,11 +768,12 @@ def read_textgrid(path):
         tokens = iter(PRAAT.findall(text))
         kind, what = next(tokens), next(tokens)       # older programs name the short format
         if kind not in ('"ooTextFile"', '"ooTextFile short"') or what != '"TextGrid"':
-            raise ValueError
+            raise ValueError(f"it begins with {kind} {what}")
         next(tokens), next(tokens), next(tokens)  # xmin, xmax, <exists>
         tiers = [read_tier(tokens) for _ in range(int(next(tokens)))]
-    except (ValueError, StopIteration):
-        raise InputError(f"{path}: not a whole TextGrid in text format") from None
+    except (ValueError, StopIteration) as error:
+        reason = f" ({error})" if str(error) else ""
+        raise InputError(f"{path}: not a whole TextGrid in text format{reason}") from None
     words = [tier for name, tier in tiers if re.fullmatch("(.* - )?words", name, re.I)]
     if not words:
         raise InputError(f"{path}: no tier `words` among {[name for name, _ in tiers]}")
@@ -774,17 +786,18 @@ def read_tier(tokens):
     next(tokens), next(tokens)  # xmin, xmax
     intervals = []
     for _ in range(int(next(tokens))):
-        start = seconds(next(tokens))
-        end = seconds(next(tokens)) if kind == '"IntervalTier"' else start
-        if start is None or end is None:
-            raise ValueError("no time")
-        intervals.append((start, end, unquote(next(tokens))))
+        given = [next(tokens) for _ in range(1 + (kind == '"IntervalTier"'))]
+        times = [seconds(text) for text in given]
+        if None in times:
+            raise ValueError(f"tier {name!r}, interval {len(intervals) + 1}: {given} are no times "
+                             "from 0 on")
+        intervals.append((times[0], times[-1], unquote(next(tokens))))
     return name, intervals
 
 
 def unquote(text):
     if text[0] != '"':
-        raise ValueError(text)
+        raise ValueError(f"{text} where a text should stand")
     return nfc(text[1:-1].replace('""', '"').strip())
 
 
@@ -809,10 +822,15 @@ def annotated_times(rows, found, path):
     """Times of a CTM or of TextGrids. Yields (row, {"<asr>": [end in s]}); a row whose words are
     not those of the annotation, apart from case and punctuation, is named and left out.
 
-    Their utterances are rows: named by speaker/id, or by row.id alone, and their times count from
-    the row's start, not from that of a longer file."""
+    Their utterances are rows: named by speaker/id, or by row.id alone where that is not another
+    speaker's, and their times count from the row's start, not from that of a longer file."""
+    speakers = {nfc(row.speaker) for row in rows}
+    spoken_by = [key.partition("/") for key in found]
+    taken = {own_id for speaker, slash, own_id in spoken_by if slash and speaker in speakers}
     for row in rows:
-        words = found.get(nfc(f"{row.speaker}/{row.id}")) or found.get(nfc(row.id))
+        words = found.get(nfc(f"{row.speaker}/{row.id}"))
+        if words is None and not (row.speaker and nfc(row.id) in taken):
+            words = found.get(nfc(row.id))
         own = row.words()[0]
         if not words or not own:
             lacking = f"annotation of {row.id!r} in {path}" if own else "transcription"
@@ -1023,11 +1041,27 @@ def demonstrate():
             print(f"{word:>6}  " + " ".join(".#"[(i, j) in links] for j in range(len(b))))
 
 
+def check_output(options):
+    """Before the work: can the output be written, and is it no file that is read? (A manifest may
+    be written over itself.)"""
+    out = options.out
+    if os.path.isdir(out):
+        raise InputError(f"{out}: a folder, not a file to write")
+    if not (folder := Path(out).parent).is_dir():
+        raise InputError(f"{out}: there is no folder {folder}")
+    if not os.access(folder if os.path.isfile(out) or not os.path.exists(out) else out, os.W_OK):
+        raise InputError(f"{out}: not allowed to write there")
+    manifest = options.input.endswith(".jsonl")
+    for path in [*options.train, options.gold, options.times, None if manifest else options.input]:
+        if path and os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
+            raise InputError(f"-o {out}: that is {path}, which is read")
+
+
 def align_pairs(options, align):
-    if options.out and not Path(options.out).parent.is_dir():
-        raise InputError(f"{options.out}: there is no folder {Path(options.out).parent}")
     pairs = read_pairs(options.input)
     sure, possible = read_gold(options.gold, pairs) if options.gold else (None, None)
+    if options.gold and not any(sure + possible):
+        raise InputError(f"{options.gold}: no link of {options.input}, so nothing to compare with")
     links = align(pairs)
     write_lines(options.out, (" ".join(f"{i}-{j}" for i, j in line) for line in links))
     count = sum(map(len, links))
@@ -1082,6 +1116,10 @@ def parse_options(argv):
 
 def refuse_useless(options):
     """An option that would change nothing is told, not ignored."""
+    for name, value in vars(options).items():
+        if value == "":                       # as of a shell's variable that is not set
+            name = name if name == "input" else "--" + name.replace("_", "-")
+            raise InputError(f"{name} is empty")
     given = {"--" + name.replace("_", "-") for name, value in vars(options).items()
              if value and name != "input"}
     if given and not options.input:
@@ -1102,6 +1140,8 @@ def refuse_useless(options):
 
 def main(argv=None):
     options = parse_options(argv)
+    if options.out:
+        check_output(options)
     more = [pair for path in options.train for pair in read_pairs(path)]
     if more and options.input.endswith(".jsonl"):     # whose words are serialize.py's units
         units = needed("serialize", "a manifest").units

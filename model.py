@@ -587,7 +587,8 @@ def _write(content, file):
 
 
 def load(path, map_location="cpu") -> tuple[Transducer, dict]:
-    """The model in eval mode and what was saved beside it. Code in the file is refused, never run.
+    """The model in eval mode, its weights in float32, and what was saved beside it. Code in the
+    file is refused, never run.
     Raises InputError, one line with the path, for whatever is not a whole and sound checkpoint."""
     path = os.fspath(path)
     _check_device(map_location, path)
@@ -635,9 +636,10 @@ def _model_for(config, weights):
             raise InputError(f"{name} must have the shape {shape}: {tensor!r:.50}")
         if not (tensor.is_floating_point() and tensor.is_contiguous() and not tensor.is_meta):
             raise InputError(f"{name} must be plain floating-point numbers: {tensor!r:.50}")
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{name} holds numbers that are NaN or infinite")
-        if name == "encoder.std" and not (tensor > 0).all():
+        used = tensor.to(expected[name].dtype)
+        if not torch.isfinite(used).all():
+            raise InputError(f"{name} holds numbers that are NaN or infinite as {used.dtype}")
+        if name == "encoder.std" and not (used > 0).all():
             raise InputError(f"{name} must be above 0, not {tensor.min():g}")
     return model
 

@@ -53,6 +53,7 @@ call it from one thread at a time unless numba uses TBB or OpenMP (`numba.thread
 `python rnnt_loss.py` runs the main versions on one batch and draws a lattice.
 """
 import math
+import operator
 import os
 import sys
 import warnings
@@ -565,8 +566,8 @@ def prune_band(posteriors, logit_lengths, target_lengths, width):
     a word, labels come in bursts: width must be above the longest. Where even (width - 1) T < U,
     that utterance gets the least width that has a path, and a warning says so.
     """
-    if not isinstance(width, int) or width < 1:
-        raise ValueError(f"width must be a whole number of rows, 1 or more, not {width!r}")
+    if (width := _whole("width", width)) < 1:
+        raise ValueError(f"width must be a whole number of rows, 1 or more, not {width}")
     (B, T, U1), device = posteriors.shape, posteriors.device
     frames = _integers("logit_lengths", logit_lengths, 1, B)[:, None]                 # (B,1)
     counts = _integers("target_lengths", target_lengths, 1, B)[:, None]               # (B,1)
@@ -1075,6 +1076,7 @@ def check_arguments(logits, targets, logit_lengths, target_lengths, blank, *, re
     factors = {"none": 0.0, "sum": 1.0, "mean": 1 / max(1, B)}    # an empty batch costs 0
     if reduction not in factors:
         raise ValueError(f"reduction is {reduction!r}, not 'none', 'mean' or 'sum'")
+    blank = _whole("blank", blank)
     if not -V <= blank < V:
         raise ValueError(f"blank is {blank}, but a node has {V} logits")
     blank, gpu = blank % V, runs_on_gpu(device, dtype)
@@ -1111,6 +1113,14 @@ def node_labels(labels, frames, counts, T):
     u = torch.arange(labels.shape[1], device=labels.device)
     inside = (t < frames[:, None])[:, :, None] & (u <= counts[:, None])[:, None]
     return labels[:, None].expand(inside.shape).masked_fill(~inside, PADDING)
+
+
+def _whole(name, value):
+    """An int, of whatever counts as one."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, not {value!r}") from None
 
 
 def _integers(name, value, dims, B):

@@ -1163,8 +1163,10 @@ def main(arguments):
             raise InputError("standard output is closed")
         if options.out:
             check_target(options.out)
-            # Lines that were skipped would be gone from the only file that had them.
-            options.strict |= any(same_file(options.out, path) for path in options.files)
+            if any(same_file(options.out, path) for path in options.files):
+                if options.kind:
+                    raise InputError(f"{options.out}: is read, and would be replaced")
+                options.strict = True    # or lines that are skipped would be gone
         rows = read_rows(options) if options.files else []
         for row in rows if options.project else []:
             project_times(row)

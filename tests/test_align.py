@@ -2,6 +2,7 @@
 times; contextual links."""
 import itertools
 import json
+import os
 import random
 import re
 import subprocess
@@ -409,9 +410,11 @@ def test_contextual_links_of_a_tiny_bert(tmp_path):
         model.embeddings.word_embeddings.weight *= 100
     model.save_pretrained(tmp_path)
     transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
-    pairs = [(["the", "house"], ["house", "blue", "the"]), ([], ["the"])]
+    pairs = [(["the", "house"], ["house", "blue", "the"]), ([], ["the"]),
+             (["the"] * 40, ["das"] * 3)]                  # more words than there are positions
     links = align.contextual_links(pairs, str(tmp_path))
-    assert links[1] == [] and {(0, 2), (1, 0)} <= set(links[0])
+    assert links[1] == [] and all(i < 28 for i, _ in links[2])
+    assert {(0, 2), (1, 0)} <= set(links[0])
     # the same by hand: [CLS] the ho ##use [SEP] | [CLS] ho ##use blue the [SEP], the final layer
     with torch.inference_mode():
         a, b = (model(torch.tensor([ids])).last_hidden_state[0, 1:-1].numpy()
@@ -749,6 +752,14 @@ def test_words_that_look_like_silence_and_files_of_other_speakers(tmp_path, caps
     times = [(row.where, ends["<asr>"]) for row, ends in align.times_from(str(tmp_path))(rows)]
     assert times == [("m:1", [0.3, 0.6]), ("m:2", [0.4, 0.8]), ("m:3", [0.3])]
     said = capsys.readouterr().err
+    (tmp_path / "anna" / "u4.TextGrid").write_text(tier.format(3, intervals.format(0.4, 0.8)))
+    rows = [Row("u4", "a", asr="bunu sil", speaker="bela", where="m:7"),     # has none of its own
+            Row("u5", "a", asr="bunu sil", speaker="anna", where="m:8")]
+    assert list(align.times_from(str(tmp_path))(rows)) == []
+    assert "m:7: no times: no annotation of 'u4'" in capsys.readouterr().err
+    rows[1].speaker = "cleo"                                   # nobody here is called anna: a folder
+    assert [row.id for row, _ in align.times_from(str(tmp_path))(rows)] == ["u4"]
+    capsys.readouterr()
     (tmp_path / "cafe\u0301.TextGrid").write_text(tier.format(3, intervals.format(0.3, 0.6)))
     for name in ("caf\u00e9", "cafe\u0301"):                   # equal on the screen
         row, = align.times_from(str(tmp_path))([Row(name, "a", asr="bunu", where="m:6")])
@@ -779,6 +790,41 @@ def test_links_are_kept_where_the_times_fail(tmp_path, capsys, monkeypatch):
         align.main([str(tmp_path / "out.jsonl"), *command[1:]])
     assert "aligned" not in capsys.readouterr().err
     assert (tmp_path / "out.jsonl").read_text() == linked
+
+
+def test_what_is_read_is_not_written_over(tmp_path):
+    pairs, more, gold = (tmp_path / name for name in ("a.pairs", "b.pairs", "a.gold"))
+    pairs.write_text("das haus ||| the house\n")
+    more.write_text("ein haus ||| a house\n")
+    gold.write_text("0-0 1-1\n")
+    manifest(tmp_path / "in.jsonl", [{"id": "u1", "asr": "das haus", "st": {"en": "the house"}}])
+    times = tmp_path / "x.ctm"
+    times.write_text("u1 1 0.1 0.2 das\nu1 1 0.4 0.2 haus\n")
+    read = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    os.symlink(pairs, tmp_path / "link")
+    for command, out in (([pairs], pairs), ([pairs], tmp_path / "link"),
+                         ([pairs, "--train", more], more), ([pairs, "--gold", gold], gold),
+                         ([tmp_path / "in.jsonl", "--times", times], times),
+                         ([tmp_path / "in.jsonl", "--train", more], more)):
+        with pytest.raises(align.InputError, match=f"{out.name}: that is .*, which is read"):
+            align.main([*map(str, command), "-o", str(out)])
+    with pytest.raises(align.InputError, match=f"{tmp_path}: a folder"):
+        align.main([str(pairs), "-o", str(tmp_path)])
+    assert {path: path.read_bytes() for path in read} == read
+
+
+def test_options_that_are_empty_and_gold_of_nothing_are_told(tmp_path):
+    """As `--times "$TIMES"` where the shell's variable is not set."""
+    (tmp_path / "a.pairs").write_text("das haus ||| the house\n")
+    for name in ("--times", "--model", "--gold", "-o"):
+        with pytest.raises(align.InputError, match=f"{'--out' if name == '-o' else name} is empty"):
+            align.main([str(tmp_path / "a.pairs"), name, ""])
+    with pytest.raises(align.InputError, match="input is empty"):
+        align.main([""])
+    for gold in ("", "\n", "0,0 1,1\n"):
+        (tmp_path / "a.gold").write_text(gold)
+        with pytest.raises(align.InputError, match="a.gold: no link of .*a.pairs"):
+            align.main([str(tmp_path / "a.pairs"), "--gold", str(tmp_path / "a.gold")])
 
 
 def test_small_things_are_told_as_they_are(tmp_path, capsys):
@@ -898,9 +944,10 @@ def test_times_by_a_checkpoint(tmp_path, monkeypatch, capsys):
     import model as models
     from serialize import Tokenizer, read_manifest, serialize
     tokenizer = Tokenizer.train(["das haus", "the house"], 280, tags=("<asr>", "<st:en>"))
-    torch.manual_seed(3)
+    torch.manual_seed(1)
     model = models.Transducer(replace(models.PRESETS["tiny"], vocab=len(tokenizer))).eval()
-    models.save(tmp_path / "model.pt", model, tokenizer=tokenizer.to_dict(), mode="align")
+    models.save(tmp_path / "model.pt", model, tokenizer=tokenizer.to_dict(), mode="align",
+                tail=0.32)
     samples = np.random.default_rng(0).normal(0, 0.1, 16000).astype(np.float32)
     soundfile.write(tmp_path / "x.wav", samples, 16000, subtype="FLOAT")
     row = {"asr": "das haus", "st": {"en": "the house"}, "links": {"en": [(0, 0), (1, 1)]}}
@@ -923,12 +970,13 @@ def test_times_by_a_checkpoint(tmp_path, monkeypatch, capsys):
     words = [("<asr>", "das"), ("<st:en>", "the"), ("<asr>", "haus"), ("<st:en>", "house")]
     ids = serialize(words, tokenizer)
     with torch.inference_mode():
-        padded = models.pad_samples(torch.from_numpy(samples), model.config.subsampling)
+        heard = np.append(samples, np.zeros(5120, np.float32))     # as its search: 0.32 s more
+        padded = models.pad_samples(torch.from_numpy(heard), model.config.subsampling)
         frames, _ = model.encoder(models.log_mel(padded)[None])
         labels, _ = model.label_encoder(torch.tensor([ids]))
         log_probs = model.joint(frames, labels)[0].log_softmax(-1).double().numpy()
     written = viterbi_by_the_book(log_probs, ids)
     final = [len(serialize(words[:n], tokenizer)) - 1 for n in (1, 2, 3, 4)]  # each word's token
-    ends = [round((written[k] + 1) * model.config.frame_s, 3) for k in final]
+    ends = [round(min(1.0, (written[k] + 1) * model.config.frame_s), 3) for k in final]
     assert len(set(ends)) > 1
     assert (first.times, first.st_times["en"]) == (ends[::2], ends[1::2])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -787,6 +788,14 @@ def test_a_band_as_wide_as_the_rows_keeps_all_and_a_narrow_one_says_that_it_is_w
     for width in (0, -1, 2.5, "8"):
         with pytest.raises(ValueError, match="width must be a whole number"):
             prune_band(torch.rand(2, 6, 5), *lengths, width)
+    assert prune_band(torch.rand(2, 6, 5), *lengths, np.int64(5)).sum() == 30 + 8
+    logits = torch.randn(1, 2, 2, 5)
+    for blank in (0.0, "0", None, torch.tensor(0.0)):
+        with pytest.raises(ValueError, match="blank must be a whole number"):
+            rnnt_loss(logits, [[3]], [2], [1], blank=blank)
+    for blank in (np.int32(0), torch.tensor(0)):
+        assert (rnnt_loss(logits, [[3]], [2], [1], blank=blank)
+                == rnnt_loss(logits, [[3]], [2], [1], blank=0))
 
 
 def test_plain_numpy_where_no_path_is_left():

@@ -897,6 +897,11 @@ def test_a_command_asks_where_its_output_goes_before_its_work(tmp_path):
     code, _, err = command(path, "-o", path)
     assert code == 2 and "m.jsonl:2: " in err and path.read_bytes() == before
     assert command(path, "-o", tmp_path / "out.jsonl")[0] == 0
+    table = tmp_path / "t.tsv"                                 # what it says beside would be gone
+    table.write_text("path\ttext\na.wav\tja\n")
+    code, _, err = command("--from", "tsv", table, "--columns", "audio=path,asr=text", "-o", table)
+    assert code == 2 and "t.tsv: is read, and would be replaced" in err
+    assert table.read_text().startswith("path\t")
     with pytest.raises(SystemExit):
         module.read_arguments(["--from", "covost", "x.tsv", "--folder", "wav"])
 
