@@ -757,7 +757,7 @@ def test_words_that_look_like_silence_and_files_of_other_speakers(tmp_path, caps
             Row("u5", "a", asr="bunu sil", speaker="anna", where="m:8")]
     assert list(align.times_from(str(tmp_path))(rows)) == []
     assert "m:7: no times: no annotation of 'u4'" in capsys.readouterr().err
-    rows[1].speaker = "cleo"                                   # nobody here is called anna: a folder
+    rows[1].speaker = "cleo"                                   # anna is nobody here: a folder
     assert [row.id for row, _ in align.times_from(str(tmp_path))(rows)] == ["u4"]
     capsys.readouterr()
     (tmp_path / "cafe\u0301.TextGrid").write_text(tier.format(3, intervals.format(0.3, 0.6)))
