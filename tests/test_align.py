@@ -423,6 +423,12 @@ def test_contextual_links_of_a_tiny_bert(tmp_path):
     (tmp_path / "a.pairs").write_text("the house ||| house blue the\n")
     out, _ = run(tmp_path / "a.pairs", "--model", tmp_path)
     assert out == " ".join(f"{i}-{j}" for i, j in links[0]) + "\n"
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    assert {(0, 2), (1, 0)} <= set(align.contextual_links(pairs[:1], str(tmp_path))[0])
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(align.InputError, match=f"--model {tmp_path}: "):
+        align.contextual_links(pairs, str(tmp_path))
 
 
 # ---- Files ---------------------------------------------------------------------------------------
