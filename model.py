@@ -130,10 +130,10 @@ def _is_chunk(value):
 PRESETS = {
     "tiny": Config(vocab=512, dim=144, heads=4, layers=4, ff=576, subsampling=4, kernel=15,
                    chunks=(16, 8, 32), left_frames=64, dropout=0.1,
-                   label_encoder="transformer", label_layers=2, label_context=32, joint_dim=144),
+                   label_encoder="transformer", label_layers=2, label_context=64, joint_dim=144),
     "small": Config(vocab=1024, dim=256, heads=4, layers=12, ff=1024, subsampling=4,
                     chunks=(8, 4, 16, 32), left_frames=128, dropout=0.1,
-                    label_encoder="transformer", label_layers=2, label_context=32, joint_dim=320),
+                    label_encoder="transformer", label_layers=2, label_context=64, joint_dim=320),
     "paper": Config(vocab=4096, dim=512, heads=8, layers=24, ff=4096, subsampling=4,
                     chunks=(25,), left_frames=450, dropout=0.1,
                     label_encoder="transformer", label_layers=2, label_context=64, joint_dim=640),

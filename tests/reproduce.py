@@ -319,7 +319,7 @@ FIRST, NEXT = (700, 300), (700, 150)
 SHARED = ["--merges", "100", "--label-dropout", "0.1", "--join", "1", "--augment", "0",
           "--prune", "0", "--restrict", "0"]
 ORDERS = {"INTER 0.0": "ratio:0", "INTER 0.5": "ratio:0.5", "ALIGN": "align", "TIME": "time"}
-NOISES_DB = 30, 25, 20, 15, 10, 5
+NOISES_DB = 30, 25, 20, *range(15, 2, -1)
 DRAWS = 1000
 
 
