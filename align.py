@@ -440,9 +440,11 @@ def tell_compilation():
     """numba compiles at the first call and keeps the result on disk. Say so before, not after."""
     if config.DISABLE_JIT or pair_posteriors.signatures:
         return
-    kept = Path(pair_posteriors.stats.cache_path).glob("*pair_posteriors-*.nbi")
-    written = max((file.stat().st_mtime for file in kept), default=0)
-    if written < Path(__file__).stat().st_mtime:
+    try:  # what is on disk for this source; numba has no public question for it
+        kept = pair_posteriors._cache._cache_file._load_index()
+    except (AttributeError, OSError):
+        kept = {}
+    if not kept:
         warn("align.py: compiling, some seconds, at the first run only")
 
 

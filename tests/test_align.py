@@ -517,7 +517,8 @@ def test_a_full_disk_keeps_the_old_file(tmp_path):
 
 
 def test_the_file_alone_in_an_empty_folder(tmp_path):
-    """The demonstration and text need no other file; what needs one says which."""
+    """The demonstration and text need no other file; what needs one says which. That it compiles
+    is said when it does, not whenever the file is newer than what was compiled."""
     script = tmp_path / "align.py"
     script.write_bytes((ROOT / "align.py").read_bytes())
     (tmp_path / "a.pairs").write_text("a b ||| c d\n")
@@ -526,6 +527,8 @@ def test_the_file_alone_in_an_empty_folder(tmp_path):
         done = subprocess.run([sys.executable, "-s", script, *arguments], cwd=tmp_path,
                               capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.endswith(output), done.stderr
+        assert ("compiling" in done.stderr) == (not arguments)
+        os.utime(script)
     said = refused("a.jsonl", "-o", "b.jsonl", cwd=tmp_path, script=script)
     assert "a manifest needs serialize.py beside align.py" in said
     assert not (tmp_path / "b.jsonl").exists()
