@@ -79,9 +79,7 @@ SIDE_WEIGHT = 0.3     # of each side task, beside the transducer's 1
 LOG_EVERY = 50        # steps; only then are losses fetched from the device
 SAVE_EVERY = 600      # seconds between two checkpoints, at most, and a step: what a crash costs
 GIVE_UP = 20          # steps in a row that learned nothing: no finite gradient, or no sound
-# How a model is searched: labels hidden in training leave blank too likely, by so many nats; and
-# what it has learned from ends in silence, by so many seconds, where a recording may not.
-SEARCH = dict(blank_penalty=0.5, tail=0.32)
+TAIL = 0.32           # seconds of silence that what is learned ends in, and that the search appends
 KEPT_S = 18_000       # seconds of decoded sound that are kept in memory: 1.2 GB
 LINKS_HERE = 50_000   # rows that are still aligned at the start of a run, where links lack
 BPE_ROWS = 50_000     # rows that the tokenizer learns from, at most
@@ -127,6 +125,9 @@ class Options:
     restrict: float = option(
         0.0, "seconds after its end until which a word may be written, where rows have times; 0.8 "
         "is a good start (0: at any time)", low=0)
+    blank_penalty: float = option(
+        0.5, "nats taken off blank in the search: labels hidden in training leave it too likely",
+        low=-100, high=100)
     fastemit: float = option(0.0, "FastEmit's lambda (arXiv 2010.11148)", low=0)
     delay_penalty: float = option(0.0, "the penalty of arXiv 2211.00490", low=0)
     augment: float = option(
@@ -145,8 +146,8 @@ class Options:
     strict: bool = option(False, "stop at the first bad row instead of leaving it out")
 
 
-REAL = dict(steps=10000, warm_steps=3400, label_dropout=0.25, merges=240, augment=0.2,
-            eval_every=2000)
+REAL = dict(steps=10000, warm_steps=3400, label_dropout=0.25, blank_penalty=0.75, merges=240,
+            augment=0.2, eval_every=2000)
 KEPT = "resume.pt", "model.pt", "best.pt", "metrics.json"   # of a run, in its folder
 FIXED = "corpus", "preset", "interleave", "init", "seed", "merges"   # what a checkpoint decides
 
@@ -1018,7 +1019,7 @@ def joined(s, sounds):
         at += len(silence) + len(own)
         parts += [silence, own]
     if s.rows[-1].audio:               # cut where its last word ended, as a rule; the voice is not
-        parts.append(np.zeros(round(SEARCH["tail"] * SAMPLE_RATE), np.float32))
+        parts.append(np.zeros(round(TAIL * SAMPLE_RATE), np.float32))
     return np.concatenate(parts), starts
 
 
@@ -1486,12 +1487,17 @@ def save_run(run, options, folder, log):
          best=run.best)
 
 
+def search_of(options):
+    """How a model that was trained so is searched: options of a Streamer."""
+    return {"blank_penalty": options.blank_penalty, "tail": TAIL}
+
+
 def save_model(run, options, path):
     save(path, run.model,
          tokenizer=run.tokenizer.to_dict(),
          letters=run.letters,
          mode=options.interleave,
-         **SEARCH,
+         **search_of(options),
          step=run.step)
 
 
@@ -1696,7 +1702,7 @@ def assess(run, dev, options, folder, blind, stop):
     use, where a stop is wanted."""
     def scored(items):
         going_on = (item for item in items if not stop.wanted)
-        return evaluate(run.model, run.tokenizer, going_on, **SEARCH)
+        return evaluate(run.model, run.tokenizer, going_on, **search_of(options))
     metrics, records = scored(dev)
     if stop.wanted:
         return metrics

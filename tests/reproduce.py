@@ -317,7 +317,7 @@ TEST_ROWS = 1000
 # Steps, and warm steps of these; twice as many of both where a model learns several languages.
 FIRST, NEXT = (700, 300), (700, 150)
 SHARED = ["--merges", "100", "--label-dropout", "0.1", "--join", "1", "--augment", "0",
-          "--prune", "0", "--restrict", "0"]
+          "--prune", "0", "--restrict", "0", "--blank-penalty", "0.5"]
 ORDERS = {"INTER 0.0": "ratio:0", "INTER 0.5": "ratio:0.5", "ALIGN": "align", "TIME": "time"}
 NOISES_DB = 30, 25, 20, *range(15, 2, -1)
 DRAWS = 1000

@@ -799,6 +799,13 @@ def test_tasks_come_one_after_the_other():
     assert at(10, "--prune", "0") == at(9) | {"transducer"} == at(10, "--interleave", "st")
 
 
+def test_the_search_is_that_of_the_options():
+    penalty = lambda *argv: train.search_of(train.parse_options(["--device", "cpu", *argv]))
+    assert penalty() == {"blank_penalty": 0.5, "tail": 0.32}
+    assert penalty("m.jsonl")["blank_penalty"] == 0.75
+    assert penalty("m.jsonl", "--blank-penalty", "-1")["blank_penalty"] == -1
+
+
 def test_weights_and_rates_at_chosen_steps():
     options = train.parse_options(
         ["--steps", "1000", "--warm-steps", "400", "--prune", "8", "--device", "cpu"]
