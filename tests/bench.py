@@ -169,7 +169,7 @@ def stream_chunks(streamer, audio):
 def speed_table(presets, seconds):
     from model import log_mel, pad_samples
     print(
-        f"{'preset':7}{'chunk':>8}{'RTF':>8}{'median':>9}{'p99':>9}{'labels/s':>10}"
+        f"{'preset':7}{'chunk':>8}{'RTF':>8}{'median':>10}{'p99':>10}{'labels/s':>10}"
         f"{'stream/offline':>16}"
         "   features  encoder  labels  joint  rest"
     )
@@ -197,7 +197,7 @@ def speed_table(presets, seconds):
         print(
             f"{preset:7}{round(1000 * chunk * model.config.frame_s):5} ms"
             f"{sum(times) / seconds:8.4f}"
-            f"{statistics.median(steps):6.2f} ms{steps[int(0.99 * len(steps))]:6.2f} ms"
+            f"{statistics.median(steps):7.2f} ms{steps[int(0.99 * len(steps))]:7.2f} ms"
             f"{n_labels / seconds:10.1f}"
             f"{chunks / offline:16.2f}"
             + "".join(
