@@ -189,6 +189,9 @@ def parse_options(argv):
     line; later wins."""
     given = vars(make_parser().parse_args(argv))
     given.pop("write_corpus", None)
+    for name in ("manifest", "resume", "init", "out"):
+        if given.get(name) == "":              # as of a shell's variable that is not set
+            raise InputError(f"{name if name == 'manifest' else flag(name)} is empty")
     for name in ("manifest", "dev", "noise", "init", "resume"):
         if given.get(name):
             given[name] = os.path.abspath(given[name])  # a run goes on wherever one stands
@@ -398,7 +401,7 @@ class Ranks:
     @classmethod
     def here(cls, device):
         rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        if not (rank + world).isdecimal() or int(rank) >= int(world):
+        if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
             raise InputError(f"RANK is {rank!r} and WORLD_SIZE {world!r}: processes that train "
                              "together are started by torchrun")
         rank, world = int(rank), int(world)
@@ -940,7 +943,8 @@ class Source(torch.utils.data.Dataset):
             start = rng.random() * (stated_seconds(path) - n / SAMPLE_RATE)
             if start > 0:              # of an hour of noise no more is decoded than what is heard
                 row.start, row.duration = start, n / SAMPLE_RATE
-            noise = self.heard(row, bad, keep=start <= 0)
+            # A piece may be silent: then there is no noise this time, and the file is not bad.
+            noise = self.heard(row, [] if start > 0 else bad, keep=start <= 0)
             if noise is not None:
                 return np.resize(np.roll(noise, -rng.integers(len(noise))), n)
 
@@ -1683,7 +1687,13 @@ def milestone(run, dev, options, folder, log, stop):
 
 def past_metrics(folder):
     path = Path(folder) / "metrics.json"
-    return json.loads(path.read_text()) if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        past = json.loads(path.read_text())
+        return [entry for entry in past if isinstance(entry["step"], int)]
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{path}: damaged; move it away, the run goes on without it") from None
 
 
 def add_metrics(folder, step, streams):
@@ -2126,6 +2136,8 @@ def write_sound(path, samples):
 def write_corpus(folder, n, options):
     """N built-in utterances as audio files and a manifest, with links and times."""
     corpus, folder = BuiltIn(options.corpus, options.seed), Path(folder)
+    if (folder / "manifest.jsonl").exists():
+        raise InputError(f"--write-corpus {folder}: there is a manifest.jsonl already")
     folder.mkdir(parents=True, exist_ok=True)
     rows = corpus.rows(0, n)
     for row in tqdm(rows, unit="utt", leave=False, disable=None):

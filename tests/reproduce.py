@@ -677,7 +677,9 @@ def main(argv):
                 "table": table}
     if not argv or argv[0] not in {*EXPERIMENTS, *commands}:
         sys.exit(__doc__)
-    if len(argv) != 1 + (argv[0] in ("mboshi", "search", "sound", "latency", "papers")):
+    wanted = 1 + (argv[0] in ("mboshi", "search", "sound", "latency", "papers"))
+    seeds = argv[2:] if argv[0] == "papers" else []
+    if len(argv) - len(seeds) != wanted or not all(n.isdecimal() and int(n) for n in seeds):
         sys.exit(__doc__)
     if argv[0] in commands:
         if argv[0] == "search":
@@ -697,3 +699,8 @@ if __name__ == "__main__":
         print(end="", flush=True)
     except BrokenPipeError:           # whoever reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        import train
+        if not isinstance(error, train.USER_ERRORS):
+            raise
+        sys.exit(f"reproduce.py: {error}")

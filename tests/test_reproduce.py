@@ -1,5 +1,6 @@
 """What the tables of the experiments count."""
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -148,3 +149,17 @@ def test_a_run_is_done_with_its_last_evaluation_and_is_that_of_its_options(tmp_p
     with pytest.raises(SystemExit, match="was made with other options"):
         reproduce.train_in("a", [*options, "--seed", "1"])
     assert [len(items) for _, items in [reproduce.unseen_of(folder / "model.pt", 3)]] == [3]
+
+
+def test_the_command_takes_seeds_and_names_what_is_wrong(monkeypatch):
+    asked = []
+    monkeypatch.setattr(reproduce, "papers", lambda *given: asked.append(given))
+    reproduce.main(["papers", "de-en"])
+    reproduce.main(["papers", "de-en", "2"])
+    assert asked == [("de-en",), ("de-en", "2")]
+    for argv in (["papers"], ["papers", "de-en", "x"], ["sound"], ["table", "x"], ["nothing"]):
+        with pytest.raises(SystemExit, match="Run the experiments"):
+            reproduce.main(argv)
+    done = subprocess.run([sys.executable, ROOT / "tests" / "reproduce.py", "sound", "no/model.pt"],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "no" in done.stderr

@@ -721,6 +721,27 @@ def test_a_bad_row_takes_no_good_one_with_it(tmp_path, small):
     assert batch["frames"] == 0 and "rows.jsonl:1" in batch["bad"][-1]
 
 
+@pytest.mark.parametrize("content", ["", "[{}]", "3", '[{"step": 1, "str'])
+def test_damaged_metrics_are_named(tmp_path, content):
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(train.InputError, match="metrics.json: damaged; move it away"):
+        train.past_metrics(tmp_path)
+
+
+def test_a_corpus_is_not_written_over_another(tmp_path, capsys):
+    (tmp_path / "manifest.jsonl").write_text("mine")
+    assert "there is a manifest.jsonl already" in refused(capsys, "--write-corpus", tmp_path, "2")
+    assert (tmp_path / "manifest.jsonl").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_shell_left_empty_is_told(capsys):
+    """As `train.py "$DATA"`: it would train on the built-in corpus."""
+    assert "manifest is empty" in refused(capsys, "", "--device", "cpu")
+    for name in ("--resume", "--init", "--out"):
+        assert f"{name} is empty" in refused(capsys, name, "", "--device", "cpu")
+
+
 def test_noise_comes_from_a_folder_with_sound_in_it(tmp_path, capsys, small):
     assert "nowhere" in refused(capsys, "--noise", tmp_path / "nowhere", "--device", "cpu")
     (tmp_path / "README.txt").write_text("noises")
@@ -1414,7 +1435,8 @@ def test_a_folder_with_a_model_is_not_written_over(small, tmp_path, capsys, monk
     assert train.run_directory(train.parse_options(SHORT), train.Ranks()).name == "de-en-2"
 
 
-@pytest.mark.parametrize("rank, world", [("1", "1"), ("x", "2"), ("0", "-1"), ("2", "2")])
+@pytest.mark.parametrize("rank, world", [
+    ("1", "1"), ("", "1"), ("x", "2"), ("0", "-1"), ("2", "2")])
 def test_ranks_that_cannot_be(small, capsys, monkeypatch, rank, world):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
