@@ -1691,7 +1691,9 @@ def past_metrics(folder):
         return []
     try:
         past = json.loads(path.read_text())
-        return [entry for entry in past if isinstance(entry["step"], int)]
+        for entry in past:
+            int(entry["step"])
+        return past
     except (ValueError, TypeError, KeyError):
         raise InputError(f"{path}: damaged; move it away, the run goes on without it") from None
 

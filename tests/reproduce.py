@@ -400,13 +400,13 @@ def score(corpus, made, seeds):
     evidence, foreign = {row.id: evidence_of(row) for row, _ in items}, foreign_words(items)
     print(HEAD)
     rows = {}
-    for name, trained in models.items():
+    for name, own in models.items():
         done = [known_of(runs[name]) for runs in seeds]
         rows[name] = {**done[0], "seconds": [one["seconds"] for one in done],
-                      "parameters": sum(p.numel() for p in trained[0][0].parameters())}
+                      "parameters": sum(p.numel() for p in own[0][0].parameters())}
         for condition, heard in (("clean", items), ("noise", in_noise)):
             found = []
-            for model in trained:
+            for model in own:
                 metrics, records = evaluated(model, heard)
                 found.append({tag: figures(tag, m, records, evidence, foreign)
                               for tag, m in metrics.items() if written_by(tag, name)})
