@@ -883,8 +883,9 @@ def checked(path, blocks):
         raise AudioError(f"{path}: clipped, {clipped / n:.0%} of the samples are at full scale")
 
 
-def readable(rows, strict=False):
-    """Yield (row, samples) of the rows whose sound can be used; the others are named and left out.
+def readable(rows, strict=False, chunk=None):
+    """Yield (row, samples) of the rows whose sound can be used; the others are named and left out,
+    for chunk 0 also those that are too long to be heard in one piece.
 
     Raises InputError at the first bad row if `strict`, and at the end if there was no good one."""
     from tqdm import tqdm  # its write goes around a progress bar, if there is one
@@ -893,6 +894,9 @@ def readable(rows, strict=False):
         n_rows += 1
         try:
             samples = read_audio(row.audio, row.start, row.duration)
+            if chunk == 0 and len(samples) > LONGEST_WHOLE_S * SAMPLE_RATE:
+                raise InputError(f"{len(samples) / SAMPLE_RATE:.0f} s of sound, with chunk 0 at "
+                                 f"most {LONGEST_WHOLE_S}")
         except InputError as error:
             if strict:
                 raise InputError(f"{row.where}: {error}") from None
@@ -1354,7 +1358,7 @@ def uninterrupted():
 
 def caption(model, tokenizer, options, search):
     """Stream one recording, or whatever comes in, and show its words as they are ready."""
-    if options.audio == "mic" and search["chunk"] is None and not model.config.chunks[0]:
+    if options.audio == "mic" and not search["chunk"]:
         raise InputError("this model hears everything at once, at the end, and mic has none: give "
                          "--chunk")
     screen = show_json if options.json else show_lines
@@ -1719,9 +1723,7 @@ def evaluation(model, tokenizer, options, search):
     if len(written) < len(rows):
         say(f"{options.eval}: {len(rows) - len(written)} of {len(rows)} rows left out: no text in "
             f"a language that the model writes, {' '.join(tokenizer.tags)}")
-    items = readable(written)
-    if 0 == (model.config.chunks[0] if options.chunk is None else options.chunk):
-        items = short_enough(items)
+    items = readable(written, chunk=search["chunk"])
     metrics, records = evaluate(model, tokenizer, items, batch_size=1, progress=len(written),
                                 bootstrap=1000, **search)
     if not records:
@@ -1735,16 +1737,6 @@ def evaluation(model, tokenizer, options, search):
     finally:  # also where whoever reads the figures has seen enough
         if options.log:
             write_logs(options.log, records, metrics)
-
-
-def short_enough(items):
-    """Those that can be heard in one piece; the others are named."""
-    for row, samples in items:
-        if len(samples) > LONGEST_WHOLE_S * SAMPLE_RATE:
-            say(f"{row.where}: skipped: {len(samples) / SAMPLE_RATE:.0f} s; with chunk 0 at most "
-                f"{LONGEST_WHOLE_S}")
-        else:
-            yield row, samples
 
 
 def figure_line(name, value, interval):
@@ -1813,9 +1805,10 @@ def arguments():
     return parser
 
 
-def search_of(options, beside):
-    """The options of a Streamer that the command line has, or else the model's file."""
-    given = {"chunk": options.chunk, "beam": options.beam,
+def search_of(options, model, beside):
+    """The options of a Streamer that the command line has, or else the model and its file."""
+    given = {"chunk": model.config.chunks[0] if options.chunk is None else options.chunk,
+             "beam": options.beam,
              "hold": HALF_CHUNK if options.hold is None else options.hold}
     if options.blank_penalty is not None:
         given["blank_penalty"] = options.blank_penalty
@@ -1878,7 +1871,7 @@ def run(options):
     torch.set_num_threads(min(options.threads, os.cpu_count() or 1))
     model, tokenizer, beside = load_run(options.checkpoint, options.device)
     do = evaluation if options.eval else caption
-    do(model, tokenizer, options, search_of(options, beside))
+    do(model, tokenizer, options, search_of(options, model, beside))
     return 0
 
 

@@ -313,8 +313,9 @@ def train(options):
     folder = run_directory(options, ranks)
     with locked(folder, ranks.first):
         with ranks.only_first_speaks():
-            corpus, dev = open_corpus(options, ranks.first)
-            run = resume_run(options) if options.resume else new_run(options, corpus)
+            run = resume_run(options) if options.resume else None
+            corpus, dev = open_corpus(options, ranks.first, run and run.tokenizer)
+            run = run or new_run(options, corpus)
             ranks.begin_alike(run, corpus)
             warn_of_unseen(run.tokenizer, dev)
         learn(run, corpus, dev, options, ranks, folder)
@@ -400,13 +401,15 @@ class Ranks:
 
     @classmethod
     def here(cls, device):
-        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
-            raise InputError(f"RANK is {rank!r} and WORLD_SIZE {world!r}: processes that train "
-                             "together are started by torchrun")
-        rank, world = int(rank), int(world)
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        given = {name: os.environ.get(name, value) for name, value in alone.items()}
+        if (not all(n.isdecimal() for n in given.values())
+                or int(given["RANK"]) >= int(given["WORLD_SIZE"])):
+            told = ", ".join(f"{name} {value!r}" for name, value in given.items())
+            raise InputError(f"{told}: processes that train together are started by torchrun")
+        rank, world, local = map(int, given.values())
         if device == "cuda":
-            local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            there = torch.cuda.device_count()
             if local >= there:
                 raise InputError(f"process {local} of this machine has no GPU: there are {there}; "
                                  f"--nproc_per_node={there}")
@@ -415,8 +418,11 @@ class Ranks:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         if world > 1 and not dist.is_initialized():
             backend = "nccl" if "cuda" in device else "gloo"
-            # The others wait while the first evaluates.
-            dist.init_process_group(backend, timeout=timedelta(days=1))
+            try:       # the others wait while the first evaluates
+                dist.init_process_group(backend, timeout=timedelta(days=1))
+            except (ValueError, RuntimeError) as error:
+                raise InputError(f"these {world} processes do not find each other: {error}"
+                                 .partition("\n")[0]) from None
         return cls(rank, world, device)
 
     def add(self, tensor):
@@ -856,10 +862,7 @@ class Source(torch.utils.data.Dataset):
             if heard:
                 left = replace(s, rows=[s.rows[k] for k in heard],
                                pauses=[s.pauses[k] for k in heard])
-                try:
-                    examples.append(self.example(left, [sounds[k] for k in heard], request, bad))
-                except USER_ERRORS as error:                   # a language without a tag
-                    bad.append(f"{left.rows[0].where}: {error}")
+                examples.append(self.example(left, [sounds[k] for k in heard], request, bad))
         batch = collate(examples) if examples else {}
         if examples:       # text that the tokenizer did not learn from may have a byte more
             batch["classes"] = torch.unique(torch.cat([self.classes, batch["targets"].flatten()]))
@@ -1297,18 +1300,19 @@ class Unseen:
     """(row, samples) of a development set, whose sound is read as it is asked for: hours of it need
     no memory."""
 
-    def __init__(self, rows):
-        self.rows = rows
+    def __init__(self, rows, chunk):
+        self.rows, self.chunk = rows, chunk
 
     def __len__(self):
         return len(self.rows)
 
     def __iter__(self):
-        return readable(self.rows)
+        return readable(self.rows, chunk=self.chunk)
 
 
-def open_corpus(options, evaluates=True):
-    """-> the training corpus, and (row, samples) to evaluate on, for the process that does."""
+def open_corpus(options, evaluates=True, tokenizer=None):
+    """-> the training corpus, and (row, samples) to evaluate on, for the process that does.
+    tokenizer: that of a run which goes on, perhaps with other rows than it began with."""
     if not options.manifest:
         corpus = BuiltIn(options.corpus, options.seed)
         return corpus, corpus.unseen(TEST_SIZE)
@@ -1316,11 +1320,12 @@ def open_corpus(options, evaluates=True):
     rows = read_manifest(options.manifest, **kept)
     if options.interleave == "align":
         link(rows, options)
-    rows = list(usable(rows, options))
+    rows = list(usable(rows, options, tokenizer))
     dev = []
     if options.dev and evaluates:
-        found = readable(read_manifest(options.dev, **kept), options.strict)
-        dev = Unseen([row for row, _ in found])
+        chunk = (options.chunks or PRESETS[options.preset].chunks)[0]
+        found = readable(read_manifest(options.dev, **kept), options.strict, chunk)
+        dev = Unseen([row for row, _ in found], chunk)
     if options.restrict:
         written = [{tag for tag, _ in interleave(row, mode_of(row, options.interleave))}
                    for row in rows]
@@ -1355,14 +1360,17 @@ def link(rows, options):
         torch.set_num_threads(threads)
 
 
-def usable(rows, options):
+def usable(rows, options, tokenizer=None):
     """The rows that can be learned from, with their durations; the others are named and left
     out."""
     left_out = 0
     unmeasured = any(row.duration is None for row in rows)
     for row in tqdm(rows, "lengths", unit="row", leave=False, disable=None if unmeasured else True):
         try:
-            interleave(row, mode_of(row, options.interleave))  # has the row what this order needs?
+            # Has the row what this order needs, and the tokenizer a tag for its language?
+            pairs = interleave(row, mode_of(row, options.interleave))
+            if tokenizer:
+                serialize(pairs, tokenizer)
             if row.duration is None:
                 samples = sum(map(len, stream.audio_blocks(row.audio, row.start)))
                 row.duration = samples / SAMPLE_RATE

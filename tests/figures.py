@@ -239,6 +239,8 @@ def links(options):
     import train
     from align import align_bitext, read_gold, read_pairs
     pyplot = plotting()
+    if options.gold and not options.pairs:
+        sys.exit("figures.py: --gold goes with --pairs")
     if options.pairs:
         pairs = read_pairs(options.pairs)
         gold = read_gold(options.gold, pairs)[0] if options.gold else [set()] * len(pairs)
@@ -246,9 +248,9 @@ def links(options):
         rows = train.BuiltIn("de-en", 0).rows(0, 1000)
         pairs = [(row.asr.split(), row.st["en"].split()) for row in rows]
         gold = [set(map(tuple, row.links["en"])) for row in rows]
-    chosen = [int(k) for k in options.lines.split(",")]
-    if wrong := [k for k in chosen if not 0 <= k < min(len(pairs), len(gold))]:
-        sys.exit(f"figures.py: --lines {wrong[0]}: there are {min(len(pairs), len(gold))} pairs")
+    chosen, there = options.lines, min(len(pairs), len(gold))
+    if wrong := [k for k in chosen if k >= there]:
+        sys.exit(f"figures.py: --lines {wrong[0]}: there are {there} pairs, from 0")
     found = align_bitext(pairs)
     with pyplot.rc_context(STYLE):
         figure, all_axes = pyplot.subplots(1, len(chosen), figsize=(WIDTH, 4), dpi=160,
@@ -291,6 +293,8 @@ def curves(options):
             sys.exit(f"figures.py: {path}: no such file")
         with open(path, newline="") as file:
             logs[str(run)] = list(csv.DictReader(file))
+        if not all((line.get("step") or "").isdecimal() for line in logs[str(run)]):
+            sys.exit(f"figures.py: {path}: not the log of a run")
     tasks = [t for t in LOSSES if any(line.get(t) for log in logs.values() for line in log)]
     if not tasks:
         sys.exit(f"figures.py: {' '.join(logs)}: no losses yet")
@@ -390,6 +394,20 @@ def wave_of(samples):
 
 # ---- Command line --------------------------------------------------------------------------------
 
+def at_least(lowest):
+    """An argparse type: a whole number that is not below `lowest`."""
+    def number(text):
+        if not text.isdecimal() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} on")
+        return int(text)
+    return number
+
+
+def numbers(text):
+    """An argparse type: whole numbers with commas between them."""
+    return [at_least(0)(part) for part in text.split(",")]
+
+
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -408,16 +426,16 @@ def make_parser():
     add("--chunk", type=int, help="frames; default: the first of the checkpoint")
     add = command(lattice, "the paths through frames x tokens", "lattice.png")
     add("checkpoint")
-    add("--utterance", type=int, default=0, help="which of the unseen built-in ones")
-    add("--width", type=int, default=16, help="rows of the band")
+    add("--utterance", type=at_least(0), default=0, help="which of the unseen built-in ones")
+    add("--width", type=at_least(2), default=16, help="rows of the band")
     add = command(mask, "who sees whom", "mask.png")
-    add("--frames", type=int, default=24)
-    add("--chunk", type=int, default=4)
-    add("--left", type=int, default=2, help="chunks")
+    add("--frames", type=at_least(1), default=24)
+    add("--chunk", type=at_least(1), default=4)
+    add("--left", type=at_least(0), default=2, help="chunks")
     add = command(links, "word alignment", "links.png")
     add("--pairs", help="FILE.pairs instead of the built-in corpus")
     add("--gold", help="its true links")
-    add("--lines", default="4,9,12", help="which sentences, from 0")
+    add("--lines", default=[4, 9, 12], type=numbers, help="which sentences, from 0: 4,9,12")
     add = command(curves, "losses by step", "curves.png")
     add("runs", nargs="+")
     add = command(tradeoff, "quality against delay", "tradeoff.png")
@@ -425,18 +443,19 @@ def make_parser():
     add = command(replay, "a page that replays a recording with its captions", "replay.html")
     add("checkpoint")
     add("file")
-    add("--chunks", type=lambda text: [int(part) for part in text.split(",")],
+    add("--chunks", type=numbers,
         help="sizes in frames to switch between; default: the checkpoint's")
     return parser
 
 
 def main(argv=None):
     options = make_parser().parse_args(argv)
-    from model import InputError as ModelError
-    from serialize import InputError
     try:
         options.run(options)
-    except (InputError, ModelError, OSError) as error:
+    except Exception as error:
+        from train import USER_ERRORS
+        if not isinstance(error, USER_ERRORS):
+            raise
         sys.exit(f"figures.py: {error}")
 
 

@@ -8,6 +8,7 @@
                                                     dev.jsonl
     python tests/reproduce.py papers de-en          the papers' comparison: each stream alone and
                                                     both in every order; papers de-en 2: two seeds
+    python tests/reproduce.py orders DATA           the same on real speech; DATA as for mboshi
     python tests/reproduce.py search RUN/model.pt   the run's unseen utterances by every beam and
                                                     chunk size
     python tests/reproduce.py sound RUN/model.pt    its unseen utterances as telephones, codecs and
@@ -152,20 +153,26 @@ def evaluated(run, items, **how):
     return evaluate(model, tokenizer, items, **own_search(beside) | how)
 
 
+def options_of(path):
+    """The options of the run that this model is of."""
+    import train
+    from model import load
+    options = train.Options(**load(train.run_folder(path) / "resume.pt")[1]["options"])
+    if options.manifest and not options.dev:
+        sys.exit(f"{path}: its run had no development set (--dev)")
+    return options
+
+
 def unseen_of(path, n):
     """(the run's options, the utterances that it did not learn from): its development set, or n of
     the built-in corpus."""
     import train
-    from model import load
     from serialize import read_manifest
     from stream import readable
-    folder = train.run_folder(path)
-    options = train.Options(**load(folder / "resume.pt")[1]["options"])
-    if options.manifest and not options.dev:
-        sys.exit(f"{path}: its run had no development set (--dev)")
+    options = options_of(path)
     if options.manifest:
-        return options, list(readable(read_manifest(
-            options.dev, allow_outside=options.allow_outside)))
+        rows = read_manifest(options.dev, allow_outside=options.allow_outside)
+        return options, list(readable(rows, chunk=0))          # `search` hears them whole, too
     return options, train.BuiltIn(options.corpus, options.seed).unseen(n)
 
 
@@ -198,16 +205,23 @@ def named(kind, options):
 
 
 def latency(path):
-    """Three hundred steps more, each time from the same weights."""
+    """Three hundred steps more on what the run learned from, each time from its weights."""
     from stream import load_run
-    steps = load_run(path)[2]["step"]
-    more = ["--init", str(path), "--steps", "300", "--warm-steps", "0", "--eval-every", "300"]
+    steps, options = load_run(path)[2]["step"], options_of(path)
+    data = [options.manifest, "--dev", options.dev] if options.manifest else []
+    kept = "corpus", "preset", "interleave", "merges", "seed"          # so that all weights fit
+    more = [*data, "--init", str(path), "--steps", "300", "--warm-steps", "0",
+            "--eval-every", "300"]
+    for name in kept[bool(data):]:
+        more += [f"--{name}", str(getattr(options, name))]
     trained = {"neither": []}
     trained |= {f"{name} {value}": [flag, value]
                 for name, flag in (("FastEmit", "--fastemit"), ("delay penalty", "--delay-penalty"))
                 for value in ("0.005", "0.01")}
-    rows = {name: run(f"latency {steps} {name}", more + given) for name, given in trained.items()}
-    write_result("latency", {"rows": rows})
+    name_of_run = named("latency", options)
+    rows = {name: run(f"{name_of_run} {steps} {name}", more + given)
+            for name, given in trained.items()}
+    write_result(name_of_run, {"rows": rows})
     print(HEAD)
     for name, row in rows.items():
         show(name, row["step"], row["streams"])
@@ -251,9 +265,11 @@ def joined(items, pause_s, rng):
     """Many rows as one: their sound with pauses between, their texts one after the other."""
     pause = np.zeros(round(pause_s * RATE), np.float32)
     parts = [part for _, samples in items for part in (samples, pause)]
-    row = items[0][0]
-    st = {lang: " ".join(other.st[lang] for other, _ in items) for lang in row.st}
-    return replace(row, asr=" ".join(other.asr for other, _ in items), st=st), np.concatenate(parts)
+    rows = [row for row, _ in items]
+    langs = [lang for lang in rows[0].st if all(row.st.get(lang) for row in rows)]
+    st = {lang: " ".join(row.st[lang] for row in rows) for lang in langs}
+    asr = " ".join(row.asr for row in rows) if all(row.asr for row in rows) else None
+    return replace(rows[0], asr=asr, st=st), np.concatenate(parts)
 
 
 def conditions(items, more):
@@ -276,7 +292,8 @@ def conditions(items, more):
     silence = np.zeros(5 * RATE, np.float32)
     yield "5 s of silence before", each(lambda x: np.concatenate([silence, x]))
     yield "5 s of silence behind", each(lambda x: np.concatenate([x, silence]))
-    timed = [(row, samples[:round(row.times[-1] * RATE)]) for row, samples in items if row.times]
+    timed = [(row, samples[:round(row.times[-1] * RATE)]) for row, samples in items
+             if row.times and row.times[-1]]
     if timed:
         yield "cut as the last word ends", timed
     yield "ten sentences", [joined(items[k:k + 10], 0.5, rng) for k in range(0, len(items), 10)]
@@ -300,7 +317,8 @@ def sound(path, n=60, long_s=300):
         rows[name] = {tag: {"wer": m["wer"], "laal_ms": m["laal_ms"]}
                       for tag, m in streams.items()}
         show(name, step, streams)
-    write_result(named("sound", options), {"steps": step, "utterances": n, "rows": rows})
+    write_result(named("sound", options), {"steps": step, "utterances": len(unseen[:n]),
+                                           "rows": rows})
 
 
 # ---- The papers' comparison ----------------------------------------------------------------------
@@ -319,6 +337,7 @@ FIRST, NEXT = (700, 300), (700, 150)
 SHARED = ["--merges", "100", "--label-dropout", "0.1", "--join", "1", "--augment", "0",
           "--prune", "0", "--restrict", "0", "--blank-penalty", "0.5"]
 ORDERS = {"INTER 0.0": "ratio:0", "INTER 0.5": "ratio:0.5", "ALIGN": "align", "TIME": "time"}
+SCORES = "wer", "cer", "bleu", "chrf", "laal_ms"
 NOISES_DB = 30, 25, 20, *range(15, 2, -1)
 DRAWS = 1000
 
@@ -353,7 +372,7 @@ def trained(corpus, made, seed):
         runs[f"ST {lang} restricted"] = row(f"st-{lang}-restricted", own, "st", NEXT, *start,
                                             "--restrict", "0.8")
     for name, mode in ORDERS.items():
-        learned = timed(data, seed, runs) if mode == "time" else manifest
+        learned = timed(manifest, data, seed, timing(runs)) if mode == "time" else manifest
         runs[name] = row(mode.replace(":", "-"), learned, mode, NEXT, *start)
     return runs
 
@@ -374,17 +393,27 @@ def one_translation(manifest, lang):
     return str(path)
 
 
-def timed(data, seed, runs):
-    """The manifest with the times of words as these trained transducers emit them."""
-    path = data / "manifest.jsonl"
-    for name, folder in runs.items():
-        if name == "ASR" or name.endswith("restricted"):
-            target = data / f"timed-{seed}-{name.replace(' ', '-')}.jsonl"
-            if not target.exists():
-                subprocess.run([sys.executable, str(ROOT / "align.py"), str(path), "--times",
-                                str(folder / "model.pt"), "-o", str(target)], check=True)
-            path = target
+def timing(runs):
+    """Those whose times of words TIME learns."""
+    return {name: run for name, run in runs.items()
+            if name == "ASR" or name.endswith("restricted")}
+
+
+def timed(path, folder, seed, runs):
+    """The manifest with the times of words as these trained transducers emit them, one after the
+    other; it stands in this folder."""
+    for name, run in runs.items():
+        target = folder / f"timed-{seed}-{name.replace(' ', '-')}.jsonl"
+        if not target.exists():
+            aligned(path, target, "--times", str(run / "model.pt"))
+        path = target
     return str(path)
+
+
+def aligned(path, target, *more):
+    """What align.py makes of a manifest."""
+    subprocess.run([sys.executable, str(ROOT / "align.py"), str(path), "-o", str(target),
+                    "--allow-outside", *more], check=True)
 
 
 def score(corpus, made, seeds):
@@ -412,7 +441,8 @@ def score(corpus, made, seeds):
                               for tag, m in metrics.items() if written_by(tag, name)})
                 show(f"{name}, {condition}", done[0]["steps"], metrics)
             rows[name][condition] = {tag: pooled([one[tag] for one in found]) for tag in found[0]}
-    moved = moved_by_time(read_manifest(timed(data_of(corpus), 0, seeds[0])))
+    data = data_of(corpus)
+    moved = moved_by_time(read_manifest(timed(data / "manifest.jsonl", data, 0, timing(seeds[0]))))
     write_result(f"papers-{corpus}", {
         "corpus": corpus, "training_rows": TRAINING_ROWS, "test_rows": TEST_ROWS,
         "noise_db": ratio_db, "seeds": len(seeds), "options": SHARED,
@@ -489,14 +519,12 @@ def foreign_words(items):
 def figures(tag, metrics, records, evidence, foreign):
     """What a table shows of one stream, and the errors of every utterance, for pairs. A word is
     guessed if it is right but was shown before what it says had been heard."""
-    from stream import edit_distance, stands_for
-    errors, words, right, guessed, strange = [], [], 0, 0, []
+    from stream import stands_for
+    right, guessed, strange = 0, 0, []
     for record in records:
         reference = record["references"][tag]
         written = [word for word in record["words"] if word.stream == tag]
         texts = [word.text for word in written]
-        errors.append(edit_distance(reference, texts))
-        words.append(len(reference))
         strange += [text in foreign[record["id"]][tag] for text in texts]
         # By its reference word: of several, the last one stands for it, the others are inserted.
         standing = dict(zip(stands_for(reference, texts), written))
@@ -504,9 +532,18 @@ def figures(tag, metrics, records, evidence, foreign):
             if k < len(reference) and reference[k] == word.text:
                 right += 1
                 guessed += word.delay_ms < 1000 * evidence[record["id"]][tag][k]
-    kept = {name: metrics[name] for name in ("wer", "cer", "bleu", "chrf", "laal_ms")}
-    return kept | {"guessed": 100 * guessed / max(1, right), "errors": errors, "words": words,
-                   "foreign": 100 * sum(strange) / max(1, len(strange))}
+    return {name: metrics[name] for name in SCORES} | errors_of(tag, records) | {
+        "guessed": 100 * guessed / max(1, right),
+        "foreign": 100 * sum(strange) / max(1, len(strange))}
+
+
+def errors_of(tag, records):
+    """The errors in every utterance of this stream, and its words."""
+    from stream import edit_distance
+    pairs = [(record["references"][tag],
+              [word.text for word in record["words"] if word.stream == tag]) for record in records]
+    return {"errors": [edit_distance(*pair) for pair in pairs],
+            "words": [len(reference) for reference, _ in pairs]}
 
 
 def pooled(seeds):
@@ -523,7 +560,7 @@ def differences(rows):
     utterances."""
     found = {}
     for name, row in rows.items():
-        for condition in ("clean", "noise"):
+        for condition in {"clean", "noise"} & row.keys():
             for tag in row[condition].keys() & rows["ALIGN"][condition].keys():
                 own, align = row[condition][tag], rows["ALIGN"][condition][tag]
                 drawn = np.random.default_rng(0).integers(
@@ -538,10 +575,56 @@ def differences(rows):
 
 def without_counts(rows):
     for row in rows.values():
-        for condition in ("clean", "noise"):
+        for condition in {"clean", "noise"} & row.keys():
             for own in row[condition].values():
                 del own["errors"], own["words"]
     return rows
+
+
+# ---- The same on real speech ---------------------------------------------------------------------
+# All rows start from one model that has learned letters and words by CTC and no order yet. No time
+# of a translated word is known, so "ST" is not restricted, and TIME has its times.
+
+REAL_FIRST, REAL_NEXT = (3500, 3400), (2500, 300)        # steps, and warm steps of these
+REAL_ROWS = {"ASR": "asr", "ST": "st", "INTER 0.0": "ratio:0", "ALIGN": "align", "TIME": "time"}
+
+
+def orders(data):
+    from serialize import read_manifest
+    from stream import load_run, readable
+    data, work = Path(data).resolve(), ROOT / "runs" / "reproduce" / f"orders-{Path(data).name}"
+    linked, dev = work / "linked.jsonl", data / "dev.jsonl"
+    work.mkdir(parents=True, exist_ok=True)
+    if not linked.exists():
+        aligned(data / "train.jsonl", linked)
+
+    def row(name, manifest, mode, lengths, *more):
+        steps, warm_steps = map(str, lengths)
+        return train_in(f"{work.name}-{name}", [
+            str(manifest), "--dev", str(dev), "--allow-outside", "--interleave", mode, "--steps",
+            steps, "--warm-steps", warm_steps, "--eval-every", steps, *more])
+
+    start = ["--init", str(row("first", linked, "asr", REAL_FIRST) / "model.pt")]
+    runs, heard, rows = {}, list(readable(read_manifest(dev))), {}
+    for name, mode in REAL_ROWS.items():
+        learned = timed(linked, work, 0, runs) if name == "TIME" else linked
+        folder = row(mode.replace(":", "-"), learned, mode, REAL_NEXT, *start)
+        if name in ("ASR", "ST"):
+            runs[name] = folder
+        metrics, records = evaluated(load_run(folder / "model.pt"), heard)
+        own = {"asr": lambda tag: tag == "<asr>", "st": lambda tag: tag != "<asr>"}
+        streams = {tag: m for tag, m in metrics.items() if own.get(mode, bool)(tag)}
+        rows[name] = known_of(folder) | {
+            "step": REAL_NEXT[0],
+            "streams": {tag: {key: m[key] for key in SCORES} for tag, m in streams.items()},
+            "clean": {tag: errors_of(tag, records) for tag in streams}}
+        show(name, REAL_NEXT[0], rows[name]["streams"])
+    found = differences(rows)
+    for name in rows:
+        del rows[name]["clean"]
+        rows[name]["minus_align"] = found[name]["clean"]
+    moved = moved_by_time(read_manifest(timed(linked, work, 0, runs), allow_outside=True))
+    write_result(work.name, {"utterances": len(heard), "words_moved_by_time": moved, "rows": rows})
 
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -560,11 +643,10 @@ def papers_table(result):
     for name, row in result["rows"].items():
         for tag, clean in row["clean"].items():
             noise, delta = row["noise"][tag], result["differences"].get(name, {})
-            delta = delta.get("noise", {}).get(tag)
-            interval = f"{delta[0]:+.1f} ({delta[1]:+.1f} to {delta[2]:+.1f})" if delta else ""
+            delta = interval(delta.get("noise", {}).get(tag))
             bleu = ["", ""] if clean["bleu"] is None else [f"{clean['bleu']:.1f}",
                                                            f"{clean['chrf']:.1f}"]
-            cells = [name, f"`{tag}`", f"{clean['wer']:.1f}", f"{noise['wer']:.1f}", interval,
+            cells = [name, f"`{tag}`", f"{clean['wer']:.1f}", f"{noise['wer']:.1f}", delta,
                      *bleu, in_seconds(clean["laal_ms"]), f"{clean['guessed']:.1f}",
                      *[f"{noise['foreign']:.1f}" for _ in range(several)],
                      f"{row['parameters'] / 1e6:.2f}"]
@@ -573,10 +655,7 @@ def papers_table(result):
                 if name not in ORDERS and not name.endswith("restricted")]
     more = ("The recogniser and the translator together have "
             f"{sum(row['parameters'] for row in separate) / 1e6:.2f} M parameters.")
-    share = result.get("words_moved_by_time")
-    if share is not None:
-        more += f" TIME puts {share:.0%} of the translated words elsewhere than ALIGN."
-    return lines + ["", more]
+    return lines + ["", f"{more} {moved_words(result)}"]
 
 
 def sound_table(result):
@@ -586,7 +665,8 @@ def sound_table(result):
     # Two conditions a line.
     lines += [("| sound | " + " | ".join(f"`{tag}`" for tag in tags) + " ") * 2 + "|",
               ("|---|" + "--:|" * len(tags)).rstrip("|") * 2 + "|"]
-    cells = [f"| {name} | " + " | ".join(f"{row[tag]['wer']:.1f}" for tag in tags) + " "
+    cells = [f"| {name} | " + " | ".join(f"{row[tag]['wer']:.1f}" if tag in row else "-"
+                                        for tag in tags) + " "
              for name, row in result["rows"].items()]
     cells += ["| " * (1 + len(tags))] * (len(cells) % 2)
     return lines + [a + b + "|" for a, b in zip(cells[0::2], cells[1::2])]
@@ -606,17 +686,33 @@ def search_table(result):
 
 def runs_table(result):
     """Of trainings that differ in their options: what each one's last evaluation found."""
+    paired = any("minus_align" in row for row in result["rows"].values())
     lines = [about(result), "",
-             "| run | steps | minutes | stream | WER | CER | BLEU | chrF | LAAL s |",
-             "|---|--:|--:|---|--:|--:|--:|--:|--:|"]
+             "| run | steps | minutes | stream | WER | CER | BLEU | chrF | LAAL s |"
+             + " WER minus ALIGN's |" * paired,
+             "|---|--:|--:|---|--:|--:|--:|--:|--:|" + "--:|" * paired]
     for name, row in result["rows"].items():
         minutes = "" if row.get("seconds") is None else f"{row['seconds'] / 60:.0f}"
         for tag, m in row["streams"].items():
             cells = ["" if m[key] is None else f"{m[key]:.1f}"
                      for key in ("wer", "cer", "bleu", "chrf")]
+            delta = interval(row["minus_align"].get(tag)) if paired else ""
             lines.append(f"| {name} | {row['step']} | {minutes} | `{tag}` | {' | '.join(cells)} "
-                         f"| {in_seconds(m['laal_ms'])} |")
+                         f"| {in_seconds(m['laal_ms'])} |" + f" {delta} |" * paired)
+    if paired:
+        lines += ["", f"{moved_words(result)} The interval holds 95 % of 1,000 draws of the "
+                  f"{result['utterances']} utterances."]
     return lines
+
+
+def interval(delta):
+    """A difference and what holds 95 % of its draws."""
+    return f"{delta[0]:+.1f} ({delta[1]:+.1f} to {delta[2]:+.1f})" if delta else ""
+
+
+def moved_words(result):
+    return (f"TIME puts {result['words_moved_by_time']:.0%} of the translated words elsewhere than "
+            "ALIGN.")
 
 
 def in_seconds(ms):
@@ -674,10 +770,10 @@ def between(text, name, body):
 def main(argv):
     sys.path.insert(0, str(ROOT))
     commands = {"search": search, "sound": sound, "latency": latency, "papers": papers,
-                "table": table}
+                "orders": orders, "table": table}
     if not argv or argv[0] not in {*EXPERIMENTS, *commands}:
         sys.exit(__doc__)
-    wanted = 1 + (argv[0] in ("mboshi", "search", "sound", "latency", "papers"))
+    wanted = 1 + (argv[0] in ("mboshi", "search", "sound", "latency", "papers", "orders"))
     seeds = argv[2:] if argv[0] == "papers" else []
     if len(argv) - len(seeds) != wanted or not all(n.isdecimal() and int(n) for n in seeds):
         sys.exit(__doc__)

@@ -79,8 +79,25 @@ def test_mask_links_and_curves_are_drawn(tmp_path):
                                (["replay", tmp_path / "none.pt", "a.wav"], "figures.py: ")):
         missing = draw(*arguments, "-o", tmp_path / "b.png")
         assert missing.returncode == 1 and message in missing.stderr, arguments
+    (run / "log.csv").write_text("no log\n1\n")
+    (tmp_path / "bad.pairs").write_text("ein Haus a house\n")
+    for arguments, message in ((["curves", run], "log.csv: not the log of a run"),
+                               (["links", "--pairs", tmp_path / "bad.pairs"], "bad.pairs:1"),
+                               (["links", "--gold", "x"], "--gold goes with --pairs")):
+        missing = draw(*arguments, "-o", tmp_path / "b.png")
+        assert missing.returncode == 1 and message in missing.stderr, arguments
     missing = draw("tradeoff", "--results", tmp_path / "none.json")
     assert missing.returncode == 1 and "reproduce.py search RUN/model.pt" in missing.stderr
+
+
+@pytest.mark.parametrize("arguments", [
+    ["mask", "--chunk", "0"], ["mask", "--frames", "-3"], ["mask", "--left", "x"],
+    ["lattice", "model.pt", "--width", "1"], ["lattice", "model.pt", "--utterance", "-1"],
+    ["links", "--lines", "4,a"], ["links", "--lines", "-1"], ["replay", "model.pt", "a.wav",
+                                                              "--chunks", "16,,32"]])
+def test_numbers_that_make_no_picture_are_named(arguments, capsys):
+    assert draw(*arguments).returncode == 2
+    assert "is not a whole number from" in capsys.readouterr().err
 
 
 # What a page must not take for its own markup, what is written from right to left, and marks that

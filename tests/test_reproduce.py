@@ -63,6 +63,49 @@ def test_words_of_the_wrong_language():
                      "s": {"<asr>": {"die", "it", "red"}, "<st:en>": {"es", "rojo"}}}
 
 
+def test_sound_of_rows_with_one_text_or_without_times():
+    """Joined, a stream has the texts that all of its rows have."""
+    quiet = np.full(3 * 16000, 0.1, np.float32)
+    alone = replace(ROW, st={"fr": "je l'ai acheté"}, times=[0.5, 1.0, 1.5, None])
+    silent = replace(ROW, asr=None, times=None)
+    row, samples = reproduce.joined([(ROW, quiet), (silent, quiet)], 0.5, None)
+    assert (row.asr, row.st, len(samples)) == (None, {"en": "I bought it I bought it"}, 112000)
+    row, _ = reproduce.joined([(ROW, quiet), (alone, quiet)], 0.5, None)
+    assert (row.asr, row.st) == ("ich habe es gekauft ich habe es gekauft", {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproduce, "through_file", lambda samples, *_, **__: samples)
+        patch.setattr(reproduce, "noisy", lambda samples, *_: samples)
+        items = [(ROW, quiet), (alone, quiet), (silent, quiet)]
+        cut = dict(reproduce.conditions(items, items))["cut as the last word ends"]
+    assert [(row, len(samples)) for row, samples in cut] == [(ROW, 32000)]
+
+
+@pytest.mark.parametrize("given", [
+    [],
+    ["--corpus", "en-de,es", "--preset", "small", "--merges", "50", "--seed", "3"],
+    ["/d/train.jsonl", "--dev", "/d/dev.jsonl", "--interleave", "time"]])
+def test_latency_goes_on_with_what_the_run_learned_from(monkeypatch, given):
+    """With the same corpus, preset and tokenizer, or its weights would not fit."""
+    import stream
+    import train
+    began = train.parse_options([*given, "--device", "cpu"])
+    monkeypatch.setattr(reproduce, "options_of", lambda path: began)
+    monkeypatch.setattr(stream, "load_run", lambda path: (None, None, {"step": 7}))
+    runs, results = {}, {}
+    monkeypatch.setattr(reproduce, "run", lambda name, options: runs.update({name: options}) or {
+        "step": 300, "streams": {}})
+    monkeypatch.setattr(reproduce, "write_result", results.__setitem__)
+    reproduce.latency("/r/model.pt")
+    assert len(runs) == 5 and len(results) == 1
+    for options in runs.values():
+        goes_on = train.parse_options([*options, "--device", "cpu"])
+        for name in ("manifest", "dev", "corpus", "preset", "interleave", "merges", "seed"):
+            assert getattr(goes_on, name) == getattr(began, name), name
+        assert (goes_on.init, goes_on.steps, goes_on.warm_steps) == ("/r/model.pt", 300, 0)
+    assert sorted(float(o[-1]) for o in runs.values() if o[-2] in ("--fastemit", "--delay-penalty")
+                  ) == [0.005, 0.005, 0.01, 0.01]
+
+
 def test_of_a_log_at_most_so_many_lines_are_kept_and_the_last(tmp_path):
     (tmp_path / "done.json").write_text('{"steps": 9}')
     (tmp_path / "options.json").write_text(json.dumps([str(tmp_path / "a" / "m.jsonl"), "--seed"]))
@@ -163,3 +206,20 @@ def test_the_command_takes_seeds_and_names_what_is_wrong(monkeypatch):
     done = subprocess.run([sys.executable, ROOT / "tests" / "reproduce.py", "sound", "no/model.pt"],
                           capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "no" in done.stderr
+
+
+def test_the_table_of_the_orders_on_real_speech():
+    scores = {"wer": 50.0, "cer": 20.0, "bleu": None, "chrf": None, "laal_ms": 750.0}
+    rows = {name: {"step": 9, "seconds": 120, "streams": {"<asr>": scores}, "clean": {"<asr>": {
+        "errors": errors, "words": [4, 4]}}} for name, errors in (("ALIGN", [1, 1]),
+                                                                ("TIME", [2, 2]))}
+    found = reproduce.differences(rows)
+    assert found["TIME"] == {"clean": {"<asr>": [25, 25, 25]}}
+    for name, row in rows.items():
+        row["minus_align"] = found[name]["clean"]
+    about = {"date": "d", "commit": "c", "machine": "m", "utterances": 2,
+             "words_moved_by_time": 0.5, "rows": rows}
+    lines = reproduce.runs_table(about)
+    assert lines[5] == ("| TIME | 9 | 2 | `<asr>` | 50.0 | 20.0 |  |  | 0.75 "
+                        "| +25.0 (+25.0 to +25.0) |")
+    assert "TIME puts 50% of the translated words elsewhere" in lines[-1]

@@ -715,10 +715,6 @@ def test_a_bad_row_takes_no_good_one_with_it(tmp_path, small):
     assert batch["mel"].shape[1] == 252 + 32       # 0.5 + 1 + 0 + 1 s, whole frames; silence
     assert len(batch["bad"]) == 2 and all("rows.jsonl:2" in message for message in batch["bad"])
     assert source.background(s, 100, np.random.default_rng(0), []) is None
-    s.rows[0].st = {"xx": "z"}                                 # of no tag that the tokenizer knows
-    s.rows[0].links = {"xx": [(0, 0)]}
-    batch = source[train.Request([s], 0, (0, 1), True)]
-    assert batch["frames"] == 0 and "rows.jsonl:1" in batch["bad"][-1]
 
 
 @pytest.mark.parametrize("content", ["", "[{}]", "3", '[{"step": 1, "str'])
@@ -1327,6 +1323,42 @@ def test_hours_of_unseen_sound_are_read_as_they_are_asked_for(small, tmp_path):
     assert len(list(dev)) == 2
 
 
+def test_a_run_that_goes_on_with_other_rows_leaves_those_of_a_new_language_out(
+        small, tmp_path, capsys):
+    assert train.main(["--write-corpus", str(tmp_path / "c"), "4"]) == 0
+    manifest, folder = tmp_path / "c" / "manifest.jsonl", tmp_path / "run"
+    assert train.main([str(manifest), *SHORT, "--steps", "6", "--out", str(folder)]) == 0
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for name in ("st", "links", "st_times"):
+        rows[1][name] = {"xx": rows[1][name]["en"]}
+    other = tmp_path / "c" / "other.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    assert train.main(["--resume", str(folder), str(other), "--steps", "8"]) == 0
+    said = capsys.readouterr().err
+    assert "other.jsonl:2" in said and "no tag '<st:xx>', only <asr> <st:en>: left out" in said
+    assert "1 of 4 rows left out" in said
+    assert train.main(["--resume", str(folder), str(manifest), "--steps", "9"]) == 0
+    assert "left out" not in capsys.readouterr().err
+
+
+def test_what_is_too_long_to_be_heard_whole_is_not_evaluated_on(
+        small, tmp_path, capsys, monkeypatch):
+    """A model whose first chunk size is 0 is evaluated with it: its run would end there."""
+    monkeypatch.setattr(train.stream, "LONGEST_WHOLE_S", 1.5)
+    tone = (0.1 * np.sin(np.arange(32000) / 20)).astype(np.float32)
+    for name, seconds in (("short", 1), ("long", 2)):
+        soundfile.write(tmp_path / f"{name}.wav", tone[:16000 * seconds], 16000)
+    rows = [{"audio": f"{name}.wav", "asr": "x"} for name in ("short", "long")]
+    rows = write_rows(tmp_path, rows)
+    command = [str(rows), "--dev", str(rows), "--device", "cpu", "--interleave", "asr"]
+    _, dev = train.open_corpus(train.parse_options([*command, "--chunks", "0,16"]))
+    assert [row.where for row, _ in dev] == [f"{rows}:1"]
+    assert f"{rows}:2: skipped: 2 s of sound, with chunk 0 at most 1.5" in capsys.readouterr().err
+    _, dev = train.open_corpus(train.parse_options([*command, "--chunks", "16,0"]))
+    assert len(list(dev)) == 2
+
+
 def test_a_run_without_a_development_set_is_evaluated_when_it_gets_one(small, tmp_path, capsys):
     assert train.main(["--write-corpus", str(tmp_path / "c"), "8"]) == 0
     manifest = tmp_path / "c" / "manifest.jsonl"
@@ -1435,12 +1467,27 @@ def test_a_folder_with_a_model_is_not_written_over(small, tmp_path, capsys, monk
     assert train.run_directory(train.parse_options(SHORT), train.Ranks()).name == "de-en-2"
 
 
-@pytest.mark.parametrize("rank, world", [
-    ("1", "1"), ("", "1"), ("x", "2"), ("0", "-1"), ("2", "2")])
-def test_ranks_that_cannot_be(small, capsys, monkeypatch, rank, world):
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", world)
-    assert f"RANK is '{rank}' and WORLD_SIZE '{world}'" in refused(capsys, *SHORT)
+@pytest.mark.parametrize("rank, world, local", [
+    ("1", "1", "0"), ("", "1", "0"), ("x", "2", "0"), ("0", "-1", "0"), ("2", "2", "0"),
+    ("0", "2", "x")])
+def test_ranks_that_cannot_be(small, capsys, monkeypatch, rank, world, local):
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", local)):
+        monkeypatch.setenv(name, value)
+    said = refused(capsys, *SHORT)
+    assert f"RANK '{rank}', WORLD_SIZE '{world}', LOCAL_RANK '{local}': processes that" in said
+
+
+@pytest.mark.parametrize("address, port, message", [
+    (None, "29500", "environment variable MASTER_ADDR expected"),
+    ("localhost", "none", "invalid literal for int() with base 10: 'none'")])
+def test_processes_that_do_not_find_each_other(small, capsys, monkeypatch, address, port, message):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_PORT", port)):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    if address:
+        monkeypatch.setenv("MASTER_ADDR", address)
+    said = refused(capsys, *SHORT)
+    assert "these 2 processes do not find each other" in said and message in said
 
 
 def test_why_no_row_has_sound(small, tmp_path, capsys):
