@@ -719,7 +719,6 @@ BEFORE = 0.1          # share of streams with silence, up to PAUSE, before the f
 PAUSE = 5.0           # seconds of silence between two utterances, at most; most are far shorter
 BABBLE = 0.15         # share of disturbed streams with other speakers in the background
 SPEAKERS = 5          # how many
-EARLY = 0.4           # seconds before its end from which a word may be written, under --restrict
 SPEEDS = 0.9, 1.0, 1.1   # of recorded speech (Ko et al., Interspeech 2015)
 
 
@@ -1003,10 +1002,12 @@ def known_times(row):
 
 
 def around(times, n_frames, frame_s, after):
-    """keep (T,U1) for labels of words that end at `times` (U,), in s: each is written from EARLY
-    before until `after` after (alignment-restricted transducer, arXiv 2011.03072)."""
+    """keep (T,U1) for labels of words that end at `times` (U,), in s: each is written from the frame
+    in which its word ends, not before it is known, until `after` seconds later
+    (alignment-restricted transducer, arXiv 2011.03072)."""
     times = np.maximum.accumulate(times)                       # none before the one it follows
-    first = np.clip((times - EARLY) / frame_s, 0, n_frames - 1).astype(int)
+    # A time on the border of two frames, as a Viterbi path's all are, is the end of the first.
+    first = np.clip(np.ceil(times / frame_s - 1e-6) - 1, 0, n_frames - 1).astype(int)
     last = np.maximum(first, ((times + after) / frame_s).astype(int))
     frame = np.arange(n_frames)[:, None]
     # Row u begins with label u - 1, which leads to it, and ends with label u, which leaves it.

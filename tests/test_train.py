@@ -2,6 +2,7 @@
 import csv
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -476,9 +477,9 @@ def test_an_example_of_joined_utterances_has_their_words_in_turn_and_a_lattice_o
 
 
 def test_a_restricted_lattice_by_hand():
-    """Frames of 0.25 s; three labels of words that end at 0.5, 1.5 and (out of order) 1.0 s."""
-    keep = train.around(np.array([0.5, 1.5, 1.0]), 9, 0.25, 0.5)
-    first, last = [0, 4, 4], [4, 8, 8]      # 0.5 - 0.4 s is in frame 0, 0.5 + 0.5 s in frame 4 ..
+    """Frames of 0.25 s; three labels of words that end at 0.5, 1.6 and (out of order) 1.0 s."""
+    keep = train.around(np.array([0.5, 1.6, 1.0]), 9, 0.25, 0.5)
+    first, last = [1, 6, 6], [4, 8, 8]      # 0.5 s is the end of frame 1, 0.5 + 0.5 s in frame 4 ..
     for t in range(9):
         for u in range(4):
             begun = u == 0 or t >= first[u - 1]
@@ -510,7 +511,7 @@ def test_labels_are_written_around_the_times_of_their_words(order):
         after = len(serialize(pairs[:n], source.tokenizer))
         for k in range(label, after):          # frames in which label k can be written
             frames = (keep[:, k] & keep[:, k + 1]).nonzero().flatten().tolist()
-            first = max(0, int((time - train.EARLY) / frame_s))
+            first = max(0, math.ceil(time / frame_s - 1e-6) - 1)
             assert frames == list(range(first, min(len(keep), int((time + 0.8) / frame_s) + 1)))
         label = after
     assert label == len(example["targets"]) == keep.shape[1] - 1
