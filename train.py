@@ -1002,8 +1002,8 @@ def known_times(row):
 
 
 def around(times, n_frames, frame_s, after):
-    """keep (T,U1) for labels of words that end at `times` (U,), in s: each is written from the frame
-    in which its word ends, not before it is known, until `after` seconds later
+    """keep (T,U1) for labels of words that end at `times` (U,), in s: each is written from the
+    frame in which its word ends, not before it is known, until `after` seconds later
     (alignment-restricted transducer, arXiv 2011.03072)."""
     times = np.maximum.accumulate(times)                       # none before the one it follows
     # A time on the border of two frames, as a Viterbi path's all are, is the end of the first.
