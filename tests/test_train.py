@@ -224,7 +224,7 @@ def test_numbers_that_are_none_are_named(capsys):
     assert "--chunks: '8;16' is not whole numbers" in capsys.readouterr().err
 
 
-def test_there_are_at_most_thirty_flags_with_a_sentence_each():
+def test_there_are_at_most_31_flags_with_a_sentence_each():
     actions = [
         a
         for a in train.make_parser()._actions
