@@ -326,8 +326,8 @@ def sound(path, n=60, long_s=300):
 # lattice (a band would favour the orders without bursts), and start from the weights of one
 # recogniser, as the papers' do; "ASR" too, which so has learned as long as the others. "ST" alone
 # falls into a trap: it guesses the verb, for which it would have to wait, and to keep in mind all
-# that it would write after it. "ST restricted" may not write a word before it can be known, so it
-# learns to wait. TIME's times come from trained models: of the transcription by Viterbi under
+# that it would write after it. "restricted" rows may not write a word before it can be known, so
+# they learn to wait. TIME's times come from trained models: of the transcription by Viterbi under
 # "ASR", of the translation under "ST restricted".
 
 MAIN = "de,es,it-en"      # the corpus of which all rows are made; of others, those of the claim
@@ -366,18 +366,22 @@ def trained(corpus, made, seed):
 
     manifest = data / "manifest.jsonl"
     start = ["--init", str(row("first", manifest, "asr", FIRST) / "model.pt")]
+    restricted = [*start, "--restrict", "0.8"]
     runs = {"ASR": row("asr", manifest, "asr", NEXT, *start)}
+    if corpus == MAIN:
+        runs["ASR restricted"] = row("asr-restricted", manifest, "asr", NEXT, *restricted)
     for lang in made.targets:
         own = one_translation(manifest, lang) if len(made.targets) > 1 else manifest
         if corpus == MAIN:
             runs[f"ST {lang}"] = row(f"st-{lang}", own, "st", NEXT, *start)
-        runs[f"ST {lang} restricted"] = row(f"st-{lang}-restricted", own, "st", NEXT, *start,
-                                            "--restrict", "0.8")
+        runs[f"ST {lang} restricted"] = row(f"st-{lang}-restricted", own, "st", NEXT, *restricted)
     for name, mode in ORDERS.items():
         if corpus != MAIN and name.startswith("INTER"):
             continue
         learned = timed(manifest, data, seed, timing(runs)) if mode == "time" else manifest
         runs[name] = row(mode.replace(":", "-"), learned, mode, NEXT, *start)
+        if corpus == MAIN and name == "ALIGN":
+            runs["ALIGN restricted"] = row("align-restricted", manifest, mode, NEXT, *restricted)
     return runs
 
 
@@ -400,7 +404,7 @@ def one_translation(manifest, lang):
 def timing(runs):
     """Those whose times of words TIME learns."""
     return {name: run for name, run in runs.items()
-            if name == "ASR" or name.endswith("restricted")}
+            if name == "ASR" or name.startswith("ST") and name.endswith("restricted")}
 
 
 def timed(path, folder, seed, runs):
@@ -475,9 +479,8 @@ def moved_by_time(rows):
 
 def written_by(tag, name):
     """Whether this row of the table writes this stream."""
-    if name in ORDERS:
-        return True
-    return tag == ("<asr>" if name == "ASR" else f"<st:{name.split()[1]}>")
+    kind, *lang = name.removesuffix(" restricted").split()
+    return {"ASR": tag == "<asr>", "ST": tag == f"<st:{''.join(lang)}>"}.get(kind, True)
 
 
 def choose_noise(model, made):
@@ -656,7 +659,7 @@ def papers_table(result):
                      f"{row['parameters'] / 1e6:.2f}"]
             lines.append("| " + " | ".join(cells) + " |")
     separate = {name.removesuffix(" restricted"): row for name, row in result["rows"].items()
-                if name not in ORDERS}
+                if name.startswith(("ASR", "ST"))}
     parameters = sum(row["parameters"] for row in separate.values())
     more = f"The separate models together have {parameters / 1e6:.2f} M parameters."
     return lines + ["", f"{more} {moved_words(result)}"]
