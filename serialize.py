@@ -556,6 +556,7 @@ class Intake:
     def __init__(self, strict=False, on_bad=None, by_sound=False):
         self.strict, self.tell, self.by_sound = strict, on_bad or tell, by_sound
         self.rows, self.ids, self.sounds = [], {}, {}
+        self.named = set()       # ids that are ours, so ours to change
         self.counts = Counter()  # of one file
 
     @contextmanager
@@ -593,8 +594,13 @@ class Intake:
     def add(self, record, path, number, allow_outside=False):
         """A line's object becomes a row, or joins the one that has its sound."""
         row = make_row(record, path, number, allow_outside)
-        if not record.get("id") and row.id in self.ids:
-            row.id = row.where        # a name of ours, so ours to change
+        if row.id in self.ids and not record.get("id"):
+            row.id = row.where
+        elif row.id in self.named:
+            earlier = self.ids.pop(row.id)
+            earlier.id = earlier.where
+            self.ids[earlier.id] = earlier
+            self.named.remove(row.id)
         begun = self.sounds.setdefault((row.audio, row.start), [])
         same = [other for other in begun if about_equal(other.duration, row.duration)]
         if self.by_sound and same:
@@ -604,6 +610,8 @@ class Intake:
         else:
             self.counts["apart"] += self.by_sound and bool(begun)
             self.ids[row.id] = row
+            if not record.get("id"):
+                self.named.add(row.id)
             self.rows.append(row)
             begun.append(row)
         self.counts["good"] += 1
@@ -662,6 +670,10 @@ def check_target(path):
         raise InputError(f"{path}: a folder, a pipe or a device, not a file that can be replaced")
     if not Path(path).parent.is_dir():
         raise InputError(f"{path}: there is no folder {Path(path).parent}")
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b""):
+                raise InputError(f"{path}: there already, and no manifest: it stays")
 
 
 def write_manifest(path, rows):
@@ -693,7 +705,8 @@ def same_file(a, b):
 
 def outside_hint(path, rows):
     """What to say of a manifest beside its name, where its sound lies outside its folder."""
-    inside = not any(os.path.relpath(row.audio, Path(path).parent).startswith("..") for row in rows)
+    inside = not any(Path(os.path.relpath(row.audio, Path(path).parent)).parts[0] == ".."
+                     for row in rows)
     return "" if inside else "; the sound lies outside its folder, read it with --allow-outside"
 
 
@@ -1121,23 +1134,30 @@ def read_arguments(arguments):
                         help="the format of the files, if they are no manifests")
     parser.add_argument("--columns", metavar="OURS=THEIRS,...",
                         help="tsv: audio=path,asr=sentence,st.en=translation")
-    parser.add_argument("--folder", default="", help="tsv: where the sound lies, seen from the TSV")
+    parser.add_argument("--folder", help="tsv: where the sound lies, seen from the TSV")
     parser.add_argument("--allow-outside", action="store_true",
                         help="tsv: sound may lie outside the TSV's folder")
     parser.add_argument("-o", "--out", help="write a manifest instead of the table")
-    parser.add_argument("--size", type=int, default=1000,
+    parser.add_argument("--size", type=int,
                         help="size of the vocabulary for the table (1000)")
     parser.add_argument("--project", action="store_true",
                         help="missing times of translations: through the links")
     parser.add_argument("--strict", action="store_true",
                         help="stop at the first bad line instead of skipping it")
     options = parser.parse_args(arguments)
+    for name, value in [*vars(options).items(), *(("a file's name", f) for f in options.files)]:
+        if value == "":
+            parser.error(f"{name} is empty, as is a variable of the shell that is not set")
     if arguments and not options.files:
         parser.error("which files?")
     if (options.kind == "tsv") != (options.columns is not None):
         parser.error("--from tsv needs --columns, and nothing else does")
-    if options.folder and options.kind != "tsv":
-        parser.error("--folder is for --from tsv")
+    if (options.folder or options.allow_outside) and options.kind != "tsv":
+        parser.error("--folder and --allow-outside are for --from tsv")
+    if options.size is not None and options.out:
+        parser.error("--size is for the table, which -o replaces")
+    if options.project and options.kind:
+        parser.error("--project is for manifests: what --from reads has no links")
     return options
 
 
@@ -1150,7 +1170,7 @@ def read_rows(options):
         columns = dict(pair.split("=", 1) for pair in options.columns.split(",") if "=" in pair)
         if len(columns) <= options.columns.count(","):
             raise InputError(f"--columns should be OURS=THEIRS,..., not {options.columns!r}")
-        how = {"columns": columns, "folder": options.folder}
+        how = {"columns": columns, "folder": options.folder or ""}
         how["allow_outside"] = options.allow_outside
     return IMPORTERS[options.kind](*options.files, strict=options.strict, **how)
 
@@ -1162,17 +1182,17 @@ def main(arguments):
         if sys.stdout is None and not options.out:
             raise InputError("standard output is closed")
         if options.out:
-            check_target(options.out)
             if any(same_file(options.out, path) for path in options.files):
                 if options.kind:
                     raise InputError(f"{options.out}: is read, and would be replaced")
                 options.strict = True    # or lines that are skipped would be gone
+            check_target(options.out)
         rows = read_rows(options) if options.files else []
         for row in rows if options.project else []:
             project_times(row)
         if not options.out:
             if options.files:
-                print_table(rows, options.size)
+                print_table(rows, 1000 if options.size is None else options.size)
             else:
                 demonstrate()
             print(end="", flush=True)   # here, where a pipe that nobody reads is caught
@@ -1182,6 +1202,8 @@ def main(arguments):
         return 0
     except InputError as error:
         tell(f"serialize.py: {error}")
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:           # whoever reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -112,7 +112,7 @@ class Streamer:
         search: beam, limits, hold, blank_penalty, see `new_search`."""
         self.model, self.config = model, model.config
         self.chunk = self.config.chunks[0] if chunk is None else chunk
-        if not 0 <= self.chunk * self.config.frame_s <= LONGEST_CHUNK_S:
+        if not 0 <= self.chunk <= LONGEST_CHUNK_S / self.config.frame_s:
             raise InputError(f"chunk {self.chunk} must be 0, for everything at the end, or up to "
                              f"{LONGEST_CHUNK_S / self.config.frame_s:.0f} frames, a minute")
         if len(tokenizer) != self.config.vocab:
@@ -304,8 +304,8 @@ def new_search(model, chunk, *, beam=1, limits=LIMITS, hold=HALF_CHUNK, blank_pe
     """
     if not 1 <= beam <= WIDEST_BEAM:
         raise InputError(f"beam {beam} must be from 1 to {WIDEST_BEAM}")
-    if not isinstance(blank_penalty, (int, float)) or not math.isfinite(blank_penalty):
-        raise InputError(f"blank penalty {blank_penalty!r} must be a finite number")
+    if not (isinstance(blank_penalty, (int, float)) and abs(blank_penalty) < 1e6):
+        raise InputError(f"blank penalty {blank_penalty!r} must be a number between -1e6 and 1e6")
     if beam == 1:
         return Greedy(model, limits, blank_penalty, restart)
     hold = chunk // 2 if hold == HALF_CHUNK else hold
@@ -624,12 +624,28 @@ MP3_KBITS = [[8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160],       
 class AudioError(InputError):
     """Sound that cannot be used: one line, in printable characters, that names the file."""
     def __init__(self, message):
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+        super().__init__("".join(c if shows(c) else ascii(c)[1:-1] for c in message))
+
+
+class SilentError(AudioError):
+    """All samples are zero."""
 
 
 def refusal(path, reason):
     """The AudioError that also says how to hand over the sound of about any file."""
-    return AudioError(f"{path}: {reason}; try: {piped('-i ' + shlex.quote(str(path)))}")
+    return AudioError(f"{path}: {reason}; try: {piped('-i ' + quoted(str(path)))}")
+
+
+def quoted(path):
+    """A name as a shell and ffmpeg take it, on one line: no option, no protocol (12:30.m4a), and
+    what does not show as bash's $'...' has it."""
+    path = f"file:{path}" if ":" in path or path.startswith("-") else path
+    if all(map(shows, path)):
+        return shlex.quote(path)
+    codes = [char if shows(char) else
+             f"\\x{byte:02x}" if (byte := ord(char) - 0xDC00) in range(128, 256) else  # no UTF-8
+             f"\\U{ord(char):08x}" for char in re.sub(r"[\\']", r"\\\g<0>", path)]
+    return f"$'{''.join(codes)}'"
 
 
 def piped(source):
@@ -660,8 +676,8 @@ def frame_of(data):
 def framed(data):
     """"MP3" or "AAC" if these bytes begin with a frame and a second one stands where it ends: a
     stream that was taken up in its middle has no other mark."""
-    kind, length = frame_of(data)
-    return kind if kind and frame_of(data[length:])[0] == kind else None
+    kind, length = frame_of(data)    # a header alone has six or seven bytes
+    return kind if kind and length > 6 and frame_of(data[length:])[0] == kind else None
 
 
 def read_audio(path, start=0.0, duration=None):
@@ -766,7 +782,8 @@ def between_tags(raw, size):
         end -= 128
     raw.seek(max(0, end - 32))
     footer = raw.read(32)
-    if footer[:8] == b"APETAGEX":  # its length counts the footer; bit 31 of the flags: a header too
+    # Its length counts the footer; bit 31 of the flags: there is a header too.
+    if len(footer) == 32 and footer[:8] == b"APETAGEX":
         end -= int.from_bytes(footer[12:16], "little") + 32 * (footer[23] >> 7)
     return begin, end
 
@@ -788,6 +805,8 @@ def stored_blocks(path, start, duration, file, promised, left):
     rate, at = file.samplerate, 0
     first = round(start * rate) if promised is None else min(round(start * rate), promised)
     end = math.inf if duration is None else first + round(duration * rate)
+    if end <= first:
+        raise AudioError(f"{path}: a piece of {duration} s holds no sound")
     try:
         if first and promised is not None and file.seekable():
             with uninterrupted():
@@ -878,7 +897,7 @@ def checked(path, blocks):
         clipped += np.count_nonzero(peaks >= 0.999)
         yield samples
     if not heard:
-        raise AudioError(f"{path}: silent, all {n} samples are zero")
+        raise SilentError(f"{path}: silent, all {n} samples are zero")
     if clipped > 0.1 * n:
         raise AudioError(f"{path}: clipped, {clipped / n:.0%} of the samples are at full scale")
 
@@ -1121,8 +1140,8 @@ def load_run(path, device="cpu"):
 
 def shows(char):
     """Whether a character may reach a screen: no control, no change of direction, no line break.
-    The two invisible joiners are letters to Persian and to Hindi."""
-    return char.isprintable() or char in "\u200c\u200d"
+    The two invisible joiners are letters to Persian and to Hindi; spaces come in many widths."""
+    return char.isprintable() or char in "\u200c\u200d" or unicodedata.category(char) == "Zs"
 
 
 def printable(text):
@@ -1310,14 +1329,26 @@ def planned_tracks(options, tags):
         taken[os.path.realpath(options.audio)] = "the recording"
     for own, tag, _ in planned:
         real = os.path.realpath(own)
+        if options.audio == "-" and is_standard_input(real):
+            taken[real] = "the recording"
         if real in taken:
             raise InputError(f"{own}: subtitles of {tag} would overwrite {taken[real]}")
         if os.path.isdir(real) or not os.path.isdir(os.path.dirname(real)):
             raise InputError(f"{own}: a folder, or in a folder that is not there")
-        if not os.access(real if os.path.exists(real) else os.path.dirname(real), os.W_OK):
+        # A pipe that the shell made, >(command), has a name that leads nowhere but can be opened.
+        if not os.access(own if os.path.exists(own) else os.path.dirname(real), os.W_OK):
             raise InputError(f"{own}: not allowed to write there")
         taken[real] = f"other subtitles, of {tag}"
     return planned
+
+
+def is_standard_input(path):
+    """Whether this is the file that a shell's < opened."""
+    try:
+        there, own = os.fstat(0), os.stat(path)
+    except OSError:
+        return False
+    return stat.S_ISREG(own.st_mode) and os.path.samestat(there, own)
 
 
 @contextmanager
@@ -1367,10 +1398,13 @@ def caption(model, tokenizer, options, search):
     planned = planned_tracks(options, tokenizer.tags)
     streamer = Streamer(model, tokenizer, pause=options.pause, **search)
     incoming, fault = packets(options.audio, options.realtime), None
+    live = options.audio in ("-", "mic")     # Ctrl-C is their usual end
     try:  # what cannot be read is told before files of older captions are lost
         first = next((packet for packet in incoming if len(packet)), np.zeros(0, np.float32))
     except KeyboardInterrupt:
-        return
+        if live:
+            return
+        raise
     interrupted = False
     with opened_tracks(planned, options.pause) as tracks:
         def show(events):
@@ -1387,7 +1421,7 @@ def caption(model, tokenizer, options, search):
                 with uninterrupted():        # or the words of this packet would be lost
                     show(streamer.accept(packet))
         except KeyboardInterrupt:  # the words of what was heard are still to come
-            interrupted = options.audio not in ("-", "mic")        # of those it is the usual end
+            interrupted = not live
         except InputError as error:
             fault = error  # some faults, as a file cut off, show at its end: told after its words
         if streamer.received:
@@ -1572,8 +1606,9 @@ def script(texts):
     characters = [unit for text in texts for unit in text if join([unit, unit]) == unit + unit]
     if 2 * len(characters) <= sum(len(unit) for text in texts for unit in text):
         return "words"
-    kana = any(unicodedata.name(char, "").startswith(("HIRAGANA", "KATAKANA"))
-               for char in characters)
+    # A unit may have marks behind its character.
+    kana = any(unicodedata.name(unit[0], "").startswith(("HIRAGANA", "KATAKANA"))
+               for unit in characters)
     return "kana" if kana else "han"
 
 
@@ -1716,6 +1751,10 @@ def evaluation(model, tokenizer, options, search):
         raise InputError(f"{options.eval}: it has {' '.join(sorted(has))}, and the model writes "
                          f"{' '.join(tokenizer.tags)}: nothing to compare")
     if options.log:  # not after hours
+        folders = Counter(map(file_name, tokenizer.tags))
+        if twice := [tag for tag in tokenizer.tags if folders[file_name(tag)] > 1]:
+            raise InputError(f"--log {options.log}: {' and '.join(twice)} would share the folder "
+                             f"{file_name(twice[0])}")
         Path(options.log).mkdir(parents=True, exist_ok=True)
         if not os.access(options.log, os.W_OK):
             raise InputError(f"--log {options.log}: not allowed to write there")
@@ -1726,8 +1765,6 @@ def evaluation(model, tokenizer, options, search):
     items = readable(written, chunk=search["chunk"])
     metrics, records = evaluate(model, tokenizer, items, batch_size=1, progress=len(written),
                                 bootstrap=1000, **search)
-    if not records:
-        raise InputError(f"{options.eval}: no row could be heard")
     try:
         for tag, figures in metrics.items():
             print(f"\n{printable(tag)}")
@@ -1818,6 +1855,9 @@ def search_of(options, model, beside):
 def main(argv=None):
     parser = arguments()
     options = parser.parse_args(argv)
+    for name, value in vars(options).items():
+        if value == "":
+            parser.error(f"{name} is empty, as is a variable of the shell that is not set")
     if sys.stderr is None:   # closed: or print would write to standard output what it cannot
         sys.stderr = open(os.devnull, "w")
     if sys.stdout is None:
@@ -1841,8 +1881,9 @@ def main(argv=None):
         parser.error("--allow-outside goes with --eval")
     if options.chunk == 0 and options.audio == "mic":
         parser.error("--chunk 0 hears everything at once, at the end, and mic has none")
-    if options.eval and (options.srt or options.vtt or options.json or options.realtime):
-        parser.error("--srt, --vtt, --json and --realtime go with one recording, not with --eval")
+    alone = "srt", "vtt", "json", "realtime", "pause"
+    if options.eval and any(getattr(options, name) != parser.get_default(name) for name in alone):
+        parser.error(f"--{', --'.join(alone)} go with one recording, not with --eval")
     if options.log and not options.eval:
         parser.error("--log goes with --eval")
     try:

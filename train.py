@@ -6,7 +6,7 @@ that it needs.
     python train.py --resume runs/de-en            go on where a run stopped
     torchrun --nproc_per_node=4 train.py ...       the same on four GPUs, or on more machines
 
-Read `train` and `train_step` first: the loop and one step of it. Then come the tasks and their
+Read `learn` and `train_step` first: the loop and one step of it. Then come the tasks and their
 losses, Muon, what the model hears, where a run is kept, and as the last chapter the built-in
 corpus.
 
@@ -45,7 +45,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -78,6 +78,7 @@ FORGET_STEPS = 150    # transducer steps over which ever fewer labels are hidden
 SIDE_WEIGHT = 0.3     # of each side task, beside the transducer's 1
 LOG_EVERY = 50        # steps; only then are losses fetched from the device
 SAVE_EVERY = 600      # seconds between two checkpoints, at most, and a step: what a crash costs
+MEET_S = 600          # seconds for the processes of a run to find each other
 GIVE_UP = 20          # steps in a row that learned nothing: no finite gradient, or no sound
 TAIL = 0.32           # seconds of silence that what is learned ends in, and that the search appends
 KEPT_S = 18_000       # seconds of decoded sound that are kept in memory: 1.2 GB
@@ -333,6 +334,7 @@ def learn(run, corpus, dev, options, ranks, folder):
         left, saved = run.step < options.steps, time.monotonic()
         if ranks.first and left and evaluation_owed(run.step, options, folder):
             milestone(run, dev, options, folder, log, stop)
+        left = left and not ranks.agree(stop.wanted)
         with Batches(source, corpus, run, options, ranks) as batches:
             for group in batches if left else ():              # those of one step on this process
                 numbers = train_step(run, group, options, ranks)
@@ -346,6 +348,9 @@ def learn(run, corpus, dev, options, ranks, folder):
                     else:
                         save_run(run, options, folder, log)
                     saved = time.monotonic()
+                # Ended amid an evaluation, it stays at this step, whose evaluation is owed.
+                if evaluates and ranks.agree(stop.wanted):
+                    break
         log.close(run)
         if ranks.first and run.step == options.steps:
             milestone(run, dev, options, folder, log, stop)
@@ -418,8 +423,12 @@ class Ranks:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         if world > 1 and not dist.is_initialized():
             backend = "nccl" if "cuda" in device else "gloo"
-            try:       # the others wait while the first evaluates
-                dist.init_process_group(backend, timeout=timedelta(days=1))
+            try:
+                meeting = dist.rendezvous("env://", timeout=timedelta(seconds=MEET_S))
+                store, rank, world = next(meeting)
+                # The others wait while the first evaluates.
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                        timeout=timedelta(days=1))
             except (ValueError, RuntimeError) as error:
                 raise InputError(f"these {world} processes do not find each other: {error}"
                                  .partition("\n")[0]) from None
@@ -925,10 +934,10 @@ class Source(torch.utils.data.Dataset):
             self.kept[key], self.room = samples, self.room - len(samples)
         return samples
 
-    def heard(self, row, bad, keep=True):
+    def heard(self, row, bad):
         """The samples of a row, or None and why in `bad`."""
         try:
-            return self.sound_of(row, keep)
+            return self.sound_of(row)
         except USER_ERRORS as error:
             bad.append(f"{row.where}: {error}")
 
@@ -945,10 +954,12 @@ class Source(torch.utils.data.Dataset):
             start = rng.random() * (stated_seconds(path) - n / SAMPLE_RATE)
             if start > 0:              # of an hour of noise no more is decoded than what is heard
                 row.start, row.duration = start, n / SAMPLE_RATE
-            # A piece may be silent: then there is no noise this time, and the file is not bad.
-            noise = self.heard(row, [] if start > 0 else bad, keep=start <= 0)
-            if noise is not None:
+            try:
+                noise = self.sound_of(row, keep=start <= 0)
                 return np.resize(np.roll(noise, -rng.integers(len(noise))), n)
+            except USER_ERRORS as error:       # a piece may be silent, and its file is not bad
+                if start <= 0 or not isinstance(error, stream.SilentError):
+                    bad.append(f"{path}: {error}")
 
     def lattice(self, s, pairs, starts, n_mel, n_labels):
         """keep (T,U1): the nodes of the lattice that the loss looks at; None: all, or those of the
@@ -1240,7 +1251,7 @@ def run_directory(options, ranks):
     """The folder to write to: the resumed one, the one asked for, or a new one under runs/."""
     if options.resume:
         return Path(options.resume)
-    name = Path(options.manifest).parent.name if options.manifest else options.corpus
+    name = Path(options.manifest).parent.name or "run" if options.manifest else options.corpus
     folder, number = Path(options.out or f"runs/{name}"), 1
     held = [name for name in KEPT if (folder / name).exists()]
     if options.out and held:
@@ -1327,9 +1338,11 @@ def open_corpus(options, evaluates=True, tokenizer=None):
         chunk = (options.chunks or PRESETS[options.preset].chunks)[0]
         found = readable(read_manifest(options.dev, **kept), options.strict, chunk)
         dev = Unseen([row for row, _ in found], chunk)
+    written = [{tag for tag, _ in interleave(row, mode_of(row, options.interleave))}
+               for row in rows]
+    if dev:
+        compare(set().union(*written), dev.rows, options.dev)
     if options.restrict:
-        written = [{tag for tag, _ in interleave(row, mode_of(row, options.interleave))}
-                   for row in rows]
         untimed = sum(None in map(known_times(row).get, tags) for row, tags in zip(rows, written))
         told = f"{untimed} of {len(rows)} rows lack times of their words (or links to them)"
         if untimed == len(rows):
@@ -1343,6 +1356,17 @@ def open_corpus(options, evaluates=True, tokenizer=None):
         print(f"{short} of {len(rows)} rows have fewer frames of {1000 * frame_s:.0f} ms than "
               "letters: the letters task leaves them out", file=sys.stderr)
     return Corpus(rows), dev
+
+
+def compare(written, rows, path):
+    """Are there texts, in the development set, of the streams that a model learns to write?"""
+    there = set().union(*map(stream.texts_of, rows))
+    if not written & there:
+        raise InputError(f"{path}: it has {' '.join(sorted(there))}, and what is learned is "
+                         f"{' '.join(sorted(written))}: nothing to compare")
+    if lacking := written - there:
+        print(f"{path}: no text of {' '.join(sorted(lacking))}, which is learned and not evaluated",
+              file=sys.stderr)
 
 
 def link(rows, options):
@@ -1487,9 +1511,11 @@ def resume_run(options):
 
 def save_run(run, options, folder, log):
     """resume.pt is complete in itself and all that --resume reads; model.pt is what stream.py
-    needs. It comes first: killed between the two, a resumed run makes it again."""
+    needs. Killed between the two, a resumed run makes it again: so it comes first, but for the
+    first time, when there would be nothing to resume."""
     log.flush(run)
-    save_model(run, options, folder / "model.pt")
+    if begun := (folder / "resume.pt").exists():
+        save_model(run, options, folder / "model.pt")
     save(folder / "resume.pt", run.model,
          tokenizer=run.tokenizer.to_dict(),
          letters=run.letters,
@@ -1498,6 +1524,8 @@ def save_run(run, options, folder, log):
          step=run.step,
          position=list(run.position),
          best=run.best)
+    if not begun:
+        save_model(run, options, folder / "model.pt")
 
 
 def search_of(options):
@@ -1550,9 +1578,10 @@ class Log:
     def past(self):
         if not self.path.exists():
             return []
-        with open(self.path, newline="") as file:
-            # A line that a power cut left half written is none.
-            return [line for line in csv.DictReader(file)
+        with open(self.path, newline="", errors="replace") as file:
+            # A line that a power cut left half written, or full of zeros, is none.
+            whole = (line for line in file if "\0" not in line)
+            return [line for line in csv.DictReader(whole)
                     if all((line.get(k) or "").isdecimal() for k in ("step", "skipped"))]
 
     def start(self):
@@ -2162,7 +2191,38 @@ def write_corpus(folder, n, options):
 
 # ---- The command ---------------------------------------------------------------------------------
 
+class Outlived:
+    """A standard stream that a training outlives: what nobody reads any more, or what a full disk
+    does not take, is dropped."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, text):
+        self.outlive(self.file.write, text)
+
+    def flush(self):
+        self.outlive(self.file.flush)
+
+    def outlive(self, act, *what):
+        try:
+            act(*what)
+        except OSError:            # or Python would write the rest, and fail, as it ends
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def main(argv=None):
+    with redirect_stdout(sys.stdout and Outlived(sys.stdout)), \
+            redirect_stderr(sys.stderr and Outlived(sys.stderr)):
+        return command(argv)
+
+
+def command(argv):
+    """The exit code: 0; 2 after one line about what is wrong; 130 if stopped before it began."""
     try:
         options = parse_options(argv)
         folder_and_size = make_parser().parse_args(argv).__dict__.get("write_corpus")

@@ -549,7 +549,9 @@ def tokenizer(options):
     for path in options.files:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             lines += file.read().splitlines()
-    lines = lines[:options.sentences]
+    lines = [line for line in lines if line.strip()][:options.sentences]
+    if not lines:
+        sys.exit(f"bench.py: no sentence in {' '.join(options.files)}")
     print(machine())
     began = now()
     smallest = len(Tokenizer(["<asr>"]))                       # blank, the tag and the bytes
@@ -566,37 +568,45 @@ def tokenizer(options):
 # ---- Command line --------------------------------------------------------------------------------
 
 def main():
+    from figures import at_least
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("stream", help="chunks, real-time factors, an hour of audio")
-    one.add_argument("--threads", type=int, default=1)
-    one.add_argument("--seconds", type=int, default=20, help="of audio for each preset")
-    one.add_argument("--minutes", type=int, default=60, help="of the long stream; 0: none")
+    one.add_argument("--threads", type=at_least(1), default=1)
+    one.add_argument("--seconds", type=at_least(1), default=20, help="of audio for each preset")
+    one.add_argument("--minutes", type=at_least(0), default=60, help="of the long stream; 0: none")
     one.set_defaults(run=stream)
     two = commands.add_parser(
         "loss", help="rnnt_loss beside a copy, log_softmax and installed peers; the joint"
     )
-    two.add_argument("--threads", type=int, default=2)
-    two.add_argument("--repeats", type=int, default=9)
+    two.add_argument("--threads", type=at_least(1), default=2)
+    two.add_argument("--repeats", type=at_least(1), default=9)
     two.add_argument(
-        "--shapes", type=int, default=3, help="how many of the three shapes; the third needs 13 GB"
+        "--shapes", type=at_least(1), default=3,
+        help="how many of the three shapes; the third needs 13 GB"
     )
     two.add_argument(
         "--joint", action="store_true", help="the large joint too: a minute or two, 8 GB"
     )
     two.set_defaults(run=loss)
     four = commands.add_parser("train", help="where a training step's time goes")
-    four.add_argument("--rounds", type=int, default=8)
+    four.add_argument("--rounds", type=at_least(1), default=8)
     four.set_defaults(run=training)
     three = commands.add_parser("tokenizer", help="byte-level BPE: training and encoding")
     three.add_argument("files", nargs="+", help="text, a sentence a line")
-    three.add_argument("--sentences", type=int, default=30000)
-    three.add_argument("--merges", type=int, default=4000)
+    three.add_argument("--sentences", type=at_least(1), default=30000)
+    three.add_argument("--merges", type=at_least(0), default=4000)
     three.set_defaults(run=tokenizer)
     options, options.more = parser.parse_known_args()
     if options.more and options.run is not training:
         parser.error(f"unknown: {' '.join(options.more)}")
-    options.run(options)
+    try:
+        options.run(options)
+    except Exception as error:
+        from train import USER_ERRORS
+        if not isinstance(error, (*USER_ERRORS, UnicodeDecodeError)):
+            raise
+        sys.exit(f"bench.py: {error}")
 
 
 if __name__ == "__main__":

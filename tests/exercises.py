@@ -355,7 +355,7 @@ EXERCISES = [
 # ---- Checking ------------------------------------------------------------------------------------
 
 def same(a, b):
-    """Equal, numbers to 1e-6."""
+    """Equal, numbers to a millionth."""
     if isinstance(a, np.ndarray):
         a = a.tolist()
     if isinstance(b, (list, tuple)):
@@ -367,7 +367,7 @@ def same(a, b):
         a, b = np.asarray(a, float), np.asarray(b, float)
     except (TypeError, ValueError):
         return False
-    return a.shape == b.shape and np.allclose(a, b, atol=1e-6)
+    return a.shape == b.shape and np.allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
 def check(exercise, answer):
@@ -409,6 +409,8 @@ def load_answer(path, name):
     """The function of this name that the file defines."""
     if not Path(path).is_file():
         raise SystemExit(f"exercises.py: {path}: no such file")
+    if not path.endswith(".py"):
+        raise SystemExit(f"exercises.py: {path}: a file of Python ends in .py")
     spec = importlib.util.spec_from_file_location("answer", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -32,13 +32,16 @@ WIDTH = 10.0                        # inches
 STYLE = {"font.family": "DejaVu Sans", "font.size": 10}
 
 
-def plotting():
+def plotting(output):
     try:
         import matplotlib
     except ImportError:
         sys.exit("figures.py: pip install matplotlib")
     matplotlib.use("agg")
     from matplotlib import pyplot
+    kinds = matplotlib.backend_bases.FigureCanvasBase.filetypes
+    if Path(output).suffix[1:].lower() not in kinds:
+        sys.exit(f"figures.py: -o {output}: a picture ends in .{', .'.join(sorted(kinds))}")
     return pyplot
 
 
@@ -71,7 +74,7 @@ def lanes(words, width_s):
 def timeline(options):
     """Rows of equal length, of up to ROW_S seconds, so that a long recording stays readable; a word
     stands in the row in which it is said."""
-    pyplot = plotting()
+    pyplot = plotting(options.output)
     samples, words, tags, chunk_s = heard(options.checkpoint, options.file, options.start,
                                           options.duration, options.chunk)
     if not words:
@@ -157,7 +160,7 @@ def lattice(options):
     from rnnt_loss import plain_lattice, plain_log_probs, prune_band, rnnt_align
     from serialize import interleave, mode_of, serialize
     from stream import load_run
-    pyplot = plotting()
+    pyplot = plotting(options.output)
     model, tokenizer, beside = load_run(options.checkpoint)
     row, samples = train.BuiltIn("de-en", 0).unseen(options.utterance + 1)[-1]
     pairs = [pair for pair in interleave(row, mode_of(row, beside.get("mode", "align")))
@@ -211,7 +214,7 @@ def colour_labels(axes, ids, tokenizer):
 
 def mask(options):
     from exercises import mask_right
-    pyplot = plotting()
+    pyplot = plotting(options.output)
     n, chunk, left = options.frames, options.chunk, options.left
     seen = mask_right(n, chunk, left)
     with pyplot.rc_context(STYLE):
@@ -238,7 +241,7 @@ def links(options):
     text that the aligner learned from; or of FILE.pairs, with its --gold."""
     import train
     from align import align_bitext, read_gold, read_pairs
-    pyplot = plotting()
+    pyplot = plotting(options.output)
     if options.gold and not options.pairs:
         sys.exit("figures.py: --gold goes with --pairs")
     if options.pairs:
@@ -285,7 +288,7 @@ LOSSES = "transducer", "simple", "letters", "words", "next_label"
 
 def curves(options):
     """A panel a task, a line a run."""
-    pyplot = plotting()
+    pyplot = plotting(options.output)
     logs = {}
     for run in options.runs:
         path = Path(run) / "log.csv"
@@ -293,7 +296,11 @@ def curves(options):
             sys.exit(f"figures.py: {path}: no such file")
         with open(path, newline="") as file:
             logs[str(run)] = list(csv.DictReader(file))
-        if not all((line.get("step") or "").isdecimal() for line in logs[str(run)]):
+        try:
+            for line in logs[str(run)]:
+                int(line["step"])
+                [float(line[task]) for task in LOSSES if line.get(task)]
+        except (KeyError, ValueError, TypeError):
             sys.exit(f"figures.py: {path}: not the log of a run")
     tasks = [t for t in LOSSES if any(line.get(t) for log in logs.values() for line in log)]
     if not tasks:
@@ -323,17 +330,21 @@ def curves(options):
 
 def tradeoff(options):
     """From what `reproduce.py search` wrote: an error rate over LAAL, a line a stream."""
-    pyplot = plotting()
+    pyplot = plotting(options.output)
     if not Path(options.results).is_file():
         sys.exit(f"figures.py: {options.results} is not there: python tests/reproduce.py search "
                  "RUN/model.pt writes it")
-    result = json.loads(Path(options.results).read_text())
+    try:
+        rows = json.loads(Path(options.results).read_text())["rows"]
+        tags = list(next(iter(rows.values())))
+        found = {tag: [(row[tag]["laal_ms"] / 1000, row[tag]["wer"], name)
+                       for name, row in rows.items() if row[tag]["laal_ms"] is not None]
+                 for tag in tags}
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
+        sys.exit(f"figures.py: {options.results}: not what reproduce.py search writes")
     with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(figsize=(6, 3.6), dpi=160)
-        tags = list(next(iter(result["rows"].values())))
-        for tag, colour in zip(tags, COLOURS):
-            points = [(row[tag]["laal_ms"] / 1000, row[tag]["wer"], name)
-                      for name, row in result["rows"].items() if row[tag]["laal_ms"] is not None]
+        for (tag, points), colour in zip(found.items(), COLOURS * len(tags)):
             one = sorted(point for point in points if "beam 1" in point[2])
             axes.plot([x for x, *_ in one], [y for _, y, _ in one], "o-", color=colour, label=tag,
                       markersize=4)
@@ -403,6 +414,16 @@ def at_least(lowest):
     return number
 
 
+def seconds(text):
+    """An argparse type."""
+    try:
+        if 0 <= float(text) < 1e6:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+
+
 def numbers(text):
     """An argparse type: whole numbers with commas between them."""
     return [at_least(0)(part) for part in text.split(",")]
@@ -414,15 +435,16 @@ def make_parser():
 
     def command(function, text, output):
         added = commands.add_parser(function.__name__, help=text, description=function.__doc__)
-        added.add_argument("-o", "--output", default=output, help="its ending decides the format")
+        added.add_argument("-o", "--output", default=output,
+                           help=f"default: {output}; its ending says what kind of file")
         added.set_defaults(run=function)
         return added.add_argument
 
     add = command(timeline, "words, where they are said and when they are shown", "timeline.png")
     add("checkpoint")
     add("file")
-    add("--start", type=float, default=0.0, help="seconds into the file")
-    add("--duration", type=float, help="seconds; default: to the end")
+    add("--start", type=seconds, default=0.0, help="seconds into the file")
+    add("--duration", type=seconds, help="seconds; default: to the end")
     add("--chunk", type=int, help="frames; default: the first of the checkpoint")
     add = command(lattice, "the paths through frames x tokens", "lattice.png")
     add("checkpoint")

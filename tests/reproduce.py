@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -82,13 +83,14 @@ def train_in(name, options):
     given, began = [*options, "--out", str(folder)], time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "options.json"
-    if note.exists() and json.loads(note.read_text()) != options:
+    begun = (folder / "resume.pt").exists()        # else a command that was refused wrote the note
+    if begun and note.exists() and json.loads(note.read_text()) != options:
         sys.exit(f"{folder} was made with other options: move it away, or run it as it was, "
                  f"{' '.join(json.loads(note.read_text()))}")
     note.write_text(json.dumps(options))
     if (folder / "done.json").exists():
         return folder
-    if (folder / "resume.pt").exists():
+    if begun:
         given = ["--resume", str(folder)]
     if left_to_do(folder):
         print("+", " ".join(["python train.py", *given]), flush=True)
@@ -97,6 +99,8 @@ def train_in(name, options):
                 code = training.wait()
             except KeyboardInterrupt:
                 code = training.wait()                         # it saves, and stops
+        if code == 2:
+            sys.exit(f"{folder}: train.py stopped, and says why above")
         if code or left_to_do(folder):
             sys.exit(f"{folder}: stopped; the same command goes on")
     beside = load(folder / "resume.pt")[1]
@@ -205,26 +209,39 @@ def named(kind, options):
 
 
 def latency(path):
-    """Three hundred steps more on what the run learned from, each time from its weights."""
+    """Three hundred steps more as the run was made, each time from its weights."""
     from stream import load_run
+    path = Path(path).resolve()
     steps, options = load_run(path)[2]["step"], options_of(path)
-    data = [options.manifest, "--dev", options.dev] if options.manifest else []
-    kept = "corpus", "preset", "interleave", "merges", "seed"          # so that all weights fit
-    more = [*data, "--init", str(path), "--steps", "300", "--warm-steps", "0",
+    mark = f"{steps} {zlib.crc32(path.read_bytes()):08x}"      # of another model, other runs
+    more = [*as_arguments(options), "--init", str(path), "--steps", "300", "--warm-steps", "0",
             "--eval-every", "300"]
-    for name in kept[bool(data):]:
-        more += [f"--{name}", str(getattr(options, name))]
     trained = {"neither": []}
     trained |= {f"{name} {value}": [flag, value]
                 for name, flag in (("FastEmit", "--fastemit"), ("delay penalty", "--delay-penalty"))
                 for value in ("0.005", "0.01")}
     name_of_run = named("latency", options)
-    rows = {name: run(f"{name_of_run} {steps} {name}", more + given)
+    rows = {name: run(f"{name_of_run} {mark} {name}", more + given)
             for name, given in trained.items()}
     write_result(name_of_run, {"rows": rows})
     print(HEAD)
     for name, row in rows.items():
         show(name, row["step"], row["streams"])
+
+
+def as_arguments(options):
+    """The command line that gives a new run the options of this one; not what it started from,
+    where it lies, how long it is and how it is drawn to write soon."""
+    from train import flag
+    given, own = [options.manifest] if options.manifest else [], {"manifest", "resume", "init",
+        "out", "steps", "warm_steps", "eval_every", "fastemit", "delay_penalty", "device"}
+    for name, value in vars(options).items():
+        if name in own or value in (None, "", ()) or value is False:
+            continue
+        given.append(flag(name))
+        if value is not True:
+            given.append(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    return given
 
 
 # ---- Sound as people have it ---------------------------------------------------------------------
@@ -545,10 +562,11 @@ def figures(tag, metrics, records, evidence, foreign):
 
 
 def errors_of(tag, records):
-    """The errors in every utterance of this stream, and its words."""
+    """The errors in every utterance that has a text of this stream, and its words."""
     from stream import edit_distance
     pairs = [(record["references"][tag],
-              [word.text for word in record["words"] if word.stream == tag]) for record in records]
+              [word.text for word in record["words"] if word.stream == tag])
+             for record in records if tag in record["references"]]
     return {"errors": [edit_distance(*pair) for pair in pairs],
             "words": [len(reference) for reference, _ in pairs]}
 
@@ -570,6 +588,8 @@ def differences(rows):
         for condition in {"clean", "noise"} & row.keys():
             for tag in row[condition].keys() & rows["ALIGN"][condition].keys():
                 own, align = row[condition][tag], rows["ALIGN"][condition][tag]
+                if len(own["words"]) != len(align["words"]):   # a model babbled and was broken off
+                    continue
                 drawn = np.random.default_rng(0).integers(
                     len(own["words"]), size=(DRAWS, len(own["words"])))
                 delta = np.array(own["errors"]) - np.array(align["errors"])
@@ -612,7 +632,8 @@ def orders(data):
             steps, "--warm-steps", warm_steps, "--eval-every", steps, *more])
 
     start = ["--init", str(row("first", linked, "asr", REAL_FIRST) / "model.pt")]
-    runs, heard, rows = {}, list(readable(read_manifest(dev))), {}
+    runs, rows = {}, {}
+    heard = list(readable(read_manifest(dev, allow_outside=True)))
     for name, mode in REAL_ROWS.items():
         learned = timed(linked, work, 0, runs) if name == "TIME" else linked
         folder = row(mode.replace(":", "-"), learned, mode, REAL_NEXT, *start)
@@ -629,7 +650,7 @@ def orders(data):
     found = differences(rows)
     for name in rows:
         del rows[name]["clean"]
-        rows[name]["minus_align"] = found[name]["clean"]
+        rows[name]["minus_align"] = found.get(name, {}).get("clean", {})
     moved = moved_by_time(read_manifest(timed(linked, work, 0, runs), allow_outside=True))
     write_result(work.name, {"utterances": len(heard), "words_moved_by_time": moved, "rows": rows})
 
@@ -782,13 +803,15 @@ def main(argv):
         sys.exit(__doc__)
     wanted = 1 + (argv[0] in ("mboshi", "search", "sound", "latency", "papers", "orders"))
     seeds = argv[2:] if argv[0] == "papers" else []
-    if len(argv) - len(seeds) != wanted or not all(n.isdecimal() and int(n) for n in seeds):
+    if (len(argv) - len(seeds) != wanted or len(seeds) > 1
+            or not all(n.isdecimal() and int(n) for n in seeds)):
         sys.exit(__doc__)
     if argv[0] in commands:
         if argv[0] == "search":
             print(HEAD)
         return commands[argv[0]](*argv[1:])
-    results = {name: run(name, [option.replace("DATA", argv[-1]) for option in options])
+    data = str(Path(argv[-1]).resolve())
+    results = {name: run(name, [option.replace("DATA", data) for option in options])
                for name, options in EXPERIMENTS[argv[0]].items()}
     write_result(argv[0], {"rows": results})
     print(HEAD)
@@ -802,6 +825,8 @@ if __name__ == "__main__":
         print(end="", flush=True)
     except BrokenPipeError:           # whoever reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"reproduce.py: this failed: {' '.join(map(str, error.cmd))}")
     except Exception as error:
         import train
         if not isinstance(error, train.USER_ERRORS):

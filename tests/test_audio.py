@@ -5,6 +5,7 @@ import copy
 import io
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -171,7 +172,9 @@ def test_bad_samples_in_a_file(tmp_path):
     soundfile.write(tmp_path / "short.wav", x, 16000)
     refused(tmp_path / "short.wav", "1.00 s long", ffmpeg=False, start=0.5, duration=2.0)
     refused(tmp_path / "short.wav", "1.00 s long", ffmpeg=False, start=1.5)
-    refused(tmp_path / "short.wav", "s long, not 0 s", ffmpeg=False, start=0.5, duration=0)
+    for start in (0, 0.5, 2):
+        refused(tmp_path / "short.wav", "a piece of 0 s holds no sound", ffmpeg=False, start=start,
+                duration=0)
     refused(tmp_path / "missing.wav", "No such file", ffmpeg=False)
 
 
@@ -546,6 +549,99 @@ def test_subtitles_do_not_overwrite_the_model(folder, capsys):
     assert "would overwrite the model" in capsys.readouterr().err
     assert (folder / "model.pt").read_bytes() == before
     (folder / "x.asr.srt").unlink()
+
+
+@pytest.mark.parametrize("name, wanted", [
+    ("Recording at 3.04\u202fPM.mov", "'Recording at 3.04\u202fPM.mov'"),
+    ("12:30 talk.m4a", "'file:12:30 talk.m4a'"), ("-i.mp4", "file:-i.mp4"),
+    ("it's\n\x1b[2J\u202e.mp4", r"$'it\'s\U0000000a\U0000001b[2J\U0000202e.mp4'"),
+    ("caf\udce9\\.m4a", r"$'caf\xe9\\.m4a'")])
+def test_the_command_that_is_offered_names_the_file(tmp_path, monkeypatch, name, wanted):
+    """bash gives it the name, ffmpeg takes that for a file's."""
+    monkeypatch.chdir(tmp_path)
+    with open(os.fsencode(name), "wb") as file:
+        file.write(b"\0\0\0\x20ftypM4A ")
+    with pytest.raises(AudioError) as caught:
+        read_audio(name)
+    text = str(caught.value)
+    assert f"ffmpeg -loglevel error -i {wanted} -f" in text and "\x1b" not in text
+    assert text.count("\n") == 0 and all(map(stream.shows, text))
+    if shutil.which("bash"):
+        said = subprocess.run(["bash", "-c", f"printf %s {wanted}"], capture_output=True,
+                              env=os.environ | {"LC_ALL": "C.UTF-8"}).stdout
+        assert said.removeprefix(b"file:") == os.fsencode(name)
+
+
+def test_a_stub_of_an_ape_tag_is_no_sound(tmp_path):
+    for size in (8, 23, 31):
+        (tmp_path / "a.mp3").write_bytes(b"APETAGEX".ljust(size, b"\0"))
+        refused(tmp_path / "a.mp3", "no format of sound")
+
+
+@pytest.mark.parametrize("first", [-3585, -1793, -1537, -3841])
+def test_samples_that_begin_as_an_aac_header_without_a_length_are_samples(first):
+    assert stream.framed(np.array([first] + 99 * [0], "<i2").tobytes()) is None
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--log", ""], "log is empty"), (["--srt", ""], "srt is empty"),
+    (["--pause", "0.3"], "--pause go with one recording"),
+    (["--chunk", "1" + 400 * "0"], "chunk 1000"),
+    (["--blank-penalty", "1e6"], "blank penalty 1000000.0")])
+def test_options_that_would_do_nothing_or_too_much_are_told(folder, capsys, arguments, message):
+    try:
+        code = stream.main([str(folder / "model.pt"), "--eval", str(folder / "set.jsonl"),
+                            *arguments])
+    except SystemExit as end:
+        code = end.code
+    assert code == 2 and message in capsys.readouterr().err
+
+
+def test_a_model_that_is_an_empty_name(capsys):
+    with pytest.raises(SystemExit):
+        stream.main(["", "talk.wav"])
+    assert "checkpoint is empty" in capsys.readouterr().err
+
+
+def test_subtitles_do_not_overwrite_what_is_piped_in(folder, tmp_path):
+    raw, samples = tmp_path / "talk.pcm", pcm(folder)
+    raw.write_bytes(samples)
+    with open(raw, "rb") as file:
+        done = subprocess.run([sys.executable, ROOT / "stream.py", folder / "model.pt", "-",
+                               "--srt", tmp_path / "x.srt", "--vtt", raw], stdin=file,
+                              capture_output=True, text=True)
+    assert raw.read_bytes() == samples and done.returncode in (0, 2)
+    planned = stream.planned_tracks        # of one stream alone: the name is as given
+    options = stream.arguments().parse_args(["m.pt", "-", "--srt", str(raw)])
+    with open(raw, "rb") as file:
+        kept = os.dup(0)
+        os.dup2(file.fileno(), 0)
+        try:
+            with pytest.raises(InputError, match="would overwrite the recording"):
+                planned(options, ["<asr>"])
+        finally:
+            os.dup2(kept, 0)
+            os.close(kept)
+    assert planned(options, ["<asr>"]) == [(raw, "<asr>", False)]
+
+
+def test_two_streams_do_not_share_a_folder_of_logs(folder, tmp_path, capsys):
+    model, tokenizer, _ = load_run(folder / "model.pt")
+    options = stream.arguments().parse_args(
+        ["m.pt", "--eval", str(folder / "set.jsonl"), "--log", str(tmp_path / "log")])
+    tokenizer.tags = ("<asr>", "<st:pt.BR>", "<st:pt-BR>")
+    with pytest.raises(InputError, match="<st:pt.BR> and <st:pt-BR> would share .* st-pt-BR"):
+        stream.evaluation(model, tokenizer, options, {"chunk": 16})
+
+
+def test_ctrl_c_before_the_first_sound(folder, monkeypatch):
+    """Of a file, 130; of standard input, the usual end."""
+    def interrupted(*_):
+        raise KeyboardInterrupt
+        yield
+    monkeypatch.setattr(stream, "packets", interrupted)
+    assert stream.main([str(folder / "model.pt"), str(folder / "1.wav")]) == 130
+    assert stream.main([str(folder / "model.pt"), "-"]) == 0
 
 
 def test_a_beam_has_a_bound(folder, capsys):

@@ -115,3 +115,13 @@ def test_the_command(tmp_path):
     assert "defines no function laal" in run(6, answer).stderr
     assert "no such file" in run(6, tmp_path / "none.py").stderr
     assert run(7).returncode == 2 and "exercises 1 to 6" in run(7).stderr
+
+
+def test_an_answer_that_is_no_file_of_python(tmp_path):
+    (tmp_path / "my.txt").write_text("def alpha(): pass")
+    with pytest.raises(SystemExit, match="my.txt: a file of Python ends in .py"):
+        exercises.load_answer(str(tmp_path / "my.txt"), "alpha")
+
+
+def test_numbers_are_equal_to_a_millionth():
+    assert exercises.same(1000.0005, 1000) and not exercises.same(1000.009, 1000)

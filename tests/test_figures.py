@@ -83,9 +83,17 @@ def test_mask_links_and_curves_are_drawn(tmp_path):
     (tmp_path / "bad.pairs").write_text("ein Haus a house\n")
     for arguments, message in ((["curves", run], "log.csv: not the log of a run"),
                                (["links", "--pairs", tmp_path / "bad.pairs"], "bad.pairs:1"),
-                               (["links", "--gold", "x"], "--gold goes with --pairs")):
-        missing = draw(*arguments, "-o", tmp_path / "b.png")
+                               (["links", "--gold", "x"], "--gold goes with --pairs"),
+                               (["mask", "-o", "x.xyz"], "-o x.xyz: a picture ends in ."),
+                               (["mask", "-o", "mask"], "-o mask: a picture ends in"),
+                               (["tradeoff", "--results", run / "log.csv"], "not what reproduce")):
+        more = [] if "-o" in arguments else ["-o", tmp_path / "b.png"]
+        missing = draw(*arguments, *more)
         assert missing.returncode == 1 and message in missing.stderr, arguments
+    for content in ('{"rows": {"a": {"<asr>": {}}}}', "", '{"rows": []}', '{"rows": {}}'):
+        (tmp_path / "search.json").write_text(content)
+        missing = draw("tradeoff", "--results", tmp_path / "search.json")
+        assert missing.returncode == 1 and "search.json: not what" in missing.stderr, content
     missing = draw("tradeoff", "--results", tmp_path / "none.json")
     assert missing.returncode == 1 and "reproduce.py search RUN/model.pt" in missing.stderr
 
@@ -98,6 +106,13 @@ def test_mask_links_and_curves_are_drawn(tmp_path):
 def test_numbers_that_make_no_picture_are_named(arguments, capsys):
     assert draw(*arguments).returncode == 2
     assert "is not a whole number from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [("--start", "nan"), ("--start", "-5"), ("--duration", "inf"),
+                                       ("--duration", "x")])
+def test_odd_seconds_are_named(arguments, capsys):
+    assert draw("timeline", "model.pt", "a.wav", *arguments).returncode == 2
+    assert f"'{arguments[1]}' is not a number of seconds" in capsys.readouterr().err
 
 
 # What a page must not take for its own markup, what is written from right to left, and marks that

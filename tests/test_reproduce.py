@@ -81,11 +81,13 @@ def test_sound_of_rows_with_one_text_or_without_times():
 
 
 @pytest.mark.parametrize("given", [
-    [],
+    [], ["--strict", "--chunks", "8,16", "--dropout", "0.2", "--restrict", "0.8", "--prune", "0"],
     ["--corpus", "en-de,es", "--preset", "small", "--merges", "50", "--seed", "3"],
     ["/d/train.jsonl", "--dev", "/d/dev.jsonl", "--interleave", "time"]])
-def test_latency_goes_on_with_what_the_run_learned_from(monkeypatch, given):
+def test_latency_goes_on_as_the_run_was_made(monkeypatch, tmp_path, given):
     """With the same corpus, preset and tokenizer, or its weights would not fit."""
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"a model")
     import stream
     import train
     began = train.parse_options([*given, "--device", "cpu"])
@@ -95,15 +97,19 @@ def test_latency_goes_on_with_what_the_run_learned_from(monkeypatch, given):
     monkeypatch.setattr(reproduce, "run", lambda name, options: runs.update({name: options}) or {
         "step": 300, "streams": {}})
     monkeypatch.setattr(reproduce, "write_result", results.__setitem__)
-    reproduce.latency("/r/model.pt")
+    reproduce.latency(path)
     assert len(runs) == 5 and len(results) == 1
     for options in runs.values():
         goes_on = train.parse_options([*options, "--device", "cpu"])
-        for name in ("manifest", "dev", "corpus", "preset", "interleave", "merges", "seed"):
-            assert getattr(goes_on, name) == getattr(began, name), name
-        assert (goes_on.init, goes_on.steps, goes_on.warm_steps) == ("/r/model.pt", 300, 0)
-    assert sorted(float(o[-1]) for o in runs.values() if o[-2] in ("--fastemit", "--delay-penalty")
-                  ) == [0.005, 0.005, 0.01, 0.01]
+        changed = dict(init=str(path), steps=300, warm_steps=0, eval_every=300,
+                       fastemit=goes_on.fastemit, delay_penalty=goes_on.delay_penalty)
+        assert goes_on == replace(began, **changed)
+    path.write_bytes(b"another")                               # its runs are others
+    reproduce.latency(path)
+    assert len(runs) == 10
+    drawn = [float(o[-1]) for o in list(runs.values())[:5]
+             if o[-2] in ("--fastemit", "--delay-penalty")]
+    assert sorted(drawn) == [0.005, 0.005, 0.01, 0.01]
 
 
 def test_of_a_log_at_most_so_many_lines_are_kept_and_the_last(tmp_path):
@@ -237,3 +243,28 @@ def test_which_streams_a_row_is_scored_on(row, streams):
 def test_times_are_learned_from_the_recogniser_and_the_translators_that_wait():
     rows = ["ASR", "ASR restricted", "ST en", "ST en restricted", "ALIGN", "ALIGN restricted"]
     assert list(reproduce.timing(dict.fromkeys(rows))) == ["ASR", "ST en restricted"]
+
+
+def test_a_text_that_lacks_has_no_errors():
+    whole = record("<asr>", [("a", 1)], "a b")
+    assert reproduce.errors_of("<asr>", [whole, {"references": {}, "words": []}]) == {
+        "errors": [1], "words": [2]}
+    rows = {name: {"clean": {"<asr>": {"errors": [1] * n, "words": [2] * n}}}
+            for name, n in (("ALIGN", 3), ("broken off", 2), ("whole", 3))}
+    assert set(reproduce.differences(rows)) == {"ALIGN", "whole"}
+
+
+def test_a_command_that_was_refused_does_not_hold_the_folder(tmp_path, monkeypatch):
+    """Nothing was trained there, so the right command may follow the wrong one."""
+    (tmp_path / "train.py").write_text("import sys; sys.exit(2)")
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    for options in (["wrong"], ["right"]):
+        with pytest.raises(SystemExit, match="train.py stopped, and says why above"):
+            reproduce.train_in("x", options)
+
+
+@pytest.mark.parametrize("argv", [["papers", "de-en", "1", "2"], ["papers", "de-en", "0"],
+                                  ["papers", "de-en", "x"], ["orders"], ["table", "x"]])
+def test_what_is_no_command(argv):
+    with pytest.raises(SystemExit, match="Run the experiments"):
+        reproduce.main(argv)

@@ -1059,7 +1059,7 @@ def test_any_table_is_imported(tmp_path):
     assert [row.audio for row in rows] == [str(tmp_path / name) for name in (
         "clips/a.wav", "clips/b.wav", "c.wav", "clips/d.wav")]
     for wrong, message in [("audio=file,ars=fr", "no column 'ars'"), ("asr=fr", "need audio"),
-                           ("audio=file,asr", "should be OURS=THEIRS"), ("", "should be OURS"),
+                           ("audio=file,asr", "should be OURS=THEIRS"),
                            ("audio=file,asr=de", "a.tsv:1: no column 'de' in the header")]:
         code, _, err = command("--from", "tsv", path, "--columns", wrong, "-o", out)
         assert code == 2 and message in err and err.count("\n") == 1
@@ -1281,3 +1281,54 @@ def test_it_works_alone_in_an_empty_folder(tmp_path):
         assert ("pip install soundfile" in done.stderr) == has_no_duration
     assert {path.name for path in tmp_path.glob("*.jsonl")} == {
         "n.jsonl", "out.jsonl", "t.jsonl", "o.jsonl", "m.jsonl"}
+
+
+def test_a_row_with_an_id_keeps_it_whichever_stands_first(tmp_path):
+    """As where the rows of a manifest got names of ours, and one without a name is put on top."""
+    nameless, named = {"audio": "a.wav", "asr": "x"}, {"id": "m:1", "audio": "b.wav", "asr": "y"}
+    rows = read_manifest(manifest(tmp_path, nameless, named), strict=True)
+    assert [(row.id, row.asr) for row in rows] == [(f"{tmp_path / 'm.jsonl'}:1", "x"), ("m:1", "y")]
+    rows = read_manifest(manifest(tmp_path, {**named, "id": "m:2"}, nameless), strict=True)
+    assert [row.id for row in rows] == ["m:2", f"{tmp_path / 'm.jsonl'}:2"]
+    with pytest.raises(InputError, match="m.jsonl:3: id 'm:1' stands at .*:2 already"):
+        read_manifest(manifest(tmp_path, nameless, named, {**named, "audio": "c.wav"}), strict=True)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["FILE", "-o", ""], "out is empty"), ([""], "a file's name is empty"),
+    (["FILE", "--from", "tsv", "--columns", ""], "columns is empty"),
+    (["FILE", "--size", "9", "-o", "x.jsonl"], "--size is for the table"),
+    (["FILE", "--allow-outside"], "are for --from tsv"),
+    (["FILE", "--from", "covost", "--project", "-o", "x.jsonl"], "--project is for manifests")])
+def test_options_that_would_do_nothing_are_told(tmp_path, arguments, message):
+    path = manifest(tmp_path, GOOD)
+    code, out, err = command(*[str(path) if a == "FILE" else a for a in arguments])
+    assert code == 2 and message in err and not out
+
+
+def test_only_a_manifest_is_replaced(tmp_path):
+    """What an importer reads beside the file that it is given, and sound, stay."""
+    path = manifest(tmp_path, GOOD)
+    for name, content in (("dev.en", b"a line of text\n"), ("a.mp3", b"ID3\x04"), ("b", b"\0")):
+        (tmp_path / name).write_bytes(content)
+        code, _, err = command(path, "-o", tmp_path / name)
+        assert code == 2 and f"{name}: there already, and no manifest: it stays" in err
+        assert (tmp_path / name).read_bytes() == content
+    for name, content in (("old.jsonl", b'\xef\xbb\xbf\n{"audio": "x"'), ("new", b"")):
+        (tmp_path / name).write_bytes(content)
+        assert command(path, "-o", tmp_path / name)[0] == 0
+        assert len(read_manifest(tmp_path / name, strict=True)) == 1
+
+
+def test_the_hint_about_sound_elsewhere_goes_by_folders(tmp_path):
+    inside = Row(id="a", audio=str(tmp_path / "..data" / "a.wav"), asr="x")
+    outside = replace(inside, audio=str(tmp_path.parent / "a.wav"))
+    assert module.outside_hint(tmp_path / "m.jsonl", [inside]) == ""
+    assert "--allow-outside" in module.outside_hint(tmp_path / "m.jsonl", [inside, outside])
+
+
+def test_ctrl_c_ends_with_130(tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(module, "read_manifests", interrupted)
+    assert module.main([str(tmp_path / "m.jsonl")]) == 130

@@ -31,7 +31,7 @@ import stream
 import train
 from model import PRESETS, Transducer, load, log_mel, pad_samples, save
 from rnnt_loss import rnnt_loss_reference
-from serialize import Row, Tokenizer
+from serialize import Row, Tokenizer, units
 from stream import Streamer, Word, advance, edit_distance, evaluate, greedy_batch, latency
 
 TOKENIZER = Tokenizer.train(["la le li lo lu"] * 3, 270, tags=("<asr>", "<st:en>"))
@@ -857,10 +857,8 @@ def test_eval_searches_as_it_is_told(folder, monkeypatch):
     assert (asked["chunk"], asked["beam"], asked["blank_penalty"]) == (4, 3, 2)
 
 
-def test_an_evaluation_of_nothing_is_told_and_logs_outlive_a_reader(folder, monkeypatch, capsys):
+def test_logs_outlive_a_reader(folder, monkeypatch):
     command = [str(folder / "model.pt"), "--eval", str(folder / "set.jsonl")]
-    monkeypatch.setattr(stream, "evaluate", lambda *_, **how: ({}, []))
-    assert stream.main(command) == 2 and "no row could be heard" in capsys.readouterr().err
     monkeypatch.setattr(stream, "evaluate", lambda *_, **how: ({"<asr>": {"wer": 1.0}}, [None]))
     written = []
     monkeypatch.setattr(stream, "write_logs", lambda *what: written.append(what))
@@ -1166,3 +1164,10 @@ def test_joined_streams_are_cut_back():
     rows = [(Row(id=str(k), audio="x", asr="la lo"), noise(16000, k)) for k in range(4)]
     n, alone, joined = long_streams.compare(lively(seed=2), TOKENIZER, rows, 2)
     assert n == 2 and alone["<asr>"]["utterances"] == joined["<asr>"]["utterances"] == 4
+
+
+@pytest.mark.parametrize("text, name", [
+    ("葛\U000e0100城市", "han"), ("か\u309aき", "kana"), ("葛\U000e0100か", "kana"), ("a b か", "words")])
+def test_the_script_of_characters_with_marks(text, name):
+    """A variation selector or a sound mark belongs to its character: one unit."""
+    assert stream.script([units(text)]) == name

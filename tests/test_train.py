@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -1242,8 +1243,8 @@ def test_an_evaluation_that_was_cut_off_is_made_up(small, tmp_path, monkeypatch,
     assert evaluations(folder) == done + left
 
 
-@pytest.mark.parametrize("at_step, steps_done", [(6, 6), (9, 9)])
-def test_ctrl_c_amid_an_evaluation_saves_and_stops(small, tmp_path, capsys, at_step, steps_done):
+@pytest.mark.parametrize("at_step", [6, 9])
+def test_ctrl_c_amid_an_evaluation_saves_and_stops(small, tmp_path, capsys, at_step):
     """In the middle of a run and at its end: no figures of half a development set, no captions, and
     the evaluation is made when the run goes on."""
     folder, options = tmp_path / "run", ["--steps", "9", "--eval-every", "6"]
@@ -1260,10 +1261,10 @@ def test_ctrl_c_amid_an_evaluation_saves_and_stops(small, tmp_path, capsys, at_s
         patch.setattr(train, "live_captions", None)            # must not be called
         run(folder, *options)
     assert "stopped; go on with: python train.py --resume" in capsys.readouterr().out
-    assert load(folder / "resume.pt")[1]["step"] == min(steps_done + (at_step < 9), 9)
+    assert load(folder / "resume.pt")[1]["step"] == at_step
     assert evaluations(folder) == [step for step in (6,) if step < at_step]
     assert train.main(["--resume", str(folder)]) == 0
-    assert evaluations(folder) == [6, 9][at_step == 6:]
+    assert evaluations(folder) == [6, 9]
 
 
 def test_a_run_that_hears_nothing_stops_and_keeps_its_checkpoint(small, tmp_path, capsys):
@@ -1862,3 +1863,105 @@ def test_training_hears_the_sound_of_its_manifest(small, tmp_path):
         spoken = train.mel_of(samples, made.model.config)
         assert torch.allclose(example["mel"], spoken, atol=0.2) and example["mel"].std() > 1
         assert row.asr == own.asr and row.links == own.links
+
+
+def test_a_development_set_in_other_streams_is_told(small, tmp_path, capsys):
+    assert train.main(["--write-corpus", str(tmp_path), "3"]) == 0
+    manifest, dev = tmp_path / "manifest.jsonl", tmp_path / "dev.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+
+    def said(**texts):
+        dev.write_text("".join(json.dumps({"audio": row["audio"]} | texts) + "\n" for row in rows))
+        capsys.readouterr()
+        train.open_corpus(train.parse_options([str(manifest), "--dev", str(dev), "--device",
+                                               "cpu"]))
+        return capsys.readouterr().err
+    assert said(asr="x", st={"en": "y"}) == ""
+    assert "no text of <st:en>, which is learned and not evaluated" in said(asr="x", st={"e": "y"})
+    with pytest.raises(train.InputError, match="it has <st:e>, and what is learned is <asr> <st:en>"
+                                               ": nothing to compare"):
+        said(st={"e": "y"})
+
+
+def test_processes_that_wait_in_vain_are_told(small, capsys, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"),
+                        ("MASTER_PORT", port)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(train, "MEET_S", 1)
+    assert "these 2 processes do not find each other" in refused(capsys, *SHORT)
+
+
+def test_a_training_outlives_whoever_reads_its_output(tmp_path):
+    """As `train.py | head -1`: it goes on, and its model is there in the end."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(train.__file__).parent)!r})
+from dataclasses import replace
+import train
+train.PRESETS["tiny"] = replace(train.PRESETS["tiny"], dim=16, heads=2, layers=1, ff=32,
+                                joint_dim=16)
+train.BuiltIn.SIZE, train.TEST_SIZE, train.LOG_EVERY = 16, 3, 1
+sys.exit(train.main(sys.argv[1:]))
+"""
+    call = [sys.executable, "-c", script, *SHORT, "--steps", "6", "--out", str(tmp_path / "run")]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
+        assert "parameters" in done.stdout.readline()
+        done.stdout.close()
+        errors = done.stderr.read()
+    assert (done.returncode, "Broken" in errors, "Traceback" in errors) == (0, False, False), errors
+    assert load(tmp_path / "run" / "resume.pt")[1]["step"] == 6
+    assert (tmp_path / "run" / "model.pt").exists()
+
+
+def test_noise_that_cannot_be_read_is_told_and_a_silent_piece_is_not(small, tmp_path, monkeypatch):
+    noise = tmp_path / "noise"
+    noise.mkdir()
+    (noise / "long.wav").write_bytes(b"")
+    options = train.parse_options(["--device", "cpu", "--noise", str(noise)])
+    source = train.Source(options, train.new_run(options, train.BuiltIn("de-en", 0)))
+    monkeypatch.setattr(train, "stated_seconds", lambda path: 600.0)
+    s = train.Stream([], [], [], 1.0, 1.0)
+
+    def found(error):
+        def fails(row, seed):
+            raise error
+        monkeypatch.setattr(train, "sound_of", fails)
+        bad = []
+        heard = [source.background(s, 16000, np.random.default_rng(k), bad) for k in range(8)]
+        assert heard == 8 * [None]
+        return set(bad)
+    path = str(noise / "long.wav")
+    assert found(train.stream.AudioError("cut off")) == {f"{path}: cut off"}
+    assert found(train.stream.SilentError("silent")) == set()
+
+
+def test_a_first_save_that_is_killed_leaves_a_run_that_goes_on(small, tmp_path, monkeypatch):
+    folder, real = tmp_path / "run", train.save
+
+    def killed(path, *args, **how):
+        real(path, *args, **how)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "save", killed)
+    assert train.main([*SHORT, "--steps", "6", "--out", str(folder)]) == 130
+    assert [path.name for path in folder.glob("*.pt")] == ["resume.pt"]
+    monkeypatch.setattr(train, "save", real)
+    resumed = train.main(["--resume", str(folder), "--steps", "8"])
+    assert resumed == 0 and load(folder / "model.pt")[1]["step"] == 8
+
+
+def test_a_log_with_bytes_of_a_power_cut_is_read(small, tmp_path):
+    folder = run(tmp_path / "run", "--steps", "6")
+    log = (folder / "log.csv").read_bytes()
+    (folder / "log.csv").write_bytes(log + 200_000 * b"\0" + b"\xff\n")
+    assert train.main(["--resume", str(folder), "--steps", "8"]) == 0
+    steps = [int(line["step"]) for line in csv.DictReader(open(folder / "log.csv"))]
+    assert steps == [2, 4, 6, 8]
+
+
+def test_a_manifest_in_the_root_has_a_folder_for_its_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = replace(train.parse_options(SHORT), manifest="/train.jsonl")
+    assert train.run_directory(options, train.Ranks()) == Path("runs/run")
