@@ -124,8 +124,8 @@ class Options:
     prune: int = option(16, "labels a frame may be at, in the transducer loss (0: all, as by "
                         "default with --restrict and for every order but align and time)", low=0)
     restrict: float = option(
-        0.0, "where rows have times, write a word from its end until so many seconds later, "
-        "surer in noise and a little later; 0.8 is a good start (0: at any time)", low=0)
+        0.0, "where rows have times, write a word from its end until so many seconds later: surer "
+        "in noise, but Mboshi's words came twice; 0.8 is a good start (0: at any time)", low=0)
     blank_penalty: float = option(
         0.5, "nats taken off blank in the search: labels hidden in training leave it too likely",
         low=-100, high=100)
