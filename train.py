@@ -1338,12 +1338,10 @@ def open_corpus(options, evaluates=True, tokenizer=None):
         chunk = (options.chunks or PRESETS[options.preset].chunks)[0]
         found = readable(read_manifest(options.dev, **kept), options.strict, chunk)
         dev = Unseen([row for row, _ in found], chunk)
-    written = [{tag for tag, _ in interleave(row, mode_of(row, options.interleave))}
-               for row in rows]
     if dev:
-        compare(set().union(*written), dev.rows, options.dev)
+        compare(set().union(*(written(row, options) for row in rows)), dev.rows, options.dev)
     if options.restrict:
-        untimed = sum(None in map(known_times(row).get, tags) for row, tags in zip(rows, written))
+        untimed = sum(None in map(known_times(row).get, written(row, options)) for row in rows)
         told = f"{untimed} of {len(rows)} rows lack times of their words (or links to them)"
         if untimed == len(rows):
             raise InputError(f"--restrict {options.restrict}: {told}; align.py --times finds them")
@@ -1358,13 +1356,19 @@ def open_corpus(options, evaluates=True, tokenizer=None):
     return Corpus(rows), dev
 
 
-def compare(written, rows, path):
+def written(row, options):
+    """The streams that this row is learned as."""
+    mode, tags = mode_of(row, options.interleave), stream.texts_of(row).keys()
+    return {"asr": tags & {ASR}, "st": tags - {ASR}}.get(mode, set(tags))
+
+
+def compare(learned, rows, path):
     """Are there texts, in the development set, of the streams that a model learns to write?"""
     there = set().union(*map(stream.texts_of, rows))
-    if not written & there:
+    if not learned & there:
         raise InputError(f"{path}: it has {' '.join(sorted(there))}, and what is learned is "
-                         f"{' '.join(sorted(written))}: nothing to compare")
-    if lacking := written - there:
+                         f"{' '.join(sorted(learned))}: nothing to compare")
+    if lacking := learned - there:
         print(f"{path}: no text of {' '.join(sorted(lacking))}, which is learned and not evaluated",
               file=sys.stderr)
 

@@ -579,7 +579,7 @@ def differences(rows):
     utterances."""
     found = {}
     for name, row in rows.items():
-        for condition in {"clean", "noise"} & row.keys():
+        for condition in filter(row.__contains__, ("clean", "noise")):
             for tag in row[condition].keys() & rows["ALIGN"][condition].keys():
                 own, align = row[condition][tag], rows["ALIGN"][condition][tag]
                 if len(own["words"]) != len(align["words"]):   # a model babbled and was broken off
@@ -596,7 +596,7 @@ def differences(rows):
 
 def without_counts(rows):
     for row in rows.values():
-        for condition in {"clean", "noise"} & row.keys():
+        for condition in ("clean", "noise"):
             for own in row[condition].values():
                 del own["errors"], own["words"]
     return rows
