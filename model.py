@@ -46,6 +46,7 @@ FFT = 512
 FLOOR = 1e-5  # power of a mel band; noise of one step of 16-bit sound lies 10 to 20 dB below
 MASKED = -3e4  # added to a score that must not count: exp() makes it 0, and it is finite in float16
 LONGEST_CHUNK = 4096  # frames; more is not streaming, and its memory of the past would be huge
+MOST_MELS = 126  # with FFT points at 16 kHz
 
 CHECKPOINT_FORMAT = "joint-streaming-transducer"
 CHECKPOINT_VERSION = 2
@@ -70,7 +71,7 @@ class Config:
     dropout: float
     label_encoder: str       # "transformer" or "lstm"
     label_layers: int
-    label_context: int       # labels that a layer of the label encoder sees, itself included
+    label_context: int       # labels that a layer of a "transformer" sees, the last one included
     joint_dim: int
     ctc_vocab: int = 0       # classes of the auxiliary CTC head on the encoder; 0: no head
     n_mels: int = 80
@@ -97,6 +98,11 @@ class Config:
                  f"0 for the whole utterance, not {self.chunks!r}"),
                 (self.left_frames <= LONGEST_CHUNK,
                  f"left_frames {self.left_frames} is more than {LONGEST_CHUNK}"),
+                (self.label_context <= LONGEST_CHUNK,
+                 f"label_context {self.label_context} is more than {LONGEST_CHUNK}"),
+                (self.n_mels <= MOST_MELS,
+                 f"n_mels {self.n_mels} is more than {MOST_MELS}: some bands would lie between two "
+                 "frequencies of the spectrum and hear nothing"),
                 (self.kernel == 0 or self.kernel % 2 == 1,
                  f"kernel must be odd, or 0 for no convolution, not {self.kernel}"),
                 (0 <= self.dropout < 1, f"dropout must lie in [0, 1), not {self.dropout!r}"),
@@ -115,8 +121,8 @@ class Config:
 
     def left_chunks(self, chunk: int) -> int:
         if not _is_chunk(chunk):
-            raise InputError(f"a chunk has 1 to {LONGEST_CHUNK} frames (0: the whole utterance), "
-                             f"not {chunk}")
+            raise InputError(f"a chunk is a whole number from 1 to {LONGEST_CHUNK} frames (0: the "
+                             f"whole utterance), not {chunk!r}")
         return -(-self.left_frames // chunk) if chunk else 0
 
 
@@ -165,8 +171,10 @@ def log_mel(samples: Tensor, n_mels: int = 80, floor: float = FLOOR) -> Tensor:
     Frame k is made of samples [160 k, 160 k + 400) and nothing else: no centring, no padding, no
     statistics of the utterance; any of those would let a frame see the future. Powers below
     `floor` count as `floor`, so that digital silence is like a quiet room and not like nothing
-    that was ever recorded.
+    that was ever recorded. Raises InputError for samples that are no floating-point numbers.
     """
+    if not samples.is_floating_point():
+        raise InputError(f"samples must be floating-point numbers in -1..1, not {samples.dtype}")
     window, bands = _window_and_bands(n_mels, samples.dtype, samples.device)
     if samples.shape[-1] < WINDOW:
         return samples.new_zeros(*samples.shape[:-1], 0, n_mels)
@@ -399,7 +407,11 @@ class Encoder(nn.Module):
         self.stack = Stack(config, config.layers, config.ff, config.max_distance, config.kernel)
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Mean and standard deviation (n_mels,) of the features, as training data has them."""
+        """Mean and standard deviation (n_mels,) of the features, as training data has them. Raises
+        InputError for numbers that nothing can be divided by."""
+        if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
+            raise InputError(f"the mean must be finite and the deviation above 0, not {mean} and "
+                             f"{std}")
         self.mean.copy_(mean)
         self.std.copy_(std)
 
@@ -426,6 +438,29 @@ class Encoder(nn.Module):
             x = F.relu(conv(torch.cat([x[:, :-1:2], pairs], 2)))      # and 2t - 1 before them
         return self.dropout(self.project(x)), torch.cat(kept, 1)
 
+    def check(self, mel, lengths, state, chunk):
+        """InputError for what would be computed all the same, by broadcasting, and be wrong.
+        -> the lengths as a tensor."""
+        s, n_mels = self.config.subsampling, self.config.n_mels
+        if mel.dim() != 3 or mel.shape[2] != n_mels or mel.shape[1] % s or not mel.shape[1]:
+            raise InputError(f"mel must be (B, F, {n_mels}) with F a positive multiple of {s}, as "
+                             f"pad_samples makes it, not {tuple(mel.shape)}")
+        if state is not None and (len(state.filled) != len(mel) or state.chunk != chunk):
+            raise InputError(f"mel of {len(mel)} streams in chunks of {chunk} frames, but a state "
+                             f"of {len(state.filled)} in chunks of {state.chunk}")
+        if state is not None and chunk and mel.shape[1] > chunk * s:
+            raise InputError(f"a call with a state takes one chunk, {chunk * s} mel frames, "
+                             f"not {mel.shape[1]}")
+        if lengths is None:
+            return None
+        lengths = torch.as_tensor(lengths)
+        # On a GPU a look at the numbers would wait for it.
+        legal = lengths.device.type != "cpu" or ((lengths > 0) & (lengths <= mel.shape[1])).all()
+        if lengths.shape != mel.shape[:1] or lengths.is_floating_point() or not legal:
+            raise InputError(f"lengths must be {len(mel)} whole numbers from 1 to {mel.shape[1]}, "
+                             f"not {lengths.tolist()}")
+        return lengths
+
     def forward(self, mel, lengths=None, state=None, chunk=None):
         """mel (B, F, n_mels) -> frames (B, T, D), state.
 
@@ -433,20 +468,15 @@ class Encoder(nn.Module):
         (0: the whole utterance, None: the first of the config's); the state returned is None.
         Streaming: `state` from initial_state or the call before, one chunk of mel frames, of the
         state's size. Only the last may be short, and with chunk 0 there is one call: that is up to
-        the caller. Raises ValueError for more than a chunk.
+        the caller. Raises InputError for what does not fit.
         """
         s = self.config.subsampling
-        if mel.shape[1] % s or not mel.shape[1]:
-            raise ValueError(f"{mel.shape[1]} mel frames are not a positive multiple of {s}; "
-                             "pad_samples makes them so")
-        if state is not None:
+        if state is not None and chunk is None:
             chunk = state.chunk
         elif chunk is None:
             chunk = self.config.chunks[0]
         left = self.config.left_chunks(chunk)
-        if state is not None and chunk and mel.shape[1] > chunk * s:
-            raise ValueError(f"a call with a state takes one chunk, {chunk * s} mel frames, "
-                             f"not {mel.shape[1]}")
+        lengths = self.check(mel, lengths, state, chunk)
         lengths = None if lengths is None else (lengths + s - 1) // s
         tails = mel.new_zeros(len(mel), sum(self.tail_widths)) if state is None else state.tails
         x, tails = self.subsample(mel, tails)
@@ -474,14 +504,18 @@ class LabelEncoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.5)
         self.dropout = nn.Dropout(config.dropout)
         if config.label_encoder == "lstm":
-            self.lstm = nn.LSTM(config.dim, config.dim, config.label_layers, batch_first=True)
+            self.lstm = nn.LSTM(config.dim, config.dim, config.label_layers, batch_first=True,
+                                dropout=config.dropout * (config.label_layers > 1))
             self.norm = nn.LayerNorm(config.dim)
         else:
             self.stack = Stack(config, config.label_layers, 4 * config.dim, config.label_context)
 
     def forward(self, labels, state=None):
         """labels (B, U) -> (B, U + 1, D) from the start, or (B, U, D) after the labels that `state`
-        has read; and the state after them."""
+        has read; and the state after them. Raises InputError for labels of another shape or type."""
+        if labels.dim() != 2 or labels.is_floating_point():
+            raise InputError("labels must be whole numbers (B, U), not "
+                             f"{labels.dtype} {tuple(labels.shape)}")
         if state is None:
             labels = F.pad(labels, (1, 0))  # blank is 0
         x = self.dropout(self.embedding(labels))
@@ -555,8 +589,10 @@ class Transducer(nn.Module):
 
 def save(path, model: Transducer, **plain) -> None:
     """Tensors and plain data only, under a temporary name first: a reader never meets half a file.
-    Raises OSError, with the path, where the disk is full or the like; the old file then stays."""
+    Raises InputError for what `load` would refuse, and OSError, with the path, where the disk is
+    full or the like; the old file then stays."""
     path = os.fspath(path)
+    _check_plain(plain, path)
     content = {"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION,
                "config": asdict(model.config), "model": model.state_dict(), "beside": plain}
     temporary = f"{path}.{os.getpid()}.tmp"
@@ -570,6 +606,17 @@ def save(path, model: Transducer, **plain) -> None:
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def _check_plain(value, path, name=""):
+    """numpy's numbers, paths and the like are code to torch.load, which then refuses the file."""
+    if type(value) in (dict, list, tuple):
+        for key, item in value.items() if type(value) is dict else enumerate(value):
+            _check_plain(key, path, f"the key {key!r:.50} in {name}")
+            _check_plain(item, path, f"{name}.{key}".lstrip("."))
+    elif not isinstance(value, Tensor) and type(value) not in (bool, int, float, str, type(None)):
+        raise InputError(f"{path}: not saved: {name} is {value!r:.80}, a {type(value).__name__}; a "
+                         "checkpoint takes tensors and plain data only")
 
 
 def _write(content, file):
@@ -645,6 +692,8 @@ def _model_for(config, weights):
 
 
 def _check_device(device, path):
+    if not isinstance(device, (str, int, torch.device)):
+        raise InputError(f"{path}: {device!r:.50} is no device; cpu or cuda is")
     if str(device).startswith("meta"):
         raise InputError(f"{path}: cannot be loaded on device meta, which holds no numbers")
     try:

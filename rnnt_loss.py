@@ -85,6 +85,10 @@ BLANK, LABEL = 0, 1
 # y[b,t,u] is the label that node (t,u) may write. Two values are none: all labels are written
 # (u = U); the node lies outside its utterance.
 NO_LABEL, PADDING = -1, -2
+# What `check_arguments` makes of a loss's arguments. frames, counts (B,): each utterance's T and U;
+# fused: logits need a log-softmax; fastemit, delay: as given; gpu: which kernels; arc_dtype: of the
+# arcs; factor: what the sum of the costs is multiplied by, 0 for one cost an utterance.
+Batch = namedtuple("Batch", "y frames counts blank fused fastemit delay gpu arc_dtype factor")
 SLAB_BYTES = 4 << 20          # on a CPU, half-precision logits become float32 in slabs of this size
 TILE_BYTES = 48 << 20         # of about this size are the tiles of the fused joint
 
@@ -211,6 +215,7 @@ def rnnt_loss(logits, targets, logit_lengths, target_lengths, blank=-1, clamp=-1
     batch = check_arguments(logits, targets, logit_lengths, target_lengths, blank,
                             reduction=reduction, validate=validate, fused=fused_log_softmax,
                             fastemit=fastemit_lambda, delay=delay_penalty)
+    clamp = _number("clamp", clamp)
     need_grad = torch.is_grad_enabled() and logits.requires_grad
     costs = _Loss.apply(logits.contiguous(), batch, clamp, need_grad)
     return costs.sum() * batch.factor if batch.factor else costs
@@ -365,6 +370,7 @@ class _Joint:
                  tile_bytes=TILE_BYTES, keep=None, **options):
         encoder_out, label_out, weight, bias = inputs
         B, T, U1, V, J = _joint_sizes(*inputs)
+        tile_bytes = _whole("tile_bytes", tile_bytes)
         device, dtype = encoder_out.device, encoder_out.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
@@ -419,6 +425,10 @@ class _Joint:
 
 def _joint_sizes(encoder_out, label_out, weight, bias):
     """-> B, T, U1, V, J."""
+    _tensors(encoder_out=encoder_out, label_out=label_out, weight=weight, bias=bias)
+    if encoder_out.dtype != label_out.dtype:
+        raise ValueError(f"encoder_out is {encoder_out.dtype}, label_out {label_out.dtype}: their "
+                         "sum is to be of one type")
     e, l, w, v = (tuple(a.shape) for a in (encoder_out, label_out, weight, bias))
     if [len(e), len(l), len(w), len(v)] != [3, 3, 2, 1] or l[::2] != e[::2] or w != (*v, e[2]):
         raise ValueError("encoder_out (B,T,J), label_out (B,U1,J), weight (V,J), bias (V,) are "
@@ -433,6 +443,7 @@ def _nodes_in_use(T, U1, frames, counts, keep):
     inside = in_frames[:, :, None] & in_labels[:, None]
     if keep is None:
         return inside
+    keep = torch.as_tensor(keep)
     if keep.shape != inside.shape or keep.dtype != torch.bool:
         raise ValueError(f"keep must be bool of shape {tuple(inside.shape)}, "
                          f"not {keep.dtype} of shape {tuple(keep.shape)}")
@@ -480,6 +491,7 @@ def simple_rnnt_loss(am, lm, targets, logit_lengths, target_lengths, *, blank, r
     GPU, finding them is a wait. Raises ValueError for what does not fit; on a GPU, a target out of
     range makes the cost NaN instead.
     """
+    _tensors(am=am, lm=lm)
     a, l = tuple(am.shape), tuple(lm.shape)
     if [len(a), len(l)] != [3, 3] or a[::2] != l[::2]:
         raise ValueError(f"am (B,T,V), lm (B,U1,V) are {a}, {l}")
@@ -499,7 +511,7 @@ def simple_rnnt_loss(am, lm, targets, logit_lengths, target_lengths, *, blank, r
 
 def _simple_arcs(am, lm, labels, blank):
     """am (B,T,V), lm (B,U1,V), labels (B,U1) -> arcs (B,T,U1,2) of the logits am + lm."""
-    # A node's softmax does not see these offsets.
+    # A node's softmax does not see what is taken off all of its classes.
     am, lm = (a - a.detach().amax(-1, keepdim=True) for a in (am, lm))
     normalizer = _log_sum_exp_of_sums(am, lm)                                         # (B,T,U1)
     blanks = am[..., blank, None] + lm[..., blank][:, None]
@@ -510,12 +522,12 @@ def _simple_arcs(am, lm, labels, blank):
 
 def _log_sum_exp_of_sums(am, lm):
     """log sum_k exp(am[b,t,k] + lm[b,u,k]) as (B,T,U1), where no am or lm is above 0."""
-    product = am.exp() @ lm.exp().mT
+    sums = am.exp() @ lm.exp().mT
     info = torch.finfo(am.dtype)
-    # The terms that underflowed add up to at most V tiny; where the product is below this, they are
+    # The terms that underflowed add up to at most V tiny; where a sum is below this, they are
     # more than a rounding error of it.
-    lost = product < am.shape[-1] * info.tiny / info.eps
-    result = product.masked_fill(lost, 1).log()
+    lost = sums < am.shape[-1] * info.tiny / info.eps
+    result = sums.masked_fill(lost, 1).log()
     b, t, u = lost.nonzero(as_tuple=True)             # none, but where am and lm exclude each other
     if not len(b):
         return result
@@ -565,13 +577,20 @@ def prune_band(posteriors, logit_lengths, target_lengths, width):
     A path in the band writes at most width - 1 labels in a frame, and where a translation waits for
     a word, labels come in bursts: width must be above the longest. Where even (width - 1) T < U,
     that utterance gets the least width that has a path, and a warning says so.
+
+    Raises ValueError for what does not fit; lengths that lie on a GPU are a wait.
     """
+    _tensors(posteriors=posteriors)
+    if posteriors.dim() != 3 or 0 in posteriors.shape[1:]:
+        raise ValueError(f"posteriors must be (B,T,U1), not {tuple(posteriors.shape)}")
     if (width := _whole("width", width)) < 1:
         raise ValueError(f"width must be a whole number of rows, 1 or more, not {width}")
     (B, T, U1), device = posteriors.shape, posteriors.device
-    frames = _integers("logit_lengths", logit_lengths, 1, B)[:, None]                 # (B,1)
-    counts = _integers("target_lengths", target_lengths, 1, B)[:, None]               # (B,1)
-    least = -(-counts // frames.clamp(min=1)) + 1
+    frames = _integers("logit_lengths", logit_lengths, 1, B)[:, None].cpu()           # (B,1)
+    counts = _integers("target_lengths", target_lengths, 1, B)[:, None].cpu()         # (B,1)
+    _in_range("logit_lengths", frames[:, 0], 1, T)
+    _in_range("target_lengths", counts[:, 0], 0, U1 - 1)
+    least = -(-counts // frames) + 1
     if (least > width).any():
         warnings.warn(f"prune_band: width {width} cannot write U labels in T frames where "
                       "(width - 1) T < U; wider there", stacklevel=3)
@@ -1055,12 +1074,6 @@ def _refuse_after_fork():
 
 # ---- Plumbing: arguments -------------------------------------------------------------------------
 
-# y (B,T,U1): the label each node may write; frames, counts (B,): each utterance's T and U; fused:
-# logits need a log-softmax; fastemit, delay: as given; gpu: which kernels; arc_dtype: of the
-# arcs; factor: what the sum of the costs is multiplied by, 0 for one cost an utterance.
-Batch = namedtuple("Batch", "y frames counts blank fused fastemit delay gpu arc_dtype factor")
-
-
 def check_arguments(logits, targets, logit_lengths, target_lengths, blank, *, reduction="none",
                     validate=False, fused=True, fastemit=0.0, delay=0.0):
     """-> a Batch, or a ValueError that names what is wrong. Of logits only shape, device and dtype
@@ -1069,6 +1082,8 @@ def check_arguments(logits, targets, logit_lengths, target_lengths, blank, *, re
     With logits on a GPU, targets, and lengths that lie there too, are not checked unless validate:
     an utterance out of range gets no frames, and its cost is NaN.
     """
+    if not isinstance(logits, SimpleNamespace):       # that of a fused loss, which has no logits
+        _tensors(logits=logits)
     shape, dtype, device = logits.shape, logits.dtype, logits.device
     if len(shape) != 4 or 0 in shape[2:] or not dtype.is_floating_point:
         raise ValueError(f"logits must be (B,T,U+1,V) floats, not {dtype} of shape {tuple(shape)}")
@@ -1076,6 +1091,9 @@ def check_arguments(logits, targets, logit_lengths, target_lengths, blank, *, re
     factors = {"none": 0.0, "sum": 1.0, "mean": 1 / max(1, B)}    # an empty batch costs 0
     if reduction not in factors:
         raise ValueError(f"reduction is {reduction!r}, not 'none', 'mean' or 'sum'")
+    delay = _number("delay_penalty", delay)
+    if (fastemit := _number("fastemit_lambda", fastemit)) < 0:
+        raise ValueError(f"fastemit_lambda must be 0 or more, not {fastemit}")
     blank = _whole("blank", blank)
     if not -V <= blank < V:
         raise ValueError(f"blank is {blank}, but a node has {V} logits")
@@ -1121,6 +1139,25 @@ def _whole(name, value):
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name} must be a whole number, not {value!r}") from None
+
+
+def _number(name, value):
+    """A float that is finite: one that is not would make the costs NaN, without a word."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value!r}")
+    return value
+
+
+def _tensors(**named):
+    for name, value in named.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} must be a torch tensor, not {type(value).__name__}")
+
+
+def _in_range(name, values, low, high):
+    if (bad := (values < low) | (values > high)).any():
+        at = int(bad.nonzero()[0])
+        raise ValueError(f"{name}[{at}] is {values[at]}, not in {low}..{high}")
 
 
 def _integers(name, value, dims, B):

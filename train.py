@@ -1339,9 +1339,9 @@ def open_corpus(options, evaluates=True, tokenizer=None):
         found = readable(read_manifest(options.dev, **kept), options.strict, chunk)
         dev = Unseen([row for row, _ in found], chunk)
     if dev:
-        compare(set().union(*(written(row, options) for row in rows)), dev.rows, options.dev)
+        compare(set().union(*(streams_of(row, options) for row in rows)), dev.rows, options.dev)
     if options.restrict:
-        untimed = sum(None in map(known_times(row).get, written(row, options)) for row in rows)
+        untimed = sum(None in map(known_times(row).get, streams_of(row, options)) for row in rows)
         told = f"{untimed} of {len(rows)} rows lack times of their words (or links to them)"
         if untimed == len(rows):
             raise InputError(f"--restrict {options.restrict}: {told}; align.py --times finds them")
@@ -1356,7 +1356,7 @@ def open_corpus(options, evaluates=True, tokenizer=None):
     return Corpus(rows), dev
 
 
-def written(row, options):
+def streams_of(row, options):
     """The streams that this row is learned as."""
     mode, tags = mode_of(row, options.interleave), stream.texts_of(row).keys()
     return {"asr": tags & {ASR}, "st": tags - {ASR}}.get(mode, set(tags))
@@ -1532,7 +1532,7 @@ def save_run(run, options, folder, log):
         save_model(run, options, folder / "model.pt")
 
 
-def search_of(options):
+def saved_search(options):
     """How a model that was trained so is searched: options of a Streamer."""
     return {"blank_penalty": options.blank_penalty, "tail": TAIL}
 
@@ -1542,7 +1542,7 @@ def save_model(run, options, path):
          tokenizer=run.tokenizer.to_dict(),
          letters=run.letters,
          mode=options.interleave,
-         **search_of(options),
+         **saved_search(options),
          step=run.step)
 
 
@@ -1756,7 +1756,7 @@ def assess(run, dev, options, folder, blind, stop):
     use, where a stop is wanted."""
     def scored(items):
         going_on = (item for item in items if not stop.wanted)
-        return evaluate(run.model, run.tokenizer, going_on, **search_of(options))
+        return evaluate(run.model, run.tokenizer, going_on, **saved_search(options))
     metrics, records = scored(dev)
     if stop.wanted:
         return metrics

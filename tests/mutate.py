@@ -75,7 +75,7 @@ MUTATIONS = [
      "test_rnnt_loss.py", "bands_are_legal"),
     ("rnnt_loss.py", "bad_T = (logit_lengths < 1)", "bad_T = (logit_lengths < 0)",
      "test_rnnt_loss.py", "what_is_no_length or errors_show"),
-    ("rnnt_loss.py", "lost = product < am", "lost = product < 0 * am",
+    ("rnnt_loss.py", "lost = sums < am", "lost = sums < 0 * am",
      "test_rnnt_loss.py", "underflows"),
     # The network.
     ("model.py", "(chunks_back < 0) | (chunks_back > left)", "chunks_back > left",

@@ -7,9 +7,11 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import OrderedDict
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -364,15 +366,8 @@ def test_a_wrong_cache_of_the_convolution_is_noticed():
     assert (frames - offline[:, 4:8]).abs().max() < 1e-10
 
 
-def test_encoder_refuses_what_it_cannot_take():
+def test_a_chunk_has_a_legal_size():
     model = make()
-    with pytest.raises(ValueError, match="7 mel frames .* multiple of 4"):
-        model.encoder(torch.zeros(1, 7, 80, dtype=torch.float64))
-    with pytest.raises(ValueError, match="0 mel frames"):
-        model.encoder(torch.zeros(1, 0, 80, dtype=torch.float64))
-    with pytest.raises(ValueError, match="16 mel frames, not 20"):
-        mel = torch.zeros(1, 20, 80, dtype=torch.float64)
-        model.encoder(mel, state=model.encoder.initial_state(1, 4))
     for chunk in (-3, 10 ** 8):  # memory for the last chunk of 10^8 frames would be 57 GB
         with pytest.raises(m.InputError, match=str(chunk)):
             model.encoder(torch.zeros(1, 8, 80, dtype=torch.float64), chunk=chunk)
@@ -503,6 +498,74 @@ def test_half_precision_stays_finite(kernel):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+MEL = torch.zeros(2, 16, 80, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("arguments, told", [
+    ((MEL[0],), r"\(16, 80\)"), ((MEL[..., :1],), r"\(2, 16, 1\)"), ((MEL[:, :0],), "multiple of 4"),
+    ((MEL[:, :15],), "multiple of 4"), ((MEL, torch.tensor([16])), r"2 whole numbers .* \[16\]"),
+    ((MEL, [16, 17]), r"from 1 to 16, not \[16, 17\]"), ((MEL, [16, 0]), r"not \[16, 0\]"),
+    ((MEL, [16.0, 4.0]), "whole numbers"), ((MEL, None, "state", 2), "chunks of 2 frames.* of 4"),
+    ((MEL[:1], None, "state"), "mel of 1 streams.*a state of 2"), ((MEL, None, None, 2.0), r"2\.0"),
+    ((MEL[:, :12].repeat(1, 2, 1), None, "state"), "takes one chunk, 16 mel frames, not 24"),
+])
+def test_the_encoder_refuses_what_does_not_fit(arguments, told):
+    """torch would broadcast most of it, and compute something else."""
+    model = make()
+    arguments = [model.encoder.initial_state(2) if a == "state" else a for a in arguments]
+    with pytest.raises(m.InputError, match=told):
+        model.encoder(*arguments)
+
+
+def test_lengths_may_be_a_list_and_a_state_brings_its_chunk():
+    model, mel = make(), torch.randn(2, 16, 80, dtype=torch.float64)
+    assert torch.equal(model.encoder(mel, [16, 8])[0],
+                       model.encoder(mel, torch.tensor([16, 8], dtype=torch.int32))[0])
+    state = model.encoder.initial_state(2)
+    assert state.chunk == SMALL.chunks[0]
+    assert torch.equal(model.encoder(mel, state=state)[0],
+                       model.encoder(mel, state=state, chunk=state.chunk)[0])
+
+
+def test_what_is_no_sound_no_statistics_and_no_labels():
+    with pytest.raises(m.InputError, match="int16"):
+        m.log_mel(torch.zeros(800, dtype=torch.int16))
+    for mean, std in ((0.0, 0.0), (0.0, float("nan")), (float("inf"), 1.0)):
+        with pytest.raises(m.InputError, match="deviation above 0"):
+            make().encoder.set_statistics(torch.full((80,), mean), torch.full((80,), std))
+    for labels in (torch.tensor([1, 2]), torch.ones(1, 2)):
+        with pytest.raises(m.InputError, match=r"labels must be whole numbers \(B, U\)"):
+            make().label_encoder(labels)
+
+
+def test_no_band_is_deaf_up_to_the_most():
+    """And one more has a band between two frequencies of the spectrum, which hears nothing."""
+    def deaf(n_mels):
+        bands = m._window_and_bands(n_mels, torch.float64, torch.device("cpu"))[1]
+        return int((bands.amax(0) == 0).sum())
+    assert [deaf(n) for n in range(1, m.MOST_MELS + 2)] == [0] * m.MOST_MELS + [1]
+    with pytest.raises(m.InputError, match="n_mels 127"):
+        replace(SMALL, n_mels=127)
+
+
+def test_a_masked_score_is_finite_in_float16_and_its_exponential_zero():
+    masked = torch.tensor(m.MASKED, dtype=torch.float16)
+    assert masked.isfinite() and not torch.tensor(m.MASKED).exp()
+
+
+@pytest.mark.parametrize("kind, n", [("transformer", 8), ("lstm", 7)])
+def test_every_part_drops_the_share_of_the_config(kind, n):
+    """Two encoder layers and their convolutions, the two inputs, and what reads the labels."""
+    config = replace(SMALL, layers=2, kernel=3, dropout=0.25, label_encoder=kind)
+    model, used = make(config, torch.float32).train(), []
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Dropout, torch.nn.LSTM)):
+            module.register_forward_hook(lambda module, *_: used.append(module))
+    model(torch.randn(1, 16, 80), torch.tensor([[1, 2]]))
+    shares = [part.dropout if isinstance(part, torch.nn.LSTM) else part.p for part in used]
+    assert len(set(used)) == n and set(shares) == {0.25}, shares
+
+
 def test_dropout_is_in_training_and_nowhere_else():
     """A share of what a layer adds is dropped and the rest scaled up: as much in the mean."""
     torch.manual_seed(0)
@@ -569,12 +632,31 @@ def test_checkpoint_round_trip(tmp_path, config):
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path):
+@pytest.mark.parametrize("bad, told", [
+    ({"bad": lambda: None}, "bad is <function"), ({"step": np.int64(3)}, "step is .*int64"),
+    ({"where": {"x": [1, Path("a")]}}, r"where\.x\.1 is .*Path"), ({"d": {(1, 2.5): {3}}}, "a set"),
+    ({"d": {Path("a"): 1}}, "the key .* in d"), ({"o": OrderedDict(a=1)}, "a OrderedDict")])
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, bad, told):
     path = tmp_path / "model.pt"
     m.save(path, make(), step=1)
-    with pytest.raises(Exception, match="pickle"):
-        m.save(path, make(), step=2, bad=lambda: None)
+    with pytest.raises(m.InputError, match=f"model.pt: not saved: .*{told}"):
+        m.save(path, make(), **bad)
     assert m.load(path)[1] == {"step": 1} and os.listdir(tmp_path) == ["model.pt"]
+
+
+@pytest.mark.parametrize("device", [None, {"cuda:0": "cpu"}, "meta", "nowhere"])
+def test_a_device_has_a_name(tmp_path, device):
+    """With map_location=None, torch would leave the weights without numbers."""
+    m.save(tmp_path / "model.pt", make())
+    with pytest.raises(m.InputError, match="model.pt: .* device"):
+        m.load(tmp_path / "model.pt", device)
+
+
+def test_whatever_else_is_plain_comes_back(tmp_path):
+    """Else a check that refuses too much would pass the test before."""
+    plain = {"a": [1, 2.5, None, True, "x", (1, {"b": torch.arange(2)})], "c": {3: "d", "": []}}
+    m.save(tmp_path / "model.pt", make(), **plain)
+    assert repr(m.load(tmp_path / "model.pt")[1]) == repr(plain)
 
 
 @pytest.mark.parametrize("room", [0, 5_000, 60_000])

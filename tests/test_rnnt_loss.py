@@ -789,6 +789,53 @@ def test_a_band_as_wide_as_the_rows_keeps_all_and_a_narrow_one_says_that_it_is_w
         with pytest.raises(ValueError, match="width must be a whole number"):
             prune_band(torch.rand(2, 6, 5), *lengths, width)
     assert prune_band(torch.rand(2, 6, 5), *lengths, np.int64(5)).sum() == 30 + 8
+    for frames, counts, message in (
+            ([6, 7], [4, 3], r"logit_lengths\[1\] is 7, not in 1..6"),
+            ([0, 2], [4, 3], r"logit_lengths\[0\] is 0"),
+            ([6, 2], [4, 7], r"target_lengths\[1\] is 7, not in 0..4"),
+            ([6, 2], [-1, 3], r"target_lengths\[0\] is -1")):
+        with pytest.raises(ValueError, match=message):
+            prune_band(torch.rand(2, 6, 5), frames, counts, 3)
+    with pytest.raises(ValueError, match=r"\(B,T,U1\), not \(6, 5\)"):
+        prune_band(torch.rand(6, 5), *lengths, 3)
+    with pytest.raises(ValueError, match="must be a torch tensor, not list"):
+        prune_band([[[1.0]]], [1], [0], 3)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"delay_penalty": math.inf}, "delay_penalty must be a finite number, not inf"),
+    ({"delay_penalty": math.nan}, "delay_penalty"), ({"delay_penalty": "1"}, "delay_penalty .* '1'"),
+    ({"fastemit_lambda": math.nan}, "fastemit_lambda"),
+    ({"fastemit_lambda": -2.0}, "fastemit_lambda must be 0 or more, not -2.0")])
+def test_numbers_that_would_make_the_costs_nan_or_turn_the_gradient(options, message):
+    joint = [a.detach() for a in joint_inputs()]
+    rest = torch.ones(3, 4, dtype=torch.long), [6, 6, 6], [4, 4, 4]
+    for run in (lambda: rnnt_loss(unfused_logits(*joint), *rest, blank=0, **options),
+                lambda: joint_rnnt_loss(*joint, *rest, blank=0, **options)):
+        with pytest.raises(ValueError, match=message):
+            run()
+
+
+def test_what_is_no_tensor_or_of_another_type_is_named():
+    joint = [a.detach() for a in joint_inputs()]
+    rest = torch.ones(3, 4, dtype=torch.long), [6, 6, 6], [4, 4, 4]
+    logits = unfused_logits(*joint)
+    for clamp in (None, "0.1", math.nan):
+        with pytest.raises(ValueError, match="clamp must be a finite number"):
+            rnnt_loss(logits, *rest, blank=0, clamp=clamp)
+    with pytest.raises(ValueError, match="logits must be a torch tensor, not ndarray"):
+        rnnt_loss(logits.numpy(), *rest, blank=0)
+    with pytest.raises(ValueError, match="weight must be a torch tensor, not list"):
+        joint_rnnt_loss(*joint[:2], joint[2].tolist(), joint[3], *rest, blank=0)
+    with pytest.raises(ValueError, match="am must be a torch tensor, not ndarray"):
+        simple_rnnt_loss(joint[0].numpy(), joint[1], *rest, blank=0)
+    with pytest.raises(ValueError, match="encoder_out is torch.float64, label_out torch.float32"):
+        joint_rnnt_loss(joint[0], joint[1].float(), *joint[2:], *rest, blank=0)
+    with pytest.raises(ValueError, match="tile_bytes must be a whole number, not 48000000.0"):
+        joint_rnnt_loss(*joint, *rest, blank=0, tile_bytes=48e6)
+    keep = np.tri(6, 5, dtype=bool)[None].repeat(3, 0)            # an array will do
+    assert joint_rnnt_loss(*joint, *rest, blank=0, keep=keep) == joint_rnnt_loss(
+        *joint, *rest, blank=0, keep=torch.from_numpy(keep))
     logits = torch.randn(1, 2, 2, 5)
     for blank in (0.0, "0", None, torch.tensor(0.0)):
         with pytest.raises(ValueError, match="blank must be a whole number"):

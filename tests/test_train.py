@@ -819,7 +819,7 @@ def test_tasks_come_one_after_the_other():
 
 
 def test_the_search_is_that_of_the_options():
-    penalty = lambda *argv: train.search_of(train.parse_options(["--device", "cpu", *argv]))
+    penalty = lambda *argv: train.saved_search(train.parse_options(["--device", "cpu", *argv]))
     assert penalty() == {"blank_penalty": 0.5, "tail": 0.32}
     assert penalty("m.jsonl")["blank_penalty"] == 0.75
     assert penalty("m.jsonl", "--blank-penalty", "-1")["blank_penalty"] == -1
