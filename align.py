@@ -13,13 +13,15 @@ emitted by a source word a_j, and a_1 .. a_J is the path of a hidden Markov mode
     P(target | source) = sum over all paths a of
                          prod_j  jump(a_j - a_{j-1}) * t(target_j | source_{a_j})
 
-or a word is emitted by NULL, no word at all. Backward, the sides are exchanged. IBM model 1 is the
-same without jumps, here with a fixed pull to the diagonal instead; no local optimum can trap it, so
-it comes first. Expectation maximisation (EM): the E-step
-finds the posterior of every link under the present tables, the M-step adds the posteriors up to
-expected counts and divides. On a small corpus four things make it strong:
+or a word is emitted by NULL, no word at all. Backward, the sides are exchanged. (Long jumps share
+one weight, each the whole of it: in a long sentence P is a score, its jumps add up to more than 1.)
+IBM model 1 is the same without jumps, here with a fixed pull to the diagonal instead; it needs no
+good tables to begin with, so it comes first. Expectation maximisation (EM): the E-step finds the
+posterior of every link under the present tables, the M-step adds the posteriors up to expected
+counts and divides. On a small corpus four things make it strong:
 
-1. agreement: both directions count the product of their posteriors, so that each teaches the other;
+1. agreement: in the HMM's iterations both directions count, of two words, the product of their
+   posteriors, so that each teaches the other;
 2. a variational M-step, exp(digamma(count)): about half a count less everywhere, which keeps rare
    words from collecting links ("garbage collection");
 3. a prior: up to one imagined count for two words spelled alike, which also start up to eleven
@@ -84,7 +86,7 @@ class Recipe:
     agree: bool = True
     prior: float = 0.1         # imagined counts: of any two words that occur together,
     spelling: float = 1.0      # of two words spelled alike,
-    stems: float = 10.0        # spread over the entries of a word as its stem's table says,
+    stems: float = 10.0        # times the probability of the pair of their stems,
     null: float = 1.0          # and of any word as emitted by NULL, or it keeps a frequent word
     method: str = "posterior"  # link where the mean of both posteriors exceeds the threshold,
     threshold: float = 0.5     # or see symmetrise
@@ -185,10 +187,17 @@ def running_sums(values, below, above):
 @njit(cache=True, fastmath=REORDER)
 def hmm_sentence(emission, null, jump, posterior, jump_counts):
     """Forward-backward (Baum-Welch), in I * J * WIDTH steps. State p is one more than the position
-    linked most recently (0: none yet); NULL keeps it. From p to word i is a jump of i + 1 - p.
-    jump (2 WIDTH + 1,): at [d] P(jump of d - WIDTH); its ends stand for all jumps at least so long,
-    for which two running sums serve. What falls outside the sentence is lost, not redistributed, so
-    that what is added to jump_counts makes an exact M-step."""
+    linked most recently (0: none yet); NULL keeps it. From p to word i is a jump of i + 1 - p:
+
+      posterior[j, i] ~ emission[j, i] * sum_p state[j, p] * jump(i + 1 - p)
+      state[j + 1, i + 1] = posterior[j, i] + null[j] * state[j, i + 1],
+
+    each over the sum of all ways (scale), and the same backward with what follows (future). In the
+    sums the near jumps, shorter than WIDTH, are a loop over the states that are not all but
+    impossible, and the far ones two running sums. jump (2 WIDTH + 1,): at [d] the weight of a jump
+    of d - WIDTH; its ends stand for all jumps at least so long. The weights add up to 1, and what
+    falls outside the sentence is lost, not redistributed: so what is added to jump_counts makes an
+    exact M-step of them."""
     J, I = emission.shape
     near = jump.astype(np.float32)
     down, up = near[0], near[2 * WIDTH]  # the long jumps, which are seen to apart
@@ -452,11 +461,14 @@ def tell_compilation():
 
 def align_bitext(pairs, recipe=Recipe()):
     """[(source words, target words)] -> for each pair its links, a sorted list of (i, j), 0-based.
-    Case is ignored.
+    Case is ignored. Raises InputError for a text that is not cut into words.
 
     Time and memory grow with I * J of a pair, and its tables are not made smaller by a long one: so
     one of more than CELLS cells is learned from, and linked, window by window (see windows).
     """
+    pairs = list(pairs)
+    if texts := [side for pair in pairs for side in pair if isinstance(side, str)]:
+        raise InputError(f"{texts[0]!r:.80} is a text where a list of words should be: split it")
     if not any(a and b for a, b in pairs):
         return [[] for _ in pairs]
     pieces = [(s, *window) for s, (a, b) in enumerate(pairs) for window in windows(len(a), len(b))]
@@ -488,8 +500,8 @@ def windows(I, J):
     """Stretches of a pair of I and J words: [(k, i0, i1, j0, j1)], k = 0, 1, ...
 
     A pair of CELLS cells or less is one. A longer one is cut into n parts, on both sides alike, and
-    a window is two neighbouring parts, so that windows overlap by half and hold CELLS cells (or, of
-    a side with less than n words, one or two words).
+    a window is two neighbouring parts, so that windows overlap by half and hold about CELLS cells at
+    most (of a side with less than n words, one or two words).
     """
     if I * J <= CELLS:
         return [(0, 0, I, 0, J)]
@@ -500,7 +512,8 @@ def windows(I, J):
 
 def deciding_window(i, j, I, J):
     """Which window of a long pair decides about link i-j: the one that has it nearest its middle. A
-    link further from the diagonal than a part, I / n words, lies in no window and is not found."""
+    link is found where a window has both words: always within a part, I / n words, of the diagonal,
+    and never beyond two."""
     n = window_parts(I, J)
     place = n * ((i + 0.5) / I + (j + 0.5) / J) / 2  # along the diagonal, in parts
     return min(max(math.floor(place - 0.5), 0), n - 2)
@@ -572,23 +585,6 @@ def contextual_links(pairs, name, layer=8):
     transformers takes it: bert-base-multilingual-cased, or a folder. Words beyond its longest
     input, often 512 pieces, get no links. Raises InputError for a model that cannot be used."""
     torch, transformers = needed("torch", "--model"), needed("transformers", "--model")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = transformers.AutoModel.from_pretrained(name).float().eval()
-    except (OSError, ImportError):
-        raise
-    except Exception as error:        # a reader of damaged files may fail in any way
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"--model {name}: {type(error).__name__}: {reason}") from None
-    if not tokenizer.is_fast:
-        raise InputError(f"--model {name}: no fast tokenizer, which knows the word of each piece")
-    if model.config.is_encoder_decoder:
-        model = model.get_encoder()
-
-    # Tokenizers do not always say how much the model can take; some models begin at position 2.
-    positions = getattr(model.config, "max_position_embeddings", None)
-    longest = min(tokenizer.model_max_length, positions - 2 if positions else math.inf)
-    limit = {"max_length": int(longest), "truncation": True} if longest < 1e9 else {}
 
     def vectors(words):
         pieces = tokenizer([words], is_split_into_words=True, return_tensors="pt", **limit)
@@ -597,6 +593,24 @@ def contextual_links(pairs, name, layer=8):
         word = np.array([-1 if w is None else w for w in pieces.word_ids(0)])  # -1: [CLS], [SEP]
         return layers[min(layer, len(layers) - 1)][0].numpy()[word >= 0], word[word >= 0]
 
+    try:
+        # A space before each word, or those of RoBERTa's kind do not take words one by one.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, add_prefix_space=True)
+        model = transformers.AutoModel.from_pretrained(name).float().eval()
+        if model.config.is_encoder_decoder:
+            model = model.get_encoder()
+        if not tokenizer.is_fast:
+            raise ValueError("no fast tokenizer, which knows the word of each piece")
+        # Tokenizers do not always say how much the model can take; some models begin at position 2.
+        positions = getattr(model.config, "max_position_embeddings", None) or 0
+        longest = min(tokenizer.model_max_length, positions - 2 if positions > 2 else math.inf)
+        limit = {"max_length": int(longest), "truncation": True} if longest < 1e9 else {}
+        vectors(["a"])                # one that hears sound, for one, takes no text
+    except (OSError, ImportError):
+        raise
+    except Exception as error:        # a reader of damaged files may fail in any way
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"--model {name}: {type(error).__name__}: {reason}") from None
     return [extract_links(*vectors(a), *vectors(b)) if a and b else [] for a, b in pairs]
 
 
@@ -712,7 +726,7 @@ def best_path(model, samples, ids):
 def ctm_times(path):
     """A CTM, `utterance channel start duration word` a line -> {utterance: [(word, end in s)]}, by
     time, whatever the order of the lines. Other lines are named and left out."""
-    found, bad = {}, []
+    found, channels, bad = {}, {}, []
     for n, line in enumerate(read_lines(path), 1):
         fields = line.split()
         if not fields or line.startswith(";;"):
@@ -722,17 +736,23 @@ def ctm_times(path):
             bad.append(f"{path}:{n}: left out, not a line of a CTM: {line[:80]!r}")
         else:
             found.setdefault(fields[0], []).append((start, start + duration, fields[4]))
+            channels.setdefault(fields[0], set()).add(fields[1])
     if not found:
         raise InputError(f"{path}: no line of a CTM: utterance, channel, start, duration, word")
     for message in bad:
         warn(message)
+    for utterance, names in channels.items():
+        if len(names) > 1:                            # two speakers, whose words would be mixed
+            warn(f"{path}: {utterance} left out, it has the channels {', '.join(sorted(names))}: "
+                 "let each be an utterance of its own, and a row")
+            del found[utterance]
     return {utterance: in_time(words) for utterance, words in found.items()}
 
 
 def textgrid_times(folder):
     """Praat TextGrids in a folder and the folders in it, as the Montreal Forced Aligner writes them
-    -> {path without its suffix: [(word, end in s)]}, and by its name alone where no other file has
-    the same."""
+    -> {path without its suffix: [(word, end in s)]}, and by its last parts alone (speaker/name,
+    name) where no other path ends so."""
     found = {}
     for file in sorted(Path(folder).rglob("*")):
         if file.suffix.lower() == ".textgrid":
@@ -745,12 +765,15 @@ def textgrid_times(folder):
                 found[nfc(file.relative_to(folder).with_suffix("").as_posix())] = in_time(words)
     if not found:
         raise InputError(f"{folder}: no TextGrid that can be read")
-    names = Counter(key.split("/")[-1] for key in found)
-    for key in list(found):
-        name = key.split("/")[-1]
-        if names[name] == 1:
-            found[name] = found[key]
-    return found
+    ends = {key: endings(key) for key in found}
+    count = Counter(end for own in ends.values() for end in own)
+    return found | {end: found[key] for key, own in ends.items() for end in own if count[end] == 1}
+
+
+def endings(key):
+    """a/b/c -> a/b/c, b/c, c"""
+    parts = key.split("/")
+    return ["/".join(parts[n:]) for n in range(len(parts))]
 
 
 # Praat's own rule for its text files: numbers, quoted texts and flags that stand free count, and
@@ -827,8 +850,8 @@ def annotated_times(rows, found, path):
     Their utterances are rows: named by speaker/id, or by row.id alone where that is not another
     speaker's, and their times count from the row's start, not from that of a longer file."""
     speakers = {nfc(row.speaker) for row in rows}
-    spoken_by = [key.partition("/") for key in found]
-    taken = {own_id for speaker, slash, own_id in spoken_by if slash and speaker in speakers}
+    pairs = (end.partition("/") for key in found for end in endings(key))
+    taken = {own_id for speaker, slash, own_id in pairs if slash and speaker in speakers}
     for row in rows:
         words = found.get(nfc(f"{row.speaker}/{row.id}"))
         if words is None and not (row.speaker and nfc(row.id) in taken):
@@ -848,8 +871,10 @@ def annotated_times(rows, found, path):
 
 
 def letters_of(word):
-    """Lower-cased, without punctuation: forced aligners leave it out."""
-    return "".join(c for c in nfc(word.lower()) if c.isalnum() or unicodedata.category(c)[0] == "M")
+    """Without case, ß and SS being one and so the four letters i of Turkish, and without
+    punctuation: forced aligners leave it out."""
+    word = nfc(word.casefold().replace("i\u0307", "i").replace("\u0131", "i"))
+    return "".join(c for c in word if c.isalnum() or unicodedata.category(c)[0] == "M")
 
 
 def match_words(words, annotated):
@@ -945,7 +970,6 @@ def check_pair(source, target, where):
     """The words of both sides; where they cannot be aligned, which is told, two empty lists."""
     text = " ".join([*source, *target])
     problem = ("a NUL character" if "\0" in text else
-               "a second separator |||" if "|||" in text else
                "bytes that are not UTF-8" if not_utf8(text) else
                "an empty side" if not (source and target) else "")
     if problem:
@@ -962,8 +986,9 @@ def read_pairs(path):
     pairs = []
     for n, line in enumerate(lines, 1):
         source, separator, target = line.partition("|||")
-        if line.strip() and not separator:
-            warn(f"{path}:{n}: not aligned: no separator |||")
+        if line.strip() and (not separator or "|||" in target):
+            which = "a second" if separator else "no"
+            warn(f"{path}:{n}: not aligned: {which} separator |||: {line[:80]!r}")
             pairs.append(([], []))
             continue
         pairs.append(check_pair(source.split(), target.split(), f"{path}:{n}"))
@@ -1088,7 +1113,9 @@ def align_manifest(options, align):
     # numba's first threads, their OpenMP runtimes would get into each other's way (attention takes
     # a hundred times as long).
     source = times_from(options.times) if options.times else None
-    add_links(rows, align, compare=not options.times)
+    # Who says how to align wants to see it done, also where all rows have links and lack times.
+    told = options.method or options.model or options.train
+    add_links(rows, align, compare=not options.times or bool(told))
     try:
         if source:
             add_times(rows, options.times, source)

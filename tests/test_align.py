@@ -286,15 +286,13 @@ def test_manifest(tmp_path):
     rows = [{"id": str(n), "asr": " ".join(a), "st": {"xx": " ".join(b)}}
             for n, (a, b) in enumerate(pairs)]
     rows[0]["links"] = {"xx": [(0, 1)]}
-    odd = [{"id": "no asr", "st": {"xx": "a"}}, {"id": "no st", "asr": "a"},
-           {"id": "separator", "asr": "a ||| b", "st": {"xx": "a"}}]
+    odd = [{"id": "no asr", "st": {"xx": "a"}}, {"id": "no st", "asr": "a"}]
     manifest(tmp_path / "in.jsonl", rows + odd)
     _, said = run(tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl")
     found = read_manifest(tmp_path / "out.jsonl")
     assert found[0].links == {"xx": [(0, 1)]} and "1 keep the links that they had" in said
     assert [row.links["xx"] for row in found[1:200]] == gold[1:]
     assert found[200].links == {} and found[201].links == {}
-    assert "in.jsonl:203: not aligned: a second" in said
     assert [row.asr for row in found[:200]] == [row["asr"] for row in rows]
 
 
@@ -704,6 +702,33 @@ def test_textgrids_as_the_montreal_forced_aligner_writes_them(tmp_path, capsys):
     assert times == {0: [0.4, 0.85], 1: [0.4, 0.75], 2: [0.4, 0.75]}
 
 
+def test_a_speakers_folder_may_lie_deeper(tmp_path):
+    """anna's file is hers, though bob was given the same sentence under the same name."""
+    from serialize import Row
+    (tmp_path / "mfa" / "anna").mkdir(parents=True)
+    (tmp_path / "mfa" / "anna" / "u1.TextGrid").write_text(LONG)
+    assert set(align.textgrid_times(tmp_path)) == {"mfa/anna/u1", "anna/u1", "u1"}
+    rows = [Row(id="u1", audio="", asr="das haus", speaker=speaker) for speaker in ("anna", "bob")]
+    times = [(row.speaker, ends["<asr>"]) for row, ends in align.times_from(str(tmp_path))(rows)]
+    assert times == [("anna", [0.4, 0.75])]
+    rows[0].speaker = "cleo"                                   # anna is no speaker: a folder
+    assert len(list(align.times_from(str(tmp_path))(rows))) == 2
+
+
+def test_two_channels_of_one_utterance_are_not_mixed(tmp_path, capsys):
+    path = tmp_path / "a.ctm"
+    path.write_text("sw1 A 0.0 0.3 hi\nsw1 B 0.1 0.2 yes\nsw2 1 0 0.5 no\nsw2 1 0.5 0.5 so\n")
+    assert align.ctm_times(path) == {"sw2": [("no", 0.5), ("so", 1.0)]}
+    assert "sw1 left out, it has the channels A, B" in capsys.readouterr().err
+
+
+def test_case_is_more_than_lower_case():
+    for word, other in (("stra\u00dfe", "STRASSE"), ("istanbul", "\u0130STANBUL"),
+                        ("\u0131sparta", "ISPARTA"), ("\u039f\u03b4\u03cc\u03c2", "\u039f\u0394\u038c\u03a3")):
+        assert align.match_words([word, "b"], [(other, 0.5), ("b", 0.7)]) == [0.5, 0.7], word
+    assert align.match_words(["strase"], [("STRASSE", 0.5)]) is None
+
+
 def test_two_speakers_in_one_textgrid(tmp_path):
     tier = '"IntervalTier"\n"{} - words"\n0\n1\n1\n{}\n{}\n"{}"\n'
     text = ('File type = "ooTextFile"\nObject class = "TextGrid"\n\n0\n1\n<exists>\n3\n'
@@ -777,6 +802,33 @@ def test_words_that_look_like_silence_and_files_of_other_speakers(tmp_path, caps
     assert "m:4: no times: no annotation of 'u3'" in said
     assert "m:5: no times: no transcription" in said
     assert re.search(r"u2.TextGrid: neither UTF-8 nor UTF-16 at byte \d+", said)
+
+
+def test_who_says_how_to_align_sees_it_done_beside_times_too(tmp_path, capsys, monkeypatch):
+    manifest(tmp_path / "in.jsonl", [{"id": "u1", "asr": "das haus", "st": {"en": "the house"},
+                                      "links": {"en": [(0, 0), (1, 1)]}}])
+    monkeypatch.setattr(align, "times_from", lambda path: lambda rows: iter(()))
+    command = [str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "--times", "x.pt"]
+    align.main([*command, "--method", "union"])
+    assert "1 rows aligned, 1 keep the links that they had, AER" in capsys.readouterr().err
+    monkeypatch.setattr(align, "contextual_links", lambda pairs, name: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        align.main([*command, "--model", "no-such-model"])
+
+
+def test_a_text_that_is_not_cut_into_words_is_named():
+    with pytest.raises(align.InputError, match="'das haus' is a text"):
+        align.align_bitext([("das haus", "the house")])
+    pairs = [("das haus".split(), "the house".split()), ([], ["x"])]
+    assert align.align_bitext(zip(*zip(*pairs))) == align.align_bitext(pairs)
+
+
+def test_bars_are_words_in_a_manifest(tmp_path, capsys):
+    """It has no separators; in FILE.pairs a second one leaves open where the sides meet."""
+    manifest(tmp_path / "in.jsonl", [{"id": "u1", "asr": "a ||| b", "st": {"en": "a ||| b"}}])
+    align.main([str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")])
+    assert "0-0" in json.loads((tmp_path / "out.jsonl").read_text())["links"]["en"]
+    assert "not aligned" not in capsys.readouterr().err
 
 
 def test_links_are_kept_where_the_times_fail(tmp_path, capsys, monkeypatch):
