@@ -500,8 +500,8 @@ def windows(I, J):
     """Stretches of a pair of I and J words: [(k, i0, i1, j0, j1)], k = 0, 1, ...
 
     A pair of CELLS cells or less is one. A longer one is cut into n parts, on both sides alike, and
-    a window is two neighbouring parts, so that windows overlap by half and hold about CELLS cells at
-    most (of a side with less than n words, one or two words).
+    a window is two neighbouring parts, so that windows overlap by half and hold at most about CELLS
+    cells (of a side with less than n words, one or two words).
     """
     if I * J <= CELLS:
         return [(0, 0, I, 0, J)]

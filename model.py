@@ -512,7 +512,7 @@ class LabelEncoder(nn.Module):
 
     def forward(self, labels, state=None):
         """labels (B, U) -> (B, U + 1, D) from the start, or (B, U, D) after the labels that `state`
-        has read; and the state after them. Raises InputError for labels of another shape or type."""
+        has read; and the state after them. Raises InputError for another shape or type."""
         if labels.dim() != 2 or labels.is_floating_point():
             raise InputError("labels must be whole numbers (B, U), not "
                              f"{labels.dtype} {tuple(labels.shape)}")

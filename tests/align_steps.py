@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from align import METHODS, Recipe, aer, align_bitext, read_gold, read_lines, read_pairs, symmetrise
+from oneline import told
 
 STEPS = [  # each line adds to the one above
     ("IBM-1, target given source", dict(ibm1=9, hmm=0, variational=False, prior=0, spelling=0,
@@ -56,14 +57,19 @@ def report(name, error_rate, seconds):
     print(f"{name:<48} {100 * error_rate:5.1f} {seconds:7.2f} s", flush=True)
 
 
-def main():
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pairs")
     parser.add_argument("--gold", required=True)
     parser.add_argument("--train", nargs="+", default=[])
     parser.add_argument("--eflomal", help="the program eflomal-align")
-    parser.add_argument("--runs", type=int, default=3, help="of the default, for the median time")
-    options = parser.parse_args()
+    parser.add_argument("--runs", type=int, default=3, 
+                        help="of the default, for the median time (0: one, and no steps)")
+    return parser
+
+
+def main():
+    options = make_parser().parse_args()
     pairs = read_pairs(options.pairs)
     sure, possible = read_gold(options.gold, pairs)
     text = pairs + [pair for path in options.train for pair in read_pairs(path)]
@@ -95,4 +101,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with told("align_steps.py"):
+        main()

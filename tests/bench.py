@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from oneline import told
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -567,7 +568,7 @@ def tokenizer(options):
 
 # ---- Command line --------------------------------------------------------------------------------
 
-def main():
+def make_parser():
     from figures import at_least
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -597,16 +598,16 @@ def main():
     three.add_argument("--sentences", type=at_least(1), default=30000)
     three.add_argument("--merges", type=at_least(0), default=4000)
     three.set_defaults(run=tokenizer)
+    return parser
+
+
+def main():
+    parser = make_parser()
     options, options.more = parser.parse_known_args()
     if options.more and options.run is not training:
         parser.error(f"unknown: {' '.join(options.more)}")
-    try:
+    with told("bench.py"):
         options.run(options)
-    except Exception as error:
-        from train import USER_ERRORS
-        if not isinstance(error, (*USER_ERRORS, UnicodeDecodeError)):
-            raise
-        sys.exit(f"bench.py: {error}")
 
 
 if __name__ == "__main__":

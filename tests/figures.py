@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from oneline import told
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -294,7 +295,7 @@ def curves(options):
         path = Path(run) / "log.csv"
         if not path.is_file():
             sys.exit(f"figures.py: {path}: no such file")
-        with open(path, newline="") as file:
+        with open(path, newline="", errors="replace") as file:
             logs[str(run)] = list(csv.DictReader(file))
         try:
             for line in logs[str(run)]:
@@ -472,13 +473,8 @@ def make_parser():
 
 def main(argv=None):
     options = make_parser().parse_args(argv)
-    try:
+    with told("figures.py"):
         options.run(options)
-    except Exception as error:
-        from train import USER_ERRORS
-        if not isinstance(error, USER_ERRORS):
-            raise
-        sys.exit(f"figures.py: {error}")
 
 
 if __name__ == "__main__":

@@ -237,6 +237,8 @@ def tried(read, path):
         with contextlib.redirect_stderr(screen), contextlib.redirect_stdout(screen):
             read(str(path))
     except TOLD as error:
+        if not str(error) or "\n" in str(error):
+            return f"told in no line, or in several: {error!s:.200}"
         with contextlib.redirect_stderr(screen):
             stream.say(error)
     except TooLong:
@@ -280,6 +282,8 @@ def main():
     options = parser.parse_args()
     if unknown := set(options.kinds) - set(KINDS):
         parser.error(f"no such kind: {', '.join(sorted(unknown))}")
+    if options.cases < 1:
+        parser.error(f"--cases is {options.cases}, not 1 or more")
     total = 0
     for kind in options.kinds or KINDS:
         findings = fuzz(kind, options.cases, options.seed, options.keep)

@@ -17,6 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from oneline import told
 from serialize import read_manifest
 from stream import SAMPLE_RATE, evaluate, load_run, own_search, readable, resegment, summarise
 
@@ -57,6 +58,8 @@ def main():
     parser.add_argument("--chunk", type=int)
     parser.add_argument("--allow-outside", action="store_true")
     options = parser.parse_args()
+    if not 0 < options.seconds < np.inf:
+        parser.error(f"--seconds {options.seconds} must be a positive number")
     model, tokenizer, beside = load_run(options.checkpoint)
     items = list(readable(read_manifest(options.manifest, allow_outside=options.allow_outside)))
     how = own_search(beside) | {"chunk": options.chunk, "progress": True}
@@ -74,4 +77,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with told("long_streams.py"):
+        main()

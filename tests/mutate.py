@@ -1,4 +1,4 @@
-"""Thirty-odd single-line mutations over the six files: each must turn a test red.
+"""Small mutations over the six files, one line each as a rule: each must turn a test red.
 
     python tests/mutate.py            all of them, and what survives
     python tests/mutate.py 3 17       these alone
@@ -152,6 +152,11 @@ def red(mutation, folder):
 
 def main(argv):
     numbered = list(enumerate(MUTATIONS, 1))
+    known = {str(n) for n, _ in numbered} | {mutation[0] for _, mutation in numbered}
+    if unknown := set(argv) - known:
+        print(f"mutate.py: neither a number from 1 to {len(numbered)} nor a file that is mutated: "
+              f"{' '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
     if argv:
         numbered = [(n, m) for n, m in numbered if str(n) in argv or m[0] in argv]
     survived, began = [], time.perf_counter()

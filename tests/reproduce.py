@@ -33,6 +33,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+from oneline import told
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tests" / "results"
@@ -182,6 +183,7 @@ def search(path):
     from stream import load_run
     model, _, beside = made = load_run(path)
     options, dev = unseen_of(path, train.TEST_SIZE)
+    print(HEAD)
     chunks, rows = model.config.chunks, {}
     pairs = [(chunks[0], beam) for beam in (1, 2, 4, 8)]
     for chunk, beam in pairs + [(chunk, 1) for chunk in (*chunks[1:], 0)]:
@@ -423,10 +425,16 @@ def timed(path, folder, seed, runs):
     other; it stands in this folder."""
     for name, run in runs.items():
         target = folder / f"timed-{seed}-{name.replace(' ', '-')}.jsonl"
-        if not target.exists():
+        if outdated(target, path, run / "model.pt"):
             aligned(path, target, "--times", str(run / "model.pt"))
         path = target
     return str(path)
+
+
+def outdated(target, *sources):
+    """Whether a file lacks, or is older than what it was made from."""
+    return not target.exists() or any(
+        Path(source).stat().st_mtime > target.stat().st_mtime for source in sources)
 
 
 def aligned(path, target, *more):
@@ -451,6 +459,7 @@ def score(corpus, made, seeds):
     for name, own in models.items():
         done = [known_of(runs[name]) for runs in seeds]
         rows[name] = {**done[0], "seconds": [one["seconds"] for one in done],
+                      "trained_at": sorted({one["trained_at"] for one in done}),
                       "parameters": sum(p.numel() for p in own[0][0].parameters())}
         for condition, heard in (("clean", items), ("noise", in_noise)):
             found = []
@@ -613,10 +622,11 @@ REAL_ROWS = {"ASR": "asr", "ST": "st", "INTER 0.0": "ratio:0", "ALIGN": "align",
 def orders(data):
     from serialize import read_manifest
     from stream import load_run, readable
-    data, work = Path(data).resolve(), ROOT / "runs" / "reproduce" / f"orders-{Path(data).name}"
+    data = Path(data).resolve()
+    work = ROOT / "runs" / "reproduce" / f"orders-{data.name}"
     linked, dev = work / "linked.jsonl", data / "dev.jsonl"
     work.mkdir(parents=True, exist_ok=True)
-    if not linked.exists():
+    if outdated(linked, data / "train.jsonl"):
         aligned(data / "train.jsonl", linked)
 
     def row(name, manifest, mode, lengths, *more):
@@ -744,7 +754,14 @@ def in_seconds(ms):
 
 
 def about(result):
-    return f"({result['date']}, {result['commit']}; {result['machine']})"
+    """When, by which code and on what; the rows may have been trained by earlier code."""
+    trained = set()
+    for row in result["rows"].values():
+        at = row.get("trained_at", ())
+        trained |= {at} if isinstance(at, str) else set(at)
+    trained = ", ".join(sorted(trained - {result["commit"]}))
+    earlier = f", of rows trained at {trained}" * bool(trained)
+    return f"({result['date']}, {result['commit']}{earlier}; {result['machine']})"
 
 
 PICTURES = {
@@ -791,40 +808,35 @@ def between(text, name, body):
     return text[:text.index(begin) + len(begin)] + f"\n{body}\n" + text[text.index(end):]
 
 
-def main(argv):
-    sys.path.insert(0, str(ROOT))
-    commands = {"search": search, "sound": sound, "latency": latency, "papers": papers,
-                "orders": orders, "table": table}
-    if not argv or argv[0] not in {*EXPERIMENTS, *commands}:
+COMMANDS = "search", "sound", "latency", "papers", "orders", "table"
+
+
+def parse(argv):
+    """-> the name of an experiment or a command, and its arguments; or the help."""
+    name, *rest = argv or [""]
+    if name not in {*EXPERIMENTS, *COMMANDS}:
         sys.exit(__doc__)
-    wanted = 1 + (argv[0] in ("mboshi", "search", "sound", "latency", "papers", "orders"))
-    seeds = argv[2:] if argv[0] == "papers" else []
-    if (len(argv) - len(seeds) != wanted or len(seeds) > 1
+    seeds = rest[1:] if name == "papers" else []
+    if (len(rest) - len(seeds) != (name not in ("builtin", "table")) or len(seeds) > 1
             or not all(n.isdecimal() and int(n) for n in seeds)):
         sys.exit(__doc__)
-    if argv[0] in commands:
-        if argv[0] == "search":
-            print(HEAD)
-        return commands[argv[0]](*argv[1:])
-    data = str(Path(argv[-1]).resolve())
-    results = {name: run(name, [option.replace("DATA", data) for option in options])
-               for name, options in EXPERIMENTS[argv[0]].items()}
-    write_result(argv[0], {"rows": results})
+    return name, rest
+
+
+def main(argv):
+    sys.path.insert(0, str(ROOT))
+    name, rest = parse(argv)
+    if name in COMMANDS:
+        return globals()[name](*rest)
+    data = str(Path(rest[0]).resolve()) if rest else ""
+    results = {row: run(row, [option.replace("DATA", data) for option in options])
+               for row, options in EXPERIMENTS[name].items()}
+    write_result(name, {"rows": results})
     print(HEAD)
     for name, result in results.items():
         show(name, result["step"], result["streams"])
 
 
 if __name__ == "__main__":
-    try:
+    with told("reproduce.py"):
         main(sys.argv[1:])
-        print(end="", flush=True)
-    except BrokenPipeError:           # whoever reads our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"reproduce.py: this failed: {' '.join(map(str, error.cmd))}")
-    except Exception as error:
-        import train
-        if not isinstance(error, train.USER_ERRORS):
-            raise
-        sys.exit(f"reproduce.py: {error}")

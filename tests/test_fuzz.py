@@ -25,6 +25,12 @@ def test_a_reader_that_breaks_or_hangs_or_shows_an_escape_sequence_is_found(monk
     found = {wrong for _, wrong in fuzz.fuzz("broken", 30, seed=0)}
     assert found == {"KeyError: 'translation'", "an escape sequence on the screen"}
 
+    def wordy(path):
+        raise fuzz.model.InputError("two\nlines")
+    monkeypatch.setitem(fuzz.KINDS, "wordy", lambda folder: ("b.txt", b"ab", wordy))
+    assert fuzz.fuzz("wordy", 1, seed=0) == [
+        (-1, "the undamaged file: told in no line, or in several: two\nlines")]
+
     calls = []
 
     def hangs(path):

@@ -502,8 +502,9 @@ MEL = torch.zeros(2, 16, 80, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("arguments, told", [
-    ((MEL[0],), r"\(16, 80\)"), ((MEL[..., :1],), r"\(2, 16, 1\)"), ((MEL[:, :0],), "multiple of 4"),
-    ((MEL[:, :15],), "multiple of 4"), ((MEL, torch.tensor([16])), r"2 whole numbers .* \[16\]"),
+    ((MEL[0],), r"\(16, 80\)"), ((MEL[..., :1],), r"\(2, 16, 1\)"),
+    ((MEL[:, :0],), "multiple of 4"), ((MEL[:, :15],), "multiple of 4"),
+    ((MEL, torch.tensor([16])), r"2 whole numbers .* \[16\]"),
     ((MEL, [16, 17]), r"from 1 to 16, not \[16, 17\]"), ((MEL, [16, 0]), r"not \[16, 0\]"),
     ((MEL, [16.0, 4.0]), "whole numbers"), ((MEL, None, "state", 2), "chunks of 2 frames.* of 4"),
     ((MEL[:1], None, "state"), "mel of 1 streams.*a state of 2"), ((MEL, None, None, 2.0), r"2\.0"),

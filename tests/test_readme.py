@@ -76,6 +76,23 @@ def test_a_reader_who_has_seen_enough_is_no_error(command):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("command, told", [
+    (["align_steps.py", "none.pairs", "--gold", "none.gold"], "none.pairs"),
+    (["long_streams.py", "none.pt", "none.jsonl"], "none.pt: no such file"),
+    (["long_streams.py", "none.pt", "none.jsonl", "--seconds", "nan"], "--seconds nan"),
+    (["bench.py", "tokenizer", "cut.gz"], "end-of-stream marker"),
+    (["mutate.py", "trian.py", "99"], "neither a number from 1 to 4. nor a file .*: 99 trian.py"),
+    (["fuzz.py", "--cases", "0"], "--cases is 0"),
+    (["reproduce.py", "sound", "none.pt"], "none.pt")])
+def test_a_tools_mistaken_user_is_told_in_one_line(command, told, tmp_path):
+    import gzip
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(b"a b c\n" * 1000)[:-12])
+    done = subprocess.run([sys.executable, ROOT / "tests" / command[0], *command[1:]], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode in (1, 2) and re.search(told, done.stderr.splitlines()[-1]), done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_mutations_stand_once_in_their_files():
     """Or tests/mutate.py, which runs them for half an hour, would try others than it says."""
     sys.path.insert(0, str(ROOT / "tests"))
@@ -88,11 +105,14 @@ def test_tables_are_those_of_the_result_files():
     sys.path.insert(0, str(ROOT / "tests"))
     from reproduce import RESULTS, table_of
     tables = (RESULTS / "README.md").read_text("utf-8")
-    for path in RESULTS.glob("*.json"):
-        made = "\n".join(table_of(path))
-        assert made in tables, path
-        if f"<!-- {path.stem} -->" in README:
-            assert f"<!-- {path.stem} -->\n{made}\n<!-- /{path.stem} -->" in README, path
+    made = {path.stem: "\n".join(table_of(path)) for path in RESULTS.glob("*.json")}
+    assert re.findall(r"^## ([\w,-]+)$", tables, re.M) == sorted(made)
+    for table in made.values():
+        assert table in tables
+    shown = re.findall(r"<!-- ([^/].*?) -->", README)
+    assert shown == ["papers-de,es,it-en"]
+    for name in shown:
+        assert f"<!-- {name} -->\n{made[name]}\n<!-- /{name} -->" in README, name
     assert README.count("\n") < 250
 
 
@@ -118,16 +138,22 @@ def parse(script, arguments):
     import stream
     import train
     sys.path.insert(0, str(ROOT / "tests"))
+    import align_steps
+    import bench
     import figures
+    import reproduce
     known = {
         "train.py": lambda a: train.make_parser().parse_args(a),
         "stream.py": lambda a: stream.arguments().parse_args(a),
         "align.py": align.parse_options,
         "serialize.py": serialize.read_arguments,
         "tests/figures.py": lambda a: a and figures.make_parser().parse_args(a),
+        "tests/bench.py": lambda a: a and bench.make_parser().parse_known_args(a),
+        "tests/align_steps.py": lambda a: align_steps.make_parser().parse_args(a),
+        "tests/reproduce.py": reproduce.parse,
+        "tests/exercises.py": lambda a: None,
     }
-    if script in known:
-        known[script](arguments)
+    known[script](arguments)
 
 
 def test_every_command_of_the_readme_is_one():
@@ -136,8 +162,10 @@ def test_every_command_of_the_readme_is_one():
     for script, arguments in found:
         assert (ROOT / script).is_file(), script
         parse(script, arguments)
-    with pytest.raises(SystemExit):                            # negative control
-        parse("train.py", ["--no-such-flag", "3"])
+    for script, wrong in (("train.py", ["--no-such-flag", "3"]), ("tests/reproduce.py", ["sounds"]),
+                          ("tests/reproduce.py", ["search"]), ("tests/bench.py", ["los"])):
+        with pytest.raises(SystemExit):                        # negative controls
+            parse(script, wrong)
 
 
 def test_the_shell_makes_a_table_of_recordings_with_a_file_for_each_text(tmp_path):
@@ -170,12 +198,12 @@ def test_every_flag_in_the_readmes_tables_is_train_pys():
 def test_every_flag_of_the_readme_is_somebodys(capsys):
     """In prose too. torchrun's own is not ours."""
     known = {"--nproc_per_node"}
-    for script in ("train.py", "stream.py", "align.py", "serialize.py", "tests/figures.py"):
+    for script in ("train.py", "stream.py", "align.py", "serialize.py", "tests/figures.py",
+                   "tests/align_steps.py"):
         with pytest.raises(SystemExit):
             parse(script, ["--help"])
         known |= set(re.findall(r"--[a-z_-]+", capsys.readouterr().out))
-    for script in ("bench.py", "align_steps.py", "reproduce.py"):
-        known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "tests" / script).read_text("utf-8")))
+    known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "tests" / "bench.py").read_text("utf-8")))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README))
     assert len(named) > 20 and not named - known, named - known
 

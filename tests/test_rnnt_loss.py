@@ -804,7 +804,8 @@ def test_a_band_as_wide_as_the_rows_keeps_all_and_a_narrow_one_says_that_it_is_w
 
 @pytest.mark.parametrize("options, message", [
     ({"delay_penalty": math.inf}, "delay_penalty must be a finite number, not inf"),
-    ({"delay_penalty": math.nan}, "delay_penalty"), ({"delay_penalty": "1"}, "delay_penalty .* '1'"),
+    ({"delay_penalty": math.nan}, "delay_penalty"),
+    ({"delay_penalty": "1"}, "delay_penalty .* '1'"),
     ({"fastemit_lambda": math.nan}, "fastemit_lambda"),
     ({"fastemit_lambda": -2.0}, "fastemit_lambda must be 0 or more, not -2.0")])
 def test_numbers_that_would_make_the_costs_nan_or_turn_the_gradient(options, message):
