@@ -17,14 +17,16 @@ blank, and moves to frame t+1, or the next label, and stays at frame t.
   cost = -log P(labels | frames) = -(alpha(T-1,U) + blank(T-1,U))
                                                    (Graves 2012, arXiv 1211.3711, eq. 16 and 17)
 
+where alpha(0,0) = 0 and what lies outside the grid is left out. A blank of the last frame below
+row U leads nowhere: no path takes it.
+
 `rnnt_loss_reference` says just that. Of a node's V logits it needs two numbers, the
 log-probabilities of its two arcs, which we also call arcs; and the gradient needs one number for
 each arc, its posterior: the fraction of P(labels | frames) that is carried by the paths over this
-arc. (P is a sum over paths and a path the product of its arcs, so dlogP/darc, the derivative by an
-arc's log-probability, is the probability of the paths over the arc divided by P.) So all other
-versions are the same three steps, first in plain numpy (`plain_log_probs`, `plain_lattice`,
-`plain_gradient`), later as kernels (B utterances, padded to T frames and U1 = U + 1 rows; n nodes,
-all B T U1 of them or those in use):
+arc. (P is a sum over paths, and a path's probability is exp of the sum of its arcs; so dlogP/darc
+is the probability of the paths over the arc divided by P.) So all other versions are the same three
+steps, first in plain numpy (`plain_log_probs`, `plain_lattice`, `plain_gradient`), later as kernels
+(B utterances, padded to T frames and U1 = U + 1 rows; n nodes, all B T U1 of them or those in use):
 
   log_probs  logits (n,V) -> arcs (n,2)      the two log-probabilities of every node
   lattice    arcs (B,T,U1,2) -> costs (B,)   and in place of the arcs their posteriors, -dcost/darc
@@ -79,17 +81,18 @@ except RuntimeError as error:
                       f"that can be written ({error})") from None
 
 # The two arcs of a node, in arrays (...,2); `blank` in lower case is the class among the V logits.
-# Such an array is used again and again: log-probabilities before `lattice`, shares during its way
-# forward, posteriors (-dcost/darc) after it.
+# Such an array is used again and again: log-probabilities before `lattice`, shares (see
+# `plain_lattice`) after its forward pass, posteriors, -dcost/darc, after its backward pass.
 BLANK, LABEL = 0, 1
-# y[b,t,u] is the label that node (t,u) may write. Two values are none: all labels are written
-# (u = U); the node lies outside its utterance.
+# y[b,t,u] is the label that node (t,u) may write. Two values mean that there is none: all labels
+# are written (u = U); the node lies outside its utterance.
 NO_LABEL, PADDING = -1, -2
 # What `check_arguments` makes of a loss's arguments. frames, counts (B,): each utterance's T and U;
 # fused: logits need a log-softmax; fastemit, delay: as given; gpu: which kernels; arc_dtype: of the
-# arcs; factor: what the sum of the costs is multiplied by, 0 for one cost an utterance.
+# arcs; factor: what the sum of the costs is multiplied by, 0 for reduction="none".
 Batch = namedtuple("Batch", "y frames counts blank fused fastemit delay gpu arc_dtype factor")
-SLAB_BYTES = 4 << 20          # on a CPU, half-precision logits become float32 in slabs of this size
+SLAB_BYTES = 4 << 20          # of half-precision logits that become float32 at a time, on a CPU;
+                              # and of the nodes that simple_rnnt_loss sums directly
 TILE_BYTES = 48 << 20         # of about this size are the tiles of the fused joint
 
 
@@ -273,10 +276,10 @@ def joint_rnnt_loss(encoder_out, label_out, weight, bias, targets, logit_lengths
     encoder_out (B,T,J) and label_out (B,U1,J) are already projected; weight (V,J), bias (V,); the
     rest as rnnt_loss's. Under autocast the logits have its dtype, else encoder_out's. Lengths and
     keep, where they lie on a GPU, are fetched, each a wait; nothing else waits. A tile, a slice of
-    the nodes, takes about tile_bytes. If the longest utterance fits a tile, the gradient takes
-    three matrix products of size n J V; else four, as logits are overwritten and computed again
-    once the lattice has run. reduction="none" runs one utterance at a time and keeps a weight
-    gradient for each.
+    the nodes, takes about tile_bytes. If the longest utterance fits a tile, loss and gradient take
+    three matrix products of size n J V (logits, and the gradients of hidden vectors and weight);
+    else four, as logits are overwritten and computed again once the lattice has run.
+    reduction="none" runs one utterance at a time and keeps a weight gradient for each.
 
     keep (B,T,U1), bool: a node outside it has no arcs (log-probability -inf), no logits and no
     gradient; only the light lattice still visits it. The loss is then of the paths inside alone:
@@ -308,9 +311,10 @@ def joint_rnnt_loss(encoder_out, label_out, weight, bias, targets, logit_lengths
 
 
 class _JointLoss(Function):
-    """The sum of the costs. The gradient is formed in forward, tile by tile: from logits that are
-    still in the buffer where a group has one tile, else from logits computed again. backward only
-    multiplies it."""
+    """The sum of the costs. The gradient is formed in forward, tile by tile, and backward only
+    multiplies it. A group is the utterances whose lattices run before any of their gradients is
+    formed (`_plan_tiles`): if one tile holds it, its logits are still in the buffer then, else they
+    are computed again."""
 
     @staticmethod
     def forward(ctx, joint, need_grad, *inputs):
@@ -568,15 +572,17 @@ def prune_band(posteriors, logit_lengths, target_lengths, width):
     """-> keep (B,T,U1), bool: for each frame the `width` neighbouring rows that together hold the
     most posterior, as a band with paths in it.
 
-    posteriors (B,T,U1) as simple_rnnt_loss gives them; both lengths (B,). To have paths, a band
-    starts at row 0, ends at row U, never falls, and rises by at most width - 1 a frame, so that a
-    frame shares a row with the next. Where the heaviest rows break these rules, the lower row wins:
-    labels then move to later frames, which have heard more. Only the rule that the band ends at row
-    U moves rows up, and labels to earlier frames.
+    posteriors (B,T,U1) as simple_rnnt_loss gives them; both lengths (B,). A frame's rows are its
+    window. To have paths, the window of the first frame begins at row 0, that of the last frame
+    ends at row U, and none begins below the one before or more than width - 1 rows above it, so
+    that neighbours share a row. Where the heaviest rows break these rules, the lower row wins:
+    labels then move to later frames, which have heard more. Only the rule for the last frame moves
+    rows up, and labels to earlier frames.
 
     A path in the band writes at most width - 1 labels in a frame, and where a translation waits for
-    a word, labels come in bursts: width must be above the longest. Where even (width - 1) T < U,
-    that utterance gets the least width that has a path, and a warning says so.
+    a word, labels come in bursts: width must be above the number of labels in the longest. Where
+    even (width - 1) T < U, that utterance gets the least width that has a path, and a warning says
+    so.
 
     Raises ValueError for what does not fit; lengths that lie on a GPU are a wait.
     """
@@ -601,8 +607,9 @@ def prune_band(posteriors, logit_lengths, target_lengths, width):
     # In brackets, the first row of the window of each frame, T = 6, U = 5, width 2 for example.
     first = _heaviest_windows(posteriors, width, last_first)                    # (2 1 3 4 3 3)
     first = torch.where(t < frames, first, last_first)
-    first = first.flip(1).cummin(1).values.flip(1)    # never falls: none is above a later one
-    rise = (width - 1) * t                                                      # (1 1 3 3 3 3)
+    # It never falls: none is above a later one.
+    first = first.flip(1).cummin(1).values.flip(1)                              # (1 1 3 3 3 3)
+    rise = (width - 1) * t                                                      # is 0 1 2 3 4 5
     first = (first - rise).cummin(1).values + rise    # rises by at most width - 1 (1 1 2 3 3 3)
     first = torch.minimum(first, rise)                # starts at row 0         # (0 1 2 3 3 3)
     ends = last_first - (width - 1) * (frames - 1 - t)
@@ -614,7 +621,8 @@ def prune_band(posteriors, logit_lengths, target_lengths, width):
 
 def _heaviest_windows(posteriors, width, last_first):
     """(B,T): the first row, at most `last_first`, of each frame's window of `width` rows with the
-    most posterior; of those within 1e-4, the one most central to the frame's mean row."""
+    most posterior, less 1e-4 / U1 for each row between its centre and the frame's mean row: that
+    decides where two are about equal."""
     T, U1 = posteriors.shape[1:]
     u = torch.arange(U1, device=posteriors.device)
     # The mass of the rows [u, u + width) is a difference of two running sums.
@@ -659,9 +667,9 @@ def _emitted(arcs):
 
 
 # ---- The three steps as kernels: the lattice, one text for CPU and GPU ---------------------------
-# alpha is float64: in long audio a float32 would lose the digits that tell two ways apart. Only the
-# difference of two ways is rounded to `arc_dtype`, for exp and log: float64 on a CPU; on a GPU
-# float32, which is much faster there.
+# alpha is float64: in long audio a float32 would lose the digits that tell two ways into a node
+# apart. Their difference is rounded to `arc_dtype`, for exp and log, as are the arcs: float64 on a
+# CPU; on a GPU float32, which is much faster there.
 
 def _make_join(arc_dtype):
     def join(a, b, viterbi):
@@ -685,7 +693,7 @@ def _make_lattice(join, barrier):
         they can be done at once: thread i does every `threads`-th; on a CPU, thread 0 does all.
         alpha (2,U1) holds this antidiagonal and the one before. An arc's share can take its place,
         for nobody else reads it: an arc leads to one node. The last blank leads to none, and is
-        still a log-probability after the way forward.
+        still a log-probability after the forward pass.
         """
         for d in range(T + U):                        # forward
             new, old = alpha[d % 2], alpha[1 - d % 2]                                 # (U1,) each
@@ -970,9 +978,9 @@ def log_probs(x, y, batch):
 
 
 def lattice(arcs, batch, utterances=slice(None), need_grad=True, viterbi=False):
-    """Costs (B,) of some utterances. Their arcs (B,T,U1,2) are overwritten, if need_grad by
-    posteriors, those of labels times 1 + fastemit; if viterbi, by 1 on the best path and 0 off
-    it."""
+    """Costs (B,) of some utterances. Their arcs (B,T,U1,2) are overwritten: if need_grad, by
+    posteriors, of labels times 1 + fastemit, or with viterbi by 1 on the best path and 0 off it;
+    else by what is of no use."""
     (B, T, U1, _), frames, counts = arcs.shape, batch.frames[utterances], batch.counts[utterances]
     if batch.delay:
         t = torch.arange(T, device=arcs.device)       # a late label costs, an early one gains
@@ -1082,7 +1090,7 @@ def check_arguments(logits, targets, logit_lengths, target_lengths, blank, *, re
     With logits on a GPU, targets, and lengths that lie there too, are not checked unless validate:
     an utterance out of range gets no frames, and its cost is NaN.
     """
-    if not isinstance(logits, SimpleNamespace):       # that of a fused loss, which has no logits
+    if not isinstance(logits, SimpleNamespace):       # as of logits that are never formed
         _tensors(logits=logits)
     shape, dtype, device = logits.shape, logits.dtype, logits.device
     if len(shape) != 4 or 0 in shape[2:] or not dtype.is_floating_point:
