@@ -1078,8 +1078,8 @@ def check_output(options):
         raise InputError(f"{out}: there is no folder {folder}")
     if not os.access(folder if os.path.isfile(out) or not os.path.exists(out) else out, os.W_OK):
         raise InputError(f"{out}: not allowed to write there")
-    manifest = options.input.endswith(".jsonl")
-    for path in [*options.train, options.gold, options.times, None if manifest else options.input]:
+    read = [*options.train, options.gold, options.times]
+    for path in read if options.manifest else [*read, options.input]:
         if path and os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
             raise InputError(f"-o {out}: that is {path}, which is read")
 
@@ -1139,8 +1139,20 @@ def parse_options(argv):
     add("--times", help="RUN/model.pt, a CTM, or a folder of TextGrids named by row id")
     add("--allow-outside", action="store_true", help="sound may lie outside the manifest's folder")
     options = parser.parse_args(argv)
+    options.manifest = is_manifest(options.input or "")
     refuse_useless(options)
     return options
+
+
+def is_manifest(path):
+    """By its name, or because it begins with a JSON object, which no pair of texts does."""
+    if path.endswith(".jsonl"):
+        return True
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        first = file.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")[0]
+    return first[:1] == b"{" and b"|||" not in first
 
 
 def refuse_useless(options):
@@ -1150,11 +1162,11 @@ def refuse_useless(options):
             name = name if name == "input" else "--" + name.replace("_", "-")
             raise InputError(f"{name} is empty")
     given = {"--" + name.replace("_", "-") for name, value in vars(options).items()
-             if value and name != "input"}
+             if value and name not in ("input", "manifest")}
     if given and not options.input:
         raise InputError(f"{min(given)} needs an input, FILE.pairs or a manifest IN.jsonl")
-    manifest = (options.input or "").endswith(".jsonl")
-    no_manifest = f"is for a manifest, a file called .jsonl, not {options.input!r}"
+    manifest = options.manifest
+    no_manifest = f"is for a manifest, a file of JSON lines, not {options.input!r}"
     no_learning = "is for what is learned from the text; --model links by what it knows"
     for name, useless, why in (
             ("--gold", manifest,
@@ -1172,7 +1184,7 @@ def main(argv=None):
     if options.out:
         check_output(options)
     more = [pair for path in options.train for pair in read_pairs(path)]
-    if more and options.input.endswith(".jsonl"):     # whose words are serialize.py's units
+    if more and options.manifest:     # whose words are serialize.py's units
         units = needed("serialize", "a manifest").units
         more = [tuple(units(" ".join(side)) for side in pair) for pair in more]
 
@@ -1184,7 +1196,7 @@ def main(argv=None):
 
     if not options.input:
         demonstrate()
-    elif options.input.endswith(".jsonl"):
+    elif options.manifest:
         align_manifest(options, align)
     else:
         align_pairs(options, align)

@@ -415,6 +415,12 @@ class Row:
 
 AUDIO = re.compile(r"[^\0]+")
 LINKS = re.compile(r"\s*(\d+-\d+(\s+|$))*")
+# What a line of the file may have, all but audio and one text optional, as in
+# {"id": "a1", "audio": "wav/a.ogg", "start": 1.5, "duration": 3.2, "lang": "mb", "speaker": "anna",
+#  "asr": "wa di", "st": {"fr": "il mange"}, "links": {"fr": "0-0 1-1"}, "times": [0.4, 0.9],
+#  "st_times": {"fr": [0.5, 1.0]}}
+# audio: seen from the manifest's folder; ids are unique; times may have null for what is unknown.
+MOST_TOLD = 100   # bad lines of a file that are named, each
 KINDS = {"id": str, "audio": AUDIO, "start": float, "duration": float, "lang": str, "speaker": str,
          "asr": str, "st": {str: str}, "links": {str: LINKS}, "times": [float],
          "st_times": {str: [float]}}
@@ -443,7 +449,9 @@ def make_row(record, path, number, allow_outside=False):
     form of Unicode, so that what looks equal is equal.
     """
     if not isinstance(record, dict) or record.get("audio") is None:
-        raise InputError(f"not a JSON object with audio: {record!r:.60}")
+        foreign = isinstance(record, dict) and "audio_filepath" in record
+        raise InputError(f"not a JSON object with audio: {record!r:.60}"
+                         + " (a line for NeMo? --from nemo reads those)" * foreign)
     if half := re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False)):
         raise InputError(f"half a character, {half[0]!r}")
     given = {key: record[key] for key in KINDS if record.get(key) is not None}
@@ -458,6 +466,8 @@ def make_row(record, path, number, allow_outside=False):
     if not allow_outside and (os.path.isabs(row.audio) or ".." in parts):
         raise InputError(f"audio {row.audio!r} leaves the manifest's folder; "
                          "--allow-outside permits that")
+    if os.path.normpath(row.audio) in (os.curdir, os.pardir):
+        raise InputError(f"audio {row.audio!r} is a folder")
     row.audio = os.path.normpath(os.path.join(os.path.dirname(path), row.audio))
     _count_in_units(row)
     if row.asr is not None:
@@ -567,8 +577,9 @@ class Intake:
         except (ValueError, RecursionError) as error:
             if self.strict:
                 raise InputError(f"{path}:{number}: {error}") from None
-            self.tell(f"{path}:{number}: skipped: {error}")
             self.counts["bad"] += 1
+            if self.counts["bad"] <= MOST_TOLD:
+                self.tell(f"{path}:{number}: skipped: {error}")
 
     @contextmanager
     def file(self, path):
@@ -577,8 +588,9 @@ class Intake:
         yield
         bad, good = self.counts["bad"], self.counts["good"]
         if bad:  # an importer's line is not yet a row
+            unnamed = f"; {bad - MOST_TOLD} of them are not named" * (bad > MOST_TOLD)
             self.tell(f"{path}: {bad} {'lines' if self.by_sound else f'of {bad + good} rows'} "
-                      "skipped")
+                      f"skipped{unnamed}")
         if apart := self.counts["apart"]:
             self.tell(f"{path}: {apart} rows have the sound of another from the same place on, but "
                       "of another duration: rows of their own")
@@ -640,8 +652,16 @@ def read_manifests(paths, strict=False, allow_outside=False, on_bad=None):
             for number, line in read_lines(path):
                 with intake.line(path, number):
                     if line.strip():
-                        intake.add(json.loads(decode(line)), path, number, allow_outside)
+                        intake.add(from_json(decode(line)), path, number, allow_outside)
     return intake.rows
+
+
+def from_json(text):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:      # whose own "line 1" is not that of the file
+        raise InputError(f"not JSON, {error.msg} at character {error.pos + 1}: {text.strip()!r:.60}"
+                         ) from None
 
 
 def record_of(row, folder):
@@ -662,18 +682,33 @@ def record_of(row, folder):
 
 
 def check_target(path):
-    """InputError where write_manifest could not put its file; a command asks before its work. Where
-    a link is followed, sound named from the manifest's folder would be looked for in another."""
+    """InputError where write_manifest could not put its file, or would replace what is no manifest;
+    a command asks before its work. Where a link is followed, sound named from the manifest's folder
+    would be looked for in another."""
+    folder = Path(path).parent
     if os.path.islink(path):
         raise InputError(f"{path}: a link; name the file itself: {os.path.realpath(path)}")
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: a folder, a pipe or a device, not a file that can be replaced")
-    if not Path(path).parent.is_dir():
-        raise InputError(f"{path}: there is no folder {Path(path).parent}")
-    if os.path.exists(path):
-        with open(path, "rb") as file:
-            if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b""):
-                raise InputError(f"{path}: there already, and no manifest: it stays")
+    if not folder.is_dir():
+        raise InputError(f"{path}: there is no folder {folder}")
+    if str(path).endswith((os.sep, os.altsep or os.sep)):
+        raise InputError(f"{path}: the name of a folder, not of a file")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: not allowed to write in {folder}")
+    if os.path.exists(path) and os.path.getsize(path) and not is_manifest(path):
+        raise InputError(f"{path}: there already, and no manifest: it stays")
+
+
+def is_manifest(path):
+    """Whether a file begins like a manifest: with a JSON object that has `audio`, perhaps cut
+    off."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        head = file.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")
+    first = head.partition(b"\n")[0]
+    return not head or head[:1] == b"{" and re.search(rb'"audio"\s*:', first) is not None
 
 
 def write_manifest(path, rows):
@@ -705,7 +740,7 @@ def same_file(a, b):
 
 def outside_hint(path, rows):
     """What to say of a manifest beside its name, where its sound lies outside its folder."""
-    inside = not any(Path(os.path.relpath(row.audio, Path(path).parent)).parts[0] == ".."
+    inside = not any(os.path.relpath(row.audio, Path(path).parent).split(os.sep)[0] == os.pardir
                      for row in rows)
     return "" if inside else "; the sound lies outside its folder, read it with --allow-outside"
 
@@ -1136,7 +1171,7 @@ def read_arguments(arguments):
                         help="tsv: audio=path,asr=sentence,st.en=translation")
     parser.add_argument("--folder", help="tsv: where the sound lies, seen from the TSV")
     parser.add_argument("--allow-outside", action="store_true",
-                        help="tsv: sound may lie outside the TSV's folder")
+                        help="tsv: sound may lie outside the TSV's folder (of manifests, it may)")
     parser.add_argument("-o", "--out", help="write a manifest instead of the table")
     parser.add_argument("--size", type=int,
                         help="size of the vocabulary for the table (1000)")
@@ -1152,8 +1187,10 @@ def read_arguments(arguments):
         parser.error("which files?")
     if (options.kind == "tsv") != (options.columns is not None):
         parser.error("--from tsv needs --columns, and nothing else does")
-    if (options.folder or options.allow_outside) and options.kind != "tsv":
-        parser.error("--folder and --allow-outside are for --from tsv")
+    if options.folder and options.kind != "tsv":
+        parser.error("--folder is for --from tsv")
+    if options.allow_outside and options.kind not in (None, "tsv"):
+        parser.error(f"--allow-outside is not for --from {options.kind}, whose sound has its place")
     if options.size is not None and options.out:
         parser.error("--size is for the table, which -o replaces")
     if options.project and options.kind:

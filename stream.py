@@ -1117,6 +1117,15 @@ def own_search(beside):
             "restart": beside.get("restart")}  # seconds, if it was trained to forget
 
 
+def own_streams(beside, tokenizer):
+    """The tags of the streams that a model was trained to write; its tokenizer may have more."""
+    learned = beside.get("streams") or tokenizer.tags
+    if not (isinstance(learned, (list, tuple)) and set(learned) <= set(tokenizer.tags)):
+        raise InputError(f"streams {learned!r:.80} are none of the tokenizer's, "
+                         f"{' '.join(tokenizer.tags)}")
+    return tuple(tag for tag in tokenizer.tags if tag in learned)
+
+
 def load_run(path, device="cpu"):
     """model.pt of a run -> (model, tokenizer, what else lies beside them). Raises InputError."""
     model, beside = load(path, map_location=device)
@@ -1130,7 +1139,8 @@ def load_run(path, device="cpu"):
                          f"tokens, its model {model.config.vocab}")
     try:
         Streamer(model, tokenizer, **own_search(beside))
-    except InputError as error:
+        own_streams(beside, tokenizer)
+    except (InputError, TypeError) as error:
         raise InputError(f"{path}: a damaged checkpoint, {error}") from None
     return model, tokenizer, beside
 
@@ -1217,7 +1227,7 @@ class Terminal:
         width = max(1, shutil.get_terminal_size().columns - self.margin - 2)
         for word in words_of(events):
             for text in pieces(printable(word.text), width):
-                line = self.lines[word.stream]
+                line = self.lines.setdefault(word.stream, [])
                 if line and columns(join([*line, text])) > width:
                     self.lines = {tag: [] for tag in self.lines}
                     self.drawn = 0
@@ -1387,15 +1397,15 @@ def uninterrupted():
         raise KeyboardInterrupt
 
 
-def caption(model, tokenizer, options, search):
+def caption(model, tokenizer, options, search, tags=None):
     """Stream one recording, or whatever comes in, and show its words as they are ready."""
     if options.audio == "mic" and not search["chunk"]:
         raise InputError("this model hears everything at once, at the end, and mic has none: give "
                          "--chunk")
     screen = show_json if options.json else show_lines
     if sys.stdout.isatty() and not options.json:
-        screen = Terminal(tokenizer.tags)
-    planned = planned_tracks(options, tokenizer.tags)
+        screen = Terminal(tags or tokenizer.tags)
+    planned = planned_tracks(options, tags or tokenizer.tags)
     streamer = Streamer(model, tokenizer, pause=options.pause, **search)
     incoming, fault = packets(options.audio, options.realtime), None
     live = options.audio in ("-", "mic")     # Ctrl-C is their usual end
@@ -1444,14 +1454,15 @@ def discard_output():
 BABBLE = 100.0  # tokens per second of sound; letters of quick speech and its translation are 40
 
 
-def evaluate(model, tokenizer, items, *, batch_size=16, progress=False, bootstrap=0, babble=BABBLE,
-             **how):
+def evaluate(model, tokenizer, items, *, tags=None, batch_size=16, progress=False, bootstrap=0,
+             babble=BABBLE, **how):
     """items: (row, samples) of each utterance, a list or made one after the other -> (metrics by
     stream, one record by utterance).
 
     `batch_size` utterances are streamed in step; that changes words only where two scores agree to
     rounding, but computation-aware figures become those of a server with as many. Nothing holds the
-    sound of more than a batch. progress: True, or how many there will be. babble: tokens per second
+    sound of more than a batch. tags: of the streams that are scored, by default all that the
+    tokenizer has. progress: True, or how many there will be. babble: tokens per second
     of sound; a batch that writes more is broken off, and the evaluation too, saying so, where that
     is so of all utterances together, 16 or more, as untrained models do. how: the options of a
     Streamer.
@@ -1475,7 +1486,7 @@ def evaluate(model, tokenizer, items, *, batch_size=16, progress=False, bootstra
     if babbles:
         say(f"the evaluation breaks off after {len(records)} utterances: {tokens / seconds:.0f} "
             f"tokens a second of sound, more than {babble:g}: the model babbles")
-    return summarise(records, tokenizer.tags, bootstrap), records
+    return summarise(records, tags or tokenizer.tags, bootstrap), records
 
 
 def stream_group(model, tokenizer, group, babble, how):
@@ -1743,28 +1754,29 @@ def log_entry(index, row, tag):
             "source_length": row["duration_ms"]}
 
 
-def evaluation(model, tokenizer, options, search):
+def evaluation(model, tokenizer, options, search, tags=None):
     """Stream all of a manifest; print figures by stream, and write logs."""
+    tags = tags or tokenizer.tags
     rows = read_manifest(options.eval, allow_outside=options.allow_outside, on_bad=say)
     has = set().union(*map(texts_of, rows))
-    if not has & set(tokenizer.tags):
+    if not has & set(tags):
         raise InputError(f"{options.eval}: it has {' '.join(sorted(has))}, and the model writes "
-                         f"{' '.join(tokenizer.tags)}: nothing to compare")
+                         f"{' '.join(tags)}: nothing to compare")
     if options.log:  # not after hours
-        folders = Counter(map(file_name, tokenizer.tags))
-        if twice := [tag for tag in tokenizer.tags if folders[file_name(tag)] > 1]:
+        folders = Counter(map(file_name, tags))
+        if twice := [tag for tag in tags if folders[file_name(tag)] > 1]:
             raise InputError(f"--log {options.log}: {' and '.join(twice)} would share the folder "
                              f"{file_name(twice[0])}")
         Path(options.log).mkdir(parents=True, exist_ok=True)
         if not os.access(options.log, os.W_OK):
             raise InputError(f"--log {options.log}: not allowed to write there")
-    written = [row for row in rows if texts_of(row).keys() & set(tokenizer.tags)]
+    written = [row for row in rows if texts_of(row).keys() & set(tags)]
     if len(written) < len(rows):
         say(f"{options.eval}: {len(rows) - len(written)} of {len(rows)} rows left out: no text in "
-            f"a language that the model writes, {' '.join(tokenizer.tags)}")
+            f"a language that the model writes, {' '.join(tags)}")
     items = readable(written, chunk=search["chunk"])
-    metrics, records = evaluate(model, tokenizer, items, batch_size=1, progress=len(written),
-                                bootstrap=1000, **search)
+    metrics, records = evaluate(model, tokenizer, items, tags=tags, batch_size=1,
+                                progress=len(written), bootstrap=1000, **search)
     try:
         for tag, figures in metrics.items():
             print(f"\n{printable(tag)}")
@@ -1912,7 +1924,8 @@ def run(options):
     torch.set_num_threads(min(options.threads, os.cpu_count() or 1))
     model, tokenizer, beside = load_run(options.checkpoint, options.device)
     do = evaluation if options.eval else caption
-    do(model, tokenizer, options, search_of(options, model, beside))
+    do(model, tokenizer, options, search_of(options, model, beside),
+       own_streams(beside, tokenizer))
     return 0
 
 

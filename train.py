@@ -48,6 +48,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -274,7 +275,9 @@ def check(options):
     if options.dev and not options.manifest:
         raise InputError(f"--dev {options.dev}: without a manifest the built-in corpus is learned, "
                          "which has unseen utterances of its own")
-    if options.manifest and options.corpus != Options.corpus:
+    if not options.manifest:
+        BuiltIn(options.corpus, options.seed)
+    elif options.corpus != Options.corpus:
         raise InputError(f"--corpus {options.corpus} beside the manifest {options.manifest}: one "
                          "of the two is learned")
     if options.noise:
@@ -301,6 +304,7 @@ class Run:
     optimizers: list
     step: int = 0             # updates done
     position: tuple = (0, 0)  # epoch and batch in it that come next
+    streams: tuple = ()       # tags of what is learned: not of translations, by --interleave asr
     best: float = -1.0        # the highest mean chrF on the development set so far
 
 
@@ -317,8 +321,9 @@ def train(options):
             run = resume_run(options) if options.resume else None
             corpus, dev = open_corpus(options, ranks.first, run and run.tokenizer)
             run = run or new_run(options, corpus)
+            run.streams = learned_streams(corpus, options)
             ranks.begin_alike(run, corpus)
-            warn_of_unseen(run.tokenizer, dev)
+            warn_of_unseen(run, dev)
         learn(run, corpus, dev, options, ranks, folder)
     owed = ranks.first and evaluation_owed(run.step, options, folder)
     return folder, run.step < options.steps or owed
@@ -1293,6 +1298,8 @@ class locked:
             path = Path(self.file.name)
             if os.listdir(path.parent) == [path.name]:         # refused before anything was written
                 path.unlink()
+                with suppress(OSError):
+                    path.parent.rmdir()
 
 
 class Corpus:
@@ -1339,7 +1346,7 @@ def open_corpus(options, evaluates=True, tokenizer=None):
         found = readable(read_manifest(options.dev, **kept), options.strict, chunk)
         dev = Unseen([row for row, _ in found], chunk)
     if dev:
-        compare(set().union(*(streams_of(row, options) for row in rows)), dev.rows, options.dev)
+        compare(set(learned_streams(Corpus(rows), options)), dev.rows, options.dev)
     if options.restrict:
         untimed = sum(None in map(known_times(row).get, streams_of(row, options)) for row in rows)
         told = f"{untimed} of {len(rows)} rows lack times of their words (or links to them)"
@@ -1362,6 +1369,10 @@ def streams_of(row, options):
     return {"asr": tags & {ASR}, "st": tags - {ASR}}.get(mode, set(tags))
 
 
+def learned_streams(corpus, options):
+    return tuple(sorted(set().union(*(streams_of(row, options) for row in corpus.rows(0)))))
+
+
 def compare(learned, rows, path):
     """Are there texts, in the development set, of the streams that a model learns to write?"""
     there = set().union(*map(stream.texts_of, rows))
@@ -1380,8 +1391,9 @@ def link(rows, options):
                   for row in both)
     if lacking and len(both) > LINKS_HERE:
         raise InputError(f"{options.manifest}: {lacking} of {len(both)} rows lack links; find "
-                         "them once and for all with: "
-                         f"python align.py {options.manifest} -o LINKED.jsonl")
+                         "them once and for all with: python align.py "
+                         f"{stream.quoted(options.manifest)} -o LINKED.jsonl"
+                         + " --allow-outside" * options.allow_outside)
     if lacking:
         threads = torch.get_num_threads()
         add_links(rows, align_bitext)
@@ -1480,9 +1492,16 @@ def take_weights(model, tokenizer, letters, path):
         fits = all(equal for start, equal in tables.items() if name.startswith(start))
         if fits and name in own and own[name].shape == tensor.shape:
             taken[name] = tensor
+    blocks = [name for name in own if name.startswith("encoder.stack.blocks")]
+    if lacking := [name for name in blocks if name not in taken]:
+        raise InputError(f"--init {path}: a network of another size than --preset makes here: "
+                         f"{len(lacking)} of {len(blocks)} tensors of the encoder's layers do not "
+                         f"fit, the first is {lacking[0]}")
     model.load_state_dict(own | taken)
     left = " ".join(sorted(own.keys() - taken.keys())) or "one left"
-    print(f"from {path}: {len(taken)} of {len(own)} tensors; not {left}")
+    why = ("; the tokens differ (--merges, or the texts): what knows them begins anew"
+           * (not same_tokens))
+    print(f"from {path}: {len(taken)} of {len(own)} tensors; not {left}{why}")
 
 
 def resume_run(options):
@@ -1493,7 +1512,8 @@ def resume_run(options):
         raise InputError(f"{path} lacks {', '.join(sorted(missing))}: it cannot be resumed")
     owed = evaluation_owed(beside["step"], options, options.resume)
     if options.steps < beside["step"] or options.steps == beside["step"] and not owed:
-        raise InputError(f"--steps is {options.steps}, but {path} has done {beside['step']}")
+        raise InputError(f"--steps is {options.steps}, but {path} has done {beside['step']}: to go "
+                         "on, give more")
     if options.chunks or options.dropout is not None:
         dropout = model.config.dropout if options.dropout is None else options.dropout
         config = replace(model.config, chunks=options.chunks or model.config.chunks,
@@ -1542,6 +1562,7 @@ def save_model(run, options, path):
          tokenizer=run.tokenizer.to_dict(),
          letters=run.letters,
          mode=options.interleave,
+         streams=list(run.streams),
          **saved_search(options),
          step=run.step)
 
@@ -1692,13 +1713,15 @@ def trial(run, batch, step, options):
     return 1.2 * (time.perf_counter() - began)                 # the optimisers take a fifth of it
 
 
-def warn_of_unseen(tokenizer, dev):
+def warn_of_unseen(run, dev):
     rows = dev.rows if isinstance(dev, Unseen) else [row for row, _ in dev]
-    texts = [text for row in rows for text in (row.asr or "", *row.st.values())]
-    unseen = {c for text in texts for c in tokenizer.unseen(text)}
+    texts = [text for row in rows for tag, text in stream.texts_of(row).items()
+             if tag in run.streams]
+    unseen = sorted({c for text in texts for c in run.tokenizer.unseen(text)})
     if unseen:
-        print(f"warning: {len(unseen)} characters of the development set never occur in training "
-              f"and are written as bytes: {' '.join(sorted(unseen))}", file=sys.stderr)
+        stream.say(f"warning: {len(unseen)} characters of the development set never occur in "
+                   f"training and are written as bytes: {' '.join(unseen[:40])}"
+                   + " ..." * (len(unseen) > 40))
 
 
 # ---- Evaluation on the way -----------------------------------------------------------------------
@@ -1755,8 +1778,9 @@ def assess(run, dev, options, folder, blind, stop):
     `blind`, also with noise for sound: who still writes well does not listen. Cut short, and of no
     use, where a stop is wanted."""
     def scored(items):
-        going_on = (item for item in items if not stop.wanted)
-        return evaluate(run.model, run.tokenizer, going_on, **saved_search(options))
+        going_on = takewhile(lambda _: not stop.wanted, items)
+        return evaluate(run.model, run.tokenizer, going_on, tags=run.streams,
+                        **saved_search(options))
     metrics, records = scored(dev)
     if stop.wanted:
         return metrics
@@ -1784,16 +1808,18 @@ def show_scores(metrics, records, examples=3):
         bleu = "" if m["bleu"] is None else f"  BLEU {m['bleu']:5.1f}  chrF {m['chrf']:5.1f}"
         lag = "" if m["laal_ms"] is None else f"  LAAL {m['laal_ms']:5.0f} ms"
         silent = f"  ({m['silent']} of {m['utterances']} without a word)" if m["silent"] else ""
-        tqdm.write(f"  {tag:8} WER {m['wer']:5.1f}  CER {m['cer']:5.1f}{bleu}{lag}{silent}")
+        tqdm.write(f"  {stream.printable(tag):8} WER {m['wer']:5.1f}  CER {m['cer']:5.1f}"
+                   f"{bleu}{lag}{silent}")
     for record in records[:examples]:
         for tag, reference in record["references"].items():
             if tag in metrics:
                 words = [f"{w.text}\N{MIDDLE DOT}{w.delay_ms / 1000:.1f}"
                          for w in record["words"] if w.stream == tag]
-                written = stream.printable(" ".join(words))
+                name, given, written = map(stream.printable, (tag, " ".join(reference),
+                                                              " ".join(words)))
                 if len(written) > 500:  # an untrained model babbles
                     written = f"{written[:500]} ... {len(words)} words"
-                tqdm.write(f"    {tag:8} reference   {stream.printable(' '.join(reference))}\n"
+                tqdm.write(f"    {name:8} reference   {given}\n"
                            f"    {'':8} at its time {written}")
 
 

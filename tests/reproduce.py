@@ -146,10 +146,12 @@ def machine():
 
 
 def evaluated(run, items, **how):
-    """What stream.evaluate says of a run as load_run gives it, searched as stream.py does."""
-    from stream import evaluate, own_search
+    """What stream.evaluate says of a run as load_run gives it, searched as stream.py does, and
+    scored in what it has learned."""
+    from stream import evaluate, own_search, own_streams
     model, tokenizer, beside = run
-    return evaluate(model, tokenizer, items, **own_search(beside) | how)
+    how = own_search(beside) | {"tags": own_streams(beside, tokenizer)} | how
+    return evaluate(model, tokenizer, items, **how)
 
 
 def options_of(path):
@@ -466,7 +468,7 @@ def score(corpus, made, seeds):
             for model in own:
                 metrics, records = evaluated(model, heard)
                 found.append({tag: figures(tag, m, records, evidence, foreign)
-                              for tag, m in metrics.items() if written_by(tag, name)})
+                              for tag, m in metrics.items()})
                 show(f"{name}, {condition}", done[0]["steps"], metrics)
             rows[name][condition] = {tag: pooled([one[tag] for one in found]) for tag in found[0]}
     data = data_of(corpus)
@@ -495,12 +497,6 @@ def moved_by_time(rows):
             places.append(sorted(own, key=lambda place: place[0]))    # stable: a stream's order
         moved += [a != b for a, b in zip(*places)]
     return float(np.mean(moved))
-
-
-def written_by(tag, name):
-    """Whether this row of the table writes this stream."""
-    kind, *lang = name.removesuffix(" restricted").split()
-    return {"ASR": tag == "<asr>", "ST": tag == f"<st:{''.join(lang)}>"}.get(kind, True)
 
 
 def choose_noise(model, made):
@@ -643,9 +639,7 @@ def orders(data):
         folder = row(mode.replace(":", "-"), learned, mode, REAL_NEXT, *start)
         if name in ("ASR", "ST"):
             runs[name] = folder
-        metrics, records = evaluated(load_run(folder / "model.pt"), heard)
-        own = {"asr": lambda tag: tag == "<asr>", "st": lambda tag: tag != "<asr>"}
-        streams = {tag: m for tag, m in metrics.items() if own.get(mode, bool)(tag)}
+        streams, records = evaluated(load_run(folder / "model.pt"), heard)
         rows[name] = known_of(folder) | {
             "step": REAL_NEXT[0],
             "streams": {tag: {key: m[key] for key in SCORES} for tag, m in streams.items()},

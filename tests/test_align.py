@@ -824,6 +824,16 @@ def test_a_text_that_is_not_cut_into_words_is_named():
     assert align.align_bitext(zip(*zip(*pairs))) == align.align_bitext(pairs)
 
 
+def test_a_manifest_may_have_any_name(tmp_path, capsys):
+    """NeMo's are called .json, and so is what is made of them."""
+    manifest(tmp_path / "in.json", [{"id": "u1", "asr": "das haus", "st": {"en": "the house"}}])
+    align.main([str(tmp_path / "in.json"), "-o", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text())["links"]["en"]
+    (tmp_path / "a.pairs").write_text("{ das haus ||| { the house\n")    # no object: two texts
+    align.main([str(tmp_path / "a.pairs"), "-o", str(tmp_path / "links")])
+    assert "0-0" in (tmp_path / "links").read_text()
+
+
 def test_bars_are_words_in_a_manifest(tmp_path, capsys):
     """It has no separators; in FILE.pairs a second one leaves open where the sides meet."""
     manifest(tmp_path / "in.jsonl", [{"id": "u1", "asr": "a ||| b", "st": {"en": "a ||| b"}}])

@@ -231,15 +231,6 @@ def test_the_table_of_the_orders_on_real_speech():
     assert "TIME puts 50% of the translated words elsewhere" in lines[-1]
 
 
-@pytest.mark.parametrize("row, streams", [
-    ("ASR", ["<asr>"]), ("ASR restricted", ["<asr>"]), ("ST en", ["<st:en>"]),
-    ("ST en restricted", ["<st:en>"]), ("ALIGN restricted", ["<asr>", "<st:de>", "<st:en>"]),
-    ("INTER 0.5", ["<asr>", "<st:de>", "<st:en>"])])
-def test_which_streams_a_row_is_scored_on(row, streams):
-    tags = "<asr>", "<st:de>", "<st:en>"
-    assert [tag for tag in tags if reproduce.written_by(tag, row)] == streams
-
-
 def test_times_are_learned_from_the_recogniser_and_the_translators_that_wait():
     rows = ["ASR", "ASR restricted", "ST en", "ST en restricted", "ALIGN", "ALIGN restricted"]
     assert list(reproduce.timing(dict.fromkeys(rows))) == ["ASR", "ST en restricted"]

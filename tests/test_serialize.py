@@ -1298,7 +1298,8 @@ def test_a_row_with_an_id_keeps_it_whichever_stands_first(tmp_path):
     (["FILE", "-o", ""], "out is empty"), ([""], "a file's name is empty"),
     (["FILE", "--from", "tsv", "--columns", ""], "columns is empty"),
     (["FILE", "--size", "9", "-o", "x.jsonl"], "--size is for the table"),
-    (["FILE", "--allow-outside"], "are for --from tsv"),
+    (["FILE", "--folder", "x"], "--folder is for --from tsv"),
+    (["FILE", "--from", "covost", "--allow-outside", "-o", "x"], "not for --from covost"),
     (["FILE", "--from", "covost", "--project", "-o", "x.jsonl"], "--project is for manifests")])
 def test_options_that_would_do_nothing_are_told(tmp_path, arguments, message):
     path = manifest(tmp_path, GOOD)
@@ -1309,7 +1310,9 @@ def test_options_that_would_do_nothing_are_told(tmp_path, arguments, message):
 def test_only_a_manifest_is_replaced(tmp_path):
     """What an importer reads beside the file that it is given, and sound, stay."""
     path = manifest(tmp_path, GOOD)
-    for name, content in (("dev.en", b"a line of text\n"), ("a.mp3", b"ID3\x04"), ("b", b"\0")):
+    nemo = b'{"audio_filepath": "a.wav", "text": "x"}\n'
+    for name, content in (("dev.en", b"a line of text\n"), ("a.mp3", b"ID3\x04"), ("b", b"\0"),
+                          ("ast.json", nemo), ("package.json", b'{"name": "audio"}')):
         (tmp_path / name).write_bytes(content)
         code, _, err = command(path, "-o", tmp_path / name)
         assert code == 2 and f"{name}: there already, and no manifest: it stays" in err
@@ -1318,6 +1321,47 @@ def test_only_a_manifest_is_replaced(tmp_path):
         (tmp_path / name).write_bytes(content)
         assert command(path, "-o", tmp_path / name)[0] == 0
         assert len(read_manifest(tmp_path / name, strict=True)) == 1
+
+
+def test_where_nothing_can_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    """As root, everything can be written: so with a stand-in for os.access."""
+    path = manifest(tmp_path, GOOD)
+    with pytest.raises(InputError, match="the name of a folder"):
+        module.check_target(f"{tmp_path}/new/")
+    monkeypatch.setattr(module, "read_manifests", None)            # must not be called
+    monkeypatch.setattr(os, "access", lambda folder, how: str(folder) != str(tmp_path))
+    told = []
+    monkeypatch.setattr(module, "tell", told.append)
+    assert module.main([str(path), "-o", str(tmp_path / "out.jsonl")]) == 2
+    assert told == [f"serialize.py: {tmp_path / 'out.jsonl'}: not allowed to write in {tmp_path}"]
+
+
+@pytest.mark.parametrize("audio", [".", "./", "clips/..", "..", "/abs"])
+def test_sound_that_is_a_folder_is_refused(tmp_path, audio):
+    """It had passed, and failed after the manifest was written."""
+    path = manifest(tmp_path, GOOD, {**GOOD, "id": "b", "audio": audio})
+    told = []
+    rows = read_manifest(path, on_bad=told.append, allow_outside=audio != "/abs")
+    assert len(rows) == 1 and audio in told[0]
+    here = Row(id="a", audio=str(tmp_path), asr="x")               # an absolute path to it
+    assert module.outside_hint(tmp_path / "m.jsonl", [here]) == ""
+
+
+def test_of_very_many_bad_lines_a_hundred_are_named(tmp_path):
+    told = []
+    path = manifest(tmp_path, GOOD, *[{"audio_filepath": f"{n}.wav"} for n in range(250)])
+    assert len(read_manifest(path, on_bad=told.append)) == 1
+    assert len(told) == 101 and "m.jsonl:2: skipped: not a JSON object with audio" in told[0]
+    assert "--from nemo" in told[0]
+    assert told[-1].endswith("250 of 251 rows skipped; 150 of them are not named")
+
+
+def test_what_is_not_json_is_shown(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("path\tsentence\n")
+    with pytest.raises(InputError, match=r"a.tsv:1: not JSON, Expecting value at character 1: "
+                                         r"'path\\tsentence'"):
+        read_manifest(path, strict=True)
 
 
 def test_the_hint_about_sound_elsewhere_goes_by_folders(tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ import train  # noqa: E402
 from model import PRESETS, load  # noqa: E402
 from rnnt_loss import rnnt_loss  # noqa: E402
 from serialize import interleave, parse, serialize  # noqa: E402
+import stream  # noqa: E402
 from stream import greedy_batch, load_run  # noqa: E402
 
 
@@ -1243,6 +1245,43 @@ def test_an_evaluation_that_was_cut_off_is_made_up(small, tmp_path, monkeypatch,
     assert evaluations(folder) == done + left
 
 
+def test_streams_that_are_not_learned_are_not_scored(small, tmp_path, capsys):
+    """With --interleave asr the tokenizer has the tags of the translations, for the run that is to
+    begin from this one; but nobody wants to see their 100 % WER."""
+    rows = corpus_rows(tmp_path, 6)
+    for row in rows:
+        row["st"]["en"] += "\u03a9"                            # unseen, if it is learned at all
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [str(tmp_path / "manifest.jsonl"), "--dev", str(tmp_path / "dev.jsonl"), *SHORT,
+               "--steps", "6"]
+    for mode, streams in (("asr", ["<asr>"]), ("st", ["<st:en>"]), ("align", ["<asr>", "<st:en>"])):
+        folder = tmp_path / mode
+        capsys.readouterr()
+        assert train.main([*command, "--interleave", mode, "--out", str(folder)]) == 0
+        assert ("as bytes: \u03a9" in capsys.readouterr().err) == ("<st:en>" in streams)
+        entry, = json.loads((folder / "metrics.json").read_text())
+        assert list(entry["streams"]) == streams
+        model, tokenizer, beside = stream.load_run(folder / "model.pt")
+        assert list(stream.own_streams(beside, tokenizer)) == streams
+        assert list(tokenizer.tags) == ["<asr>", "<st:en>"]
+        capsys.readouterr()
+        assert stream.main([str(folder / "model.pt"), "--eval", command[0]]) == 0
+        out = capsys.readouterr().out
+        assert [tag for tag in tokenizer.tags if f"\n{tag}\n" in out] == streams
+
+
+def test_a_network_of_another_size_is_no_beginning(small, tmp_path, capsys):
+    first = run(tmp_path / "a", "--steps", "5")
+    wider = replace(train.PRESETS["tiny"], dim=32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.PRESETS, "tiny", wider)
+        said = refused(capsys, *SHORT, "--steps", "5", "--init", first / "model.pt", "--out",
+                       tmp_path / "b")
+    assert "a network of another size" in said and "encoder.stack.blocks.0." in said
+    run(tmp_path / "c", "--steps", "5", "--init", str(first / "model.pt"), "--merges", "7")
+    assert "the tokens differ" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("at_step", [6, 9])
 def test_ctrl_c_amid_an_evaluation_saves_and_stops(small, tmp_path, capsys, at_step):
     """In the middle of a run and at its end: no figures of half a development set, no captions, and
@@ -1265,6 +1304,26 @@ def test_ctrl_c_amid_an_evaluation_saves_and_stops(small, tmp_path, capsys, at_s
     assert evaluations(folder) == [step for step in (6,) if step < at_step]
     assert train.main(["--resume", str(folder)]) == 0
     assert evaluations(folder) == [6, 9]
+
+
+def test_a_stop_amid_an_evaluation_reads_no_further(monkeypatch, tmp_path):
+    """An hour of development sound is not decoded to be dropped."""
+    read, stop = [], SimpleNamespace(wanted=False)
+
+    class Dev:
+        def __iter__(self):
+            for k in range(5):
+                read.append(k)
+                yield k
+
+    def evaluate(model, tokenizer, items, **how):
+        for _ in items:
+            stop.wanted = True
+        return {}, []
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    options = train.parse_options(["--device", "cpu"])
+    made = SimpleNamespace(model=None, tokenizer=None, streams=("<asr>",))
+    assert train.assess(made, Dev(), options, tmp_path, True, stop) == {} and read == [0, 1]
 
 
 def test_a_run_that_hears_nothing_stops_and_keeps_its_checkpoint(small, tmp_path, capsys):
@@ -1843,7 +1902,9 @@ def test_a_corpus_on_a_full_disk_names_the_file(full, tmp_path, capsys, monkeypa
 
 def test_a_run_that_never_began_leaves_no_lock(tmp_path, capsys):
     assert "none.jsonl" in refused(capsys, tmp_path / "none.jsonl", "--out", tmp_path / "run")
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
+    assert "--corpus is '../x-en'" in refused(capsys, "--corpus", "../x-en")
+    assert not (tmp_path.parent / "x-en").exists()
 
 
 def test_training_hears_the_sound_of_its_manifest(small, tmp_path):
