@@ -2,7 +2,7 @@
 that it needs.
 
     python train.py                                a corpus that it makes itself, on a laptop
-    python train.py train.jsonl --dev dev.jsonl    real speech (format of the rows: serialize.Row)
+    python train.py train.jsonl --dev dev.jsonl    real speech (format of the rows: serialize.KINDS)
     python train.py --resume runs/de-en            go on where a run stopped
     torchrun --nproc_per_node=4 train.py ...       the same on four GPUs, or on more machines
 
