@@ -41,6 +41,7 @@ import csv
 import io
 import json
 import math
+import shlex
 import sys
 import time
 import zlib
@@ -1392,7 +1393,7 @@ def link(rows, options):
     if lacking and len(both) > LINKS_HERE:
         raise InputError(f"{options.manifest}: {lacking} of {len(both)} rows lack links; find "
                          "them once and for all with: python align.py "
-                         f"{stream.quoted(options.manifest)} -o LINKED.jsonl"
+                         f"{shlex.quote(options.manifest)} -o LINKED.jsonl"
                          + " --allow-outside" * options.allow_outside)
     if lacking:
         threads = torch.get_num_threads()

@@ -50,14 +50,15 @@ def plotting(output):
 
 def heard(checkpoint, path, start=0.0, duration=None, chunk=None):
     """-> samples, words, the tags of the streams, seconds per chunk."""
-    from stream import Streamer, load_run, own_search, read_audio
+    from stream import Streamer, load_run, own_search, own_streams, read_audio
     model, tokenizer, beside = load_run(checkpoint)
     streamer = Streamer(model, tokenizer, chunk=chunk, **own_search(beside))
     samples = read_audio(path, start, duration)
     words = [event for event in streamer.accept(samples) + streamer.flush()
              if hasattr(event, "text")]
     chunk_s = streamer.chunk * model.config.frame_s or len(samples) / 16000
-    return samples, words, tokenizer.tags, chunk_s
+    tags = dict.fromkeys([*own_streams(beside, tokenizer), *(word.stream for word in words)])
+    return samples, words, list(tags), chunk_s
 
 
 def lanes(words, width_s):

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from oneline import told
 from serialize import read_manifest
-from stream import SAMPLE_RATE, evaluate, load_run, own_search, readable, resegment, summarise
+from stream import (SAMPLE_RATE, evaluate, load_run, own_search, own_streams, readable, resegment,
+                    summarise)
 
 
 def join(items, seconds):
@@ -47,7 +48,7 @@ def compare(model, tokenizer, items, seconds, **how):
     singles, parts = iter(records), []
     for group, record in zip(groups, long):
         parts += resegment(record, [next(singles) for _ in group])
-    return len(groups), metrics, summarise(parts, tokenizer.tags, bootstrap=1000)
+    return len(groups), metrics, summarise(parts, how.get("tags") or tokenizer.tags, bootstrap=1000)
 
 
 def main():
@@ -62,7 +63,8 @@ def main():
         parser.error(f"--seconds {options.seconds} must be a positive number")
     model, tokenizer, beside = load_run(options.checkpoint)
     items = list(readable(read_manifest(options.manifest, allow_outside=options.allow_outside)))
-    how = own_search(beside) | {"chunk": options.chunk, "progress": True}
+    how = own_search(beside) | {"tags": own_streams(beside, tokenizer), "chunk": options.chunk,
+                                "progress": True}
     n, alone, joined = compare(model, tokenizer, items, options.seconds, **how)
     print(f"{len(items)} utterances, {n} joined streams of about {options.seconds:g} s")
     print(f"{'':10}{'':12}{'one by one':>28}{'joined':>28}")
