@@ -466,7 +466,7 @@ def make_row(record, path, number, allow_outside=False):
     if not allow_outside and (os.path.isabs(row.audio) or ".." in parts):
         raise InputError(f"audio {row.audio!r} leaves the manifest's folder; "
                          "--allow-outside permits that")
-    if os.path.normpath(row.audio) in (os.curdir, os.pardir):
+    if os.path.basename(os.path.normpath(row.audio)) in (os.curdir, os.pardir):
         raise InputError(f"audio {row.audio!r} is a folder")
     row.audio = os.path.normpath(os.path.join(os.path.dirname(path), row.audio))
     _count_in_units(row)
@@ -696,15 +696,12 @@ def check_target(path):
         raise InputError(f"{path}: the name of a folder, not of a file")
     if not os.access(folder, os.W_OK):
         raise InputError(f"{path}: not allowed to write in {folder}")
-    if os.path.exists(path) and os.path.getsize(path) and not is_manifest(path):
+    if os.path.exists(path) and not is_manifest(path):
         raise InputError(f"{path}: there already, and no manifest: it stays")
 
 
 def is_manifest(path):
-    """Whether a file begins like a manifest: with a JSON object that has `audio`, perhaps cut
-    off."""
-    if not os.path.isfile(path):
-        return False
+    """Whether a file is empty or begins with a JSON object that has `audio`, perhaps cut off."""
     with open(path, "rb") as file:
         head = file.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")
     first = head.partition(b"\n")[0]

@@ -1336,7 +1336,7 @@ def test_where_nothing_can_be_written_is_told_before_the_work(tmp_path, monkeypa
     assert told == [f"serialize.py: {tmp_path / 'out.jsonl'}: not allowed to write in {tmp_path}"]
 
 
-@pytest.mark.parametrize("audio", [".", "./", "clips/..", "..", "/abs"])
+@pytest.mark.parametrize("audio", [".", "./", "clips/..", "../..", "/abs"])
 def test_sound_that_is_a_folder_is_refused(tmp_path, audio):
     """It had passed, and failed after the manifest was written."""
     path = manifest(tmp_path, GOOD, {**GOOD, "id": "b", "audio": audio})
