@@ -899,8 +899,16 @@ def test_options_that_are_empty_and_gold_of_nothing_are_told(tmp_path):
             align.main([str(tmp_path / "a.pairs"), "--gold", str(tmp_path / "a.gold")])
 
 
+def serialize_row(asr, st):
+    from serialize import Row
+    return Row(id="a", audio="a", asr=asr, st={"xx": st})
+
+
 def test_small_things_are_told_as_they_are(tmp_path, capsys):
-    assert align.align_bitext([(["a", ""], ["b", ""])] * 2)     # no division by the empty word
+    assert align.align_bitext([(["a", ""], ["b", ""])] * 2)[0] == [(0, 0), (1, 1)]
+    row = serialize_row("a b c", "x y")
+    align.add_links([row], lambda pairs: [[]])        # without a link, all must be heard first
+    assert row.links == {"xx": [(2, 0)]}
     (tmp_path / "x.pairs").write_text("a ||| b\nc d\n||| e\n")
     align.main([str(tmp_path / "x.pairs"), "-o", str(tmp_path / "x.links")])
     said = capsys.readouterr().err
