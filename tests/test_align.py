@@ -1041,6 +1041,14 @@ def test_times_by_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert len(alone.times) == 2 and alone.times == sorted(alone.times)      # as it was learned
     assert not other.st_times and "in.jsonl:4: no times: no text of a stream" in said
 
+    monkeypatch.setattr(align, "BATCH_SAMPLES", 17000)         # of one row each
+    more = [{"id": name, **row} for name in ("u1", "u2", "u3")]
+    manifest(tmp_path / "more.jsonl", more)
+    align.main([str(tmp_path / "more.jsonl"), "-o", str(out), "--times",
+                str(tmp_path / "model.pt")])
+    assert "times for 3 of 3 rows" in capsys.readouterr().err
+    assert [one.times for one in read_manifest(out)] == [first.times] * 3
+
     monkeypatch.setattr(align, "LONGEST_TIMED_S", 0.9)         # longer ones would fill the memory
     align.main([str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "short.jsonl"), "--times",
                 str(tmp_path / "model.pt")])

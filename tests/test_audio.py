@@ -668,6 +668,13 @@ def test_readable(tmp_path, capsys):
         list(readable(rows[1:2]))
 
 
+def test_a_row_is_a_piece_of_its_file(tmp_path):
+    soundfile.write(tmp_path / "ramp.wav", np.linspace(.1, .9, 2 * SECOND), 16000)
+    row = Row(id="a", audio=str(tmp_path / "ramp.wav"), start=0.5, duration=1.0, asr="x")
+    (_, samples), = readable([row])
+    assert len(samples) == SECOND and samples[0] == pytest.approx(0.3, abs=1e-3)
+
+
 def test_load_run(folder, tmp_path):
     model, tokenizer, beside = load_run(folder / "model.pt")
     assert len(tokenizer) == model.config.vocab and beside["mode"] == "align"

@@ -857,6 +857,7 @@ def test_eval_searches_as_it_is_told(folder, monkeypatch):
     assert stream.main([*command, "--chunk", "4", "--beam", "3", "--blank-penalty", "2"]) == 0
     assert (asked["chunk"], asked["beam"], asked["blank_penalty"]) == (4, 3, 2)
     assert asked["hold"] == stream.HALF_CHUNK
+    assert (asked["batch_size"], asked["bootstrap"]) == (1, 1000)   # delays of one stream alone
     assert stream.main([*command, "--beam", "3", "--hold", "5"]) == 0 and asked["hold"] == 5
 
 
@@ -992,6 +993,17 @@ def test_an_idle_stream_does_not_keep_its_batch():
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
+def test_when_a_word_begins_and_ends_and_how_sure_it_is():
+    """From its first token's frame to its last's; the geometric mean of their probabilities."""
+    streamer = Streamer(lively(), TOKENIZER)
+    streamer.push(np.zeros(16000))
+    tokens = [stream.Written(TOKENIZER.pieces.index(piece), frame, log_prob)
+              for piece, frame, log_prob in ((b"l", 3, -0.1), (b"a", 5, -0.2), (b" ", 7, -0.6))]
+    word, = streamer.events(tokens, False)
+    assert (word.text, word.start_s, word.end_s) == ("la", pytest.approx(.12), pytest.approx(.32))
+    assert word.confidence == pytest.approx(math.exp(-0.3))
+
+
 def test_where_a_pause_began_and_how_far_it_was_heard():
     streamer = Streamer(lively(), TOKENIZER, pause=0.5)
     streamer.push(np.zeros(48000))
@@ -1058,12 +1070,13 @@ def test_characters_are_counted_as_characters():
                 "words": [Word("<asr>", word, 100.0, 0.0, 0.1, 120.0) for word in words]}
     figures = stream.summarise([record("abcd ef", "abcd", "eg")], ["<asr>"])["<asr>"]
     assert figures["wer"] == 50 and figures["cer"] == pytest.approx(100 / 7)
-    for text, kind in (("\u6211\u7231\u4f60", "zh"), ("\u3042\u3044\u3046", "char"), ("ab", "13a")):
+    for text, kind in (("\u6211\u7231\u4f60", "zh"), ("\u3042\u3044\u3046", "char"),
+                       ("ab", "13a")):
         figures = stream.summarise([record(text, text)], ["<asr>"])["<asr>"]
         assert f"tok:{kind}" in figures["bleu_signature"] and figures["cer"] == 0
 
 
-# ---- Subtitles ------------------------------------------------------------------------------------
+# ---- Subtitles -----------------------------------------------------------------------------------
 
 def cues(path, words, webvtt=False, pause=1.0):
     """What a track of <asr> makes of words (text, start, end), pauses (None) and other streams."""
@@ -1089,7 +1102,8 @@ def test_webvtt_as_its_players_want_it(tmp_path):
 
 
 @pytest.mark.parametrize("words, times", [
-    ([("a", 0, 0.2), None, ("b", 0.4, 0.6)], ["00,000 --> 00:00:01,000", "01,000 --> 00:00:02,000"]),
+    ([("a", 0, 0.2), None, ("b", 0.4, 0.6)], ["00,000 --> 00:00:01,000",
+                                              "01,000 --> 00:00:02,000"]),
     ([("a", 0, 0.2), ("b", 1.3, 1.5)], ["00,000 --> 00:00:01,000", "01,300 --> 00:00:02,300"]),
     ([("a", 0, 0.2), ("b", 1.1, 1.5)], ["00,000 --> 00:00:01,500"]),
     ([("w", k, k + 1) for k in range(8)], ["00,000 --> 00:00:07,000", "07,000 --> 00:00:08,000"]),

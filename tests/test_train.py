@@ -810,6 +810,129 @@ def test_small_corpora_are_decoded_once(tmp_path, small, monkeypatch):
         assert [sum(Path(path).stem == name for path in decoded) for name in "ab"] == times
 
 
+def test_each_row_hears_its_own_piece_of_a_file(small, tmp_path):
+    """Those kept in memory too; and one without a duration goes to the end."""
+    soundfile.write(tmp_path / "ramp.wav", np.linspace(.1, .9, 32000), 16000)
+    rows = [{"audio": "ramp.wav", "start": start, "asr": "x", **more} for start, more in
+            ((0, {"duration": 1.0}), (1.0, {"duration": 1.0}), (0.5, {}))]
+    options = train.parse_options([str(write_rows(tmp_path, rows)), "--device", "cpu"])
+    corpus, _ = train.open_corpus(options)
+    source = train.Source(options, train.new_run(options, corpus))
+    for _ in range(2):
+        heard = [source.sound_of(row) for row in corpus.rows(0)]
+        assert [len(samples) for samples in heard] == [16000, 16000, 24000]
+        assert [samples[0] for samples in heard] == pytest.approx([0.1, 0.5, 0.3], abs=1e-3)
+    assert [row.duration for row in corpus.rows(0)] == [1.0, 1.0, 1.5]
+
+
+def test_unseen_utterances_are_unseen():
+    corpus = train.BuiltIn("de-en", 0)
+    learned, unseen = corpus.rows(0), [row for row, _ in corpus.unseen(50)]
+    assert len(unseen) == 50 and all(row.id.startswith("test") for row in unseen)
+    assert not {row.asr for row in learned} & {row.asr for row in unseen}
+    assert not {row.speaker for row in learned} & {row.speaker for row in unseen}
+
+
+def test_how_often_there_is_silence_a_pause_and_a_background():
+    """Silence before the first word in a tenth of the streams, pauses of 5/7 s in the mean, other
+    speakers in 15 % of them."""
+    options = train.parse_options(["--device", "cpu"])
+    rows = [train.Row(id=str(k), audio=f"{k}.wav", asr="x", duration=1.0) for k in range(9)]
+    drawn = [train.draw_stream(rows[:3], 3.0, rows, np.random.default_rng(seed), options)
+             for seed in range(4000)]
+    before = np.array([s.pauses[0] for s in drawn])
+    assert 0.08 < (before > 0).mean() < 0.12 and 4.5 < before.max() < 5
+    assert np.mean([s.pauses[1:] for s in drawn]) == pytest.approx(5 / 7, abs=0.05)
+    assert 0.13 < np.mean([bool(s.background) for s in drawn]) < 0.17
+    assert {len(s.background) for s in drawn} == {0, 5}
+    speeds = [s.speed for s in drawn]
+    assert all(abs(speeds.count(speed) / 4000 - 1 / 3) < 0.04 for speed in (0.9, 1.0, 1.1))
+    assert all(s.seconds == pytest.approx((3.0 + sum(s.pauses)) / s.speed) for s in drawn)
+    plain = [train.draw_stream(rows[:3], 3.0, rows, np.random.default_rng(seed),
+                               replace(options, augment=0)) for seed in range(300)]
+    assert not any(s.pauses[0] or s.background or s.speed != 1 for s in plain)
+
+
+def test_other_speakers_are_equally_loud(small, tmp_path):
+    tone = np.sin(2 * np.pi * np.outer([300, 700], np.arange(16000)) / 16000)
+    for name, loud, wave in (("a", 0.5, tone[0]), ("b", 0.005, tone[1])):
+        soundfile.write(tmp_path / f"{name}.wav", loud * wave, 16000, subtype="FLOAT")
+    rows = [{"audio": f"{name}.wav", "duration": 1.0, "asr": "x"} for name in "ab"]
+    options = train.parse_options([str(write_rows(tmp_path, rows)), "--device", "cpu"])
+    corpus, _ = train.open_corpus(options)
+    source = train.Source(options, train.new_run(options, corpus))
+    s = train.Stream(corpus.rows(0)[:1], [0.0], corpus.rows(0), 1.0, 1.0)
+    power = np.abs(np.fft.rfft(source.background(s, 16000, np.random.default_rng(0), []))) ** 2
+    assert power[300] == pytest.approx(power[700], rel=1e-3) and power[300] > 1e6
+
+
+def test_half_of_what_has_no_background_gets_noise_and_low_tones_have_most_of_it():
+    tone = (0.1 * np.sin(2 * np.pi * 500 * np.arange(16000) / 16000)).astype(np.float32)
+    noisy, cut = [], []
+    for seed in range(300):
+        heard = train.disturb(tone, None, np.random.default_rng(seed))
+        power = np.abs(np.fft.rfft(heard)) ** 2
+        noisy.append(power[500] < 10 ** 3.1 * (power.sum() - power[490:511].sum()))
+        white = np.random.default_rng(seed).standard_normal(16000).astype(np.float32)
+        power = np.abs(np.fft.rfft(train.disturb(tone, white, np.random.default_rng(seed)))) ** 2
+        cut.append(power[7900:].mean() < 0.1 * power[2000:3000].mean())
+    assert 0.4 < np.mean(noisy) < 0.6 and 0.3 < np.mean(cut) < 0.5
+    low = [np.abs(np.fft.rfft(train.coloured_noise(16000, np.random.default_rng(seed)))) ** 2
+           for seed in range(50)]
+    assert np.mean([power[:1000].sum() / power.sum() for power in low]) > 0.3     # white: 0.125
+
+
+@pytest.mark.parametrize("audio, low, high", [("", 0.5, 0.95), ("x.wav", 0.95, 1)])
+def test_codecs_and_holes_are_in_what_is_heard(small, monkeypatch, audio, low, high):
+    """Of recorded speech, holes in time are in every disturbed stream."""
+    options = train.parse_options(["--device", "cpu", "--join", "1"])
+    corpus = train.BuiltIn("de-en", 0)
+    made = train.new_run(options, corpus)
+    monkeypatch.setattr(train, "disturb", lambda samples, *_: samples)
+    source, changed = train.Source(options, made), []
+    for row in corpus.rows(0) * 4:
+        samples = train.sound_of(row, 0)
+        row = replace(row, audio=audio, id=f"{row.id} {len(changed)}")
+        s = train.Stream([row], [0.0], [], 1.0, 3.0)
+        plain = train.mel_of(train.joined(s, [samples])[0], made.model.config)
+        mel = source.example(s, [samples], train.Request([s], 0, (0, 1), False), [])["mel"]
+        changed.append(not torch.equal(mel, plain))
+    assert low <= np.mean(changed) <= high, np.mean(changed)
+
+
+def test_joining_stops_at_the_longest():
+    options = replace(train.parse_options(["--device", "cpu"]), augment=0.0)
+    for seconds, longest in ((20.0, 1), (10.0, 3)):
+        rows = [train.Row(id=str(k), audio=f"{k}.wav", asr="x", duration=seconds)
+                for k in range(30)]
+        streams = list(train.epoch_streams(train.Corpus(rows), 0, options))
+        assert max(len(s.rows) for s in streams) == longest
+        assert sorted(int(row.id) for s in streams for row in s.rows) == list(range(30))
+
+
+def test_the_learning_rates_of_a_step():
+    """Level until half of the steps, then down in a line; ten times as much for the matrices."""
+    weights = [torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]
+    optimizers = [torch.optim.SGD([weight], lr=1.0) for weight in weights]
+    options = replace(train.parse_options(["--device", "cpu"]), steps=1000, lr=2e-3)
+    for step, share in ((49, 0.5), (300, 1), (500, 1), (750, 0.5), (900, 0.2), (999, 0.02)):
+        train.set_learning_rates(optimizers, step, options)
+        assert [o.param_groups[0]["lr"] for o in optimizers] == pytest.approx(
+            [2e-2 * share, 2e-3 * share])
+
+
+def test_a_wish_of_any_process_is_everybodys():
+    class Asked(train.Ranks):
+        others = 1
+
+        def add(self, tensor):
+            return tensor + self.others
+    ranks = Asked(0, 2, "cpu")
+    assert ranks.agree(False) is True and ranks.agree(True) is True
+    ranks.others = 0
+    assert ranks.agree(False) is False and train.Ranks().agree(False) is False
+
+
 # ---- Tasks and losses
 
 def test_tasks_come_one_after_the_other():
@@ -1451,6 +1574,15 @@ def test_links_are_learned_at_the_start_from_few_rows_only(small, tmp_path, caps
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(train.InputError, match="1 of 6 rows lack"):
         train.open_corpus(options)
+    monkeypatch.setattr(train, "LINKS_HERE", 6)
+    for lacking in (rows[2:3], rows):
+        for row in lacking:
+            row.pop("links", None)
+        manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        capsys.readouterr()
+        corpus, _ = train.open_corpus(options)
+        assert len(corpus.rows(0)) == 6 and all(row.links["en"] for row in corpus.rows(0))
+        assert f"6 rows aligned, {6 - len(lacking)} keep" in capsys.readouterr().err
 
 
 def test_hours_of_unseen_sound_are_read_as_they_are_asked_for(small, tmp_path):
