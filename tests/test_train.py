@@ -1530,6 +1530,23 @@ def test_a_stop_amid_an_evaluation_reads_no_further(monkeypatch, tmp_path):
     assert train.assess(made, Dev(), options, tmp_path, True, stop) == {} and read == [0, 1]
 
 
+def test_the_last_evaluation_also_hears_noise_for_sound(monkeypatch, tmp_path):
+    heard, samples = [], np.full(16000, 0.5, np.float32)
+
+    def evaluate(model, tokenizer, items, **how):
+        heard.append([own for _, own in items])
+        return {}, []
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    made = SimpleNamespace(model=None, tokenizer=None, streams=("<asr>",), step=1, best=-1.0)
+    how = made, [(None, samples)], train.parse_options(["--device", "cpu"]), tmp_path
+    train.assess(*how, False, SimpleNamespace(wanted=False))
+    assert len(heard) == 1 and heard[0][0] is samples
+    train.assess(*how, True, SimpleNamespace(wanted=False))
+    (real,), (noise,) = heard[1:]
+    assert real is samples and len(noise) == 16000
+    assert noise.std() == pytest.approx(0.05, rel=0.03) and abs(noise.mean()) < 0.002
+
+
 def test_a_run_that_hears_nothing_stops_and_keeps_its_checkpoint(small, tmp_path, capsys):
     """The sound is gone when the run goes on: no step is counted as learned."""
     assert train.main(["--write-corpus", str(tmp_path / "c"), "8"]) == 0
