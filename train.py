@@ -305,8 +305,8 @@ class Run:
     optimizers: list
     step: int = 0             # updates done
     position: tuple = (0, 0)  # epoch and batch in it that come next
-    streams: tuple = ()       # tags of what is learned: not of translations, by --interleave asr
     best: float = -1.0        # the highest mean chrF on the development set so far
+    streams: tuple = ()       # tags of what is learned: not of translations, by --interleave asr
 
 
 def train(options):

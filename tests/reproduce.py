@@ -728,7 +728,8 @@ def runs_table(result):
             lines.append(f"| {name} | {row['step']} | {minutes} | `{tag}` | {' | '.join(cells)} "
                          f"| {in_seconds(m['laal_ms'])} |" + f" {delta} |" * paired)
     if paired:
-        lines += ["", f"{moved_words(result)} The interval holds 95 % of 1,000 draws of the "
+        lines += ["", f"All go on from one recogniser of {REAL_FIRST[0]} steps. "
+                  f"{moved_words(result)} The interval holds 95 % of 1,000 draws of the "
                   f"{result['utterances']} utterances."]
     return lines
 

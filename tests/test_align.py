@@ -475,7 +475,7 @@ def test_only_regular_files_are_read(tmp_path):
         assert "not a regular file" in refused(tmp_path / "good.pairs", "--gold", path, timeout=60)
     with pytest.raises(align.InputError, match="no TextGrid"):
         align.textgrid_times(tmp_path)
-    (tmp_path / "no.pairs").write_text('{"audio": "x.wav"}\n')
+    (tmp_path / "no.pairs").write_text("das haus the house\n")
     assert "no.pairs:1: no line has the separator" in refused(tmp_path / "no.pairs")
 
 
