@@ -149,7 +149,7 @@ class Options:
     strict: bool = option(False, "stop at the first bad row instead of leaving it out")
 
 
-REAL = dict(steps=10000, warm_steps=3400, label_dropout=0.25, blank_penalty=0.75, merges=240,
+REAL = dict(steps=12000, warm_steps=3400, label_dropout=0.25, blank_penalty=0.75, merges=240,
             augment=0.2, eval_every=2000)
 KEPT = "resume.pt", "model.pt", "best.pt", "metrics.json"   # of a run, in its folder
 FIXED = "corpus", "preset", "interleave", "init", "seed", "merges"   # what a checkpoint decides

@@ -237,7 +237,7 @@ def test_there_are_at_most_31_flags_with_a_sentence_each():
     options = train.parse_options(["--device", "cpu"])
     assert (options.lr, options.steps, options.warm_steps, options.prune) == (2e-3, 1200, 370, 16)
     options = train.parse_options(["x.jsonl", "--device", "cpu"])
-    assert (options.lr, options.steps, options.warm_steps, options.prune) == (2e-3, 10000, 3400, 16)
+    assert (options.lr, options.steps, options.warm_steps, options.prune) == (2e-3, 12000, 3400, 16)
     options = train.parse_options(["x.jsonl", "--device", "cpu", "--steps", "5000"])
     assert (options.steps, options.merges) == (5000, 240)
 
