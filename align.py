@@ -1139,8 +1139,9 @@ def parse_options(argv):
     add("--times", help="RUN/model.pt, a CTM, or a folder of TextGrids named by row id")
     add("--allow-outside", action="store_true", help="sound may lie outside the manifest's folder")
     options = parser.parse_args(argv)
-    options.manifest = is_manifest(options.input or "")
-    refuse_useless(options)
+    manifest = is_manifest(options.input or "")
+    refuse_useless(options, manifest)
+    options.manifest = manifest
     return options
 
 
@@ -1155,17 +1156,16 @@ def is_manifest(path):
     return first[:1] == b"{" and b"|||" not in first
 
 
-def refuse_useless(options):
+def refuse_useless(options, manifest):
     """An option that would change nothing is told, not ignored."""
     for name, value in vars(options).items():
         if value == "":                       # as of a shell's variable that is not set
             name = name if name == "input" else "--" + name.replace("_", "-")
             raise InputError(f"{name} is empty")
     given = {"--" + name.replace("_", "-") for name, value in vars(options).items()
-             if value and name not in ("input", "manifest")}
+             if value and name != "input"}
     if given and not options.input:
         raise InputError(f"{min(given)} needs an input, FILE.pairs or a manifest IN.jsonl")
-    manifest = options.manifest
     no_manifest = f"is for a manifest, a file of JSON lines, not {options.input!r}"
     no_learning = "is for what is learned from the text; --model links by what it knows"
     for name, useless, why in (

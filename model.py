@@ -409,9 +409,10 @@ class Encoder(nn.Module):
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Mean and standard deviation (n_mels,) of the features, as training data has them. Raises
         InputError for numbers that nothing can be divided by."""
-        if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
-            raise InputError(f"the mean must be finite and the deviation above 0, not {mean} and "
-                             f"{std}")
+        for a, b in zip(*(x.flatten().tolist() for x in torch.broadcast_tensors(mean, std))):
+            if not (math.isfinite(a) and 0 < b < math.inf):
+                raise InputError("of every band the mean must be finite and the deviation above 0, "
+                                 f"not {a:g} and {b:g}")
         self.mean.copy_(mean)
         self.std.copy_(std)
 

@@ -215,6 +215,7 @@ def rnnt_loss(logits, targets, logit_lengths, target_lengths, blank=-1, clamp=-1
     GPU, the values of targets, and of lengths that lie there, are checked only if validate, since
     that waits for them; else one out of range makes the cost of its utterance NaN.
     """
+    _tensors(logits=logits)
     batch = check_arguments(logits, targets, logit_lengths, target_lengths, blank,
                             reduction=reduction, validate=validate, fused=fused_log_softmax,
                             fastemit=fastemit_lambda, delay=delay_penalty)
@@ -592,10 +593,11 @@ def prune_band(posteriors, logit_lengths, target_lengths, width):
     if (width := _whole("width", width)) < 1:
         raise ValueError(f"width must be a whole number of rows, 1 or more, not {width}")
     (B, T, U1), device = posteriors.shape, posteriors.device
-    frames = _integers("logit_lengths", logit_lengths, 1, B)[:, None].cpu()           # (B,1)
-    counts = _integers("target_lengths", target_lengths, 1, B)[:, None].cpu()         # (B,1)
-    _in_range("logit_lengths", frames[:, 0], 1, T)
-    _in_range("target_lengths", counts[:, 0], 0, U1 - 1)
+    frames = _integers("logit_lengths", logit_lengths, 1, B).cpu()                    # (B,)
+    counts = _integers("target_lengths", target_lengths, 1, B).cpu()
+    _refuse("logit_lengths", frames, (frames < 1) | (frames > T), f"1..{T}")
+    _refuse("target_lengths", counts, (counts < 0) | (counts >= U1), f"0..{U1 - 1}")
+    frames, counts = frames[:, None], counts[:, None]                                 # (B,1)
     least = -(-counts // frames) + 1
     if (least > width).any():
         warnings.warn(f"prune_band: width {width} cannot write U labels in T frames where "
@@ -641,6 +643,7 @@ def _heaviest_windows(posteriors, width, last_first):
 def rnnt_align(logits, targets, logit_lengths, target_lengths, *, blank):
     """The frame (B,U1-1) at which the likeliest path writes each label; -1 in padding and where
     there is no path. Arguments as rnnt_loss's."""
+    _tensors(logits=logits)
     batch = check_arguments(logits, targets, logit_lengths, target_lengths, blank)
     arcs, _ = log_probs(logits.contiguous().flatten(0, 2), batch.y.flatten(), batch)
     arcs = arcs.view(*batch.y.shape, 2)
@@ -1090,8 +1093,6 @@ def check_arguments(logits, targets, logit_lengths, target_lengths, blank, *, re
     With logits on a GPU, targets, and lengths that lie there too, are not checked unless validate:
     an utterance out of range gets no frames, and its cost is NaN.
     """
-    if not isinstance(logits, SimpleNamespace):       # as of logits that are never formed
-        _tensors(logits=logits)
     shape, dtype, device = logits.shape, logits.dtype, logits.device
     if len(shape) != 4 or 0 in shape[2:] or not dtype.is_floating_point:
         raise ValueError(f"logits must be (B,T,U+1,V) floats, not {dtype} of shape {tuple(shape)}")
@@ -1124,9 +1125,8 @@ def check_arguments(logits, targets, logit_lengths, target_lengths, blank, *, re
             ("logit_lengths", logit_lengths, bad_T, f"1..{T}"),
             ("target_lengths", target_lengths, bad_U, f"0..{U}"),
             ("targets", labels, bad_labels, f"0..{V - 1} without the blank, {blank}")):
-        if (validate or values.device.type == "cpu") and bad.any():   # a GPU is waited for
-            at = bad.nonzero()[0].tolist()
-            raise ValueError(f"{name}{at} is {values[tuple(at)]}, not in {allowed}")
+        if validate or values.device.type == "cpu":   # a GPU is waited for
+            _refuse(name, values, bad, allowed)
     bad = there(bad_T) | there(bad_U) | bad_labels.any(1)
     frames, counts = frames.masked_fill(bad, 0), counts.masked_fill(bad, 0)
     return Batch(node_labels(labels, frames, counts, T), frames, counts, blank, fused, fastemit,
@@ -1162,10 +1162,11 @@ def _tensors(**named):
             raise ValueError(f"{name} must be a torch tensor, not {type(value).__name__}")
 
 
-def _in_range(name, values, low, high):
-    if (bad := (values < low) | (values > high)).any():
-        at = int(bad.nonzero()[0])
-        raise ValueError(f"{name}[{at}] is {values[at]}, not in {low}..{high}")
+def _refuse(name, values, bad, allowed):
+    """Name the first of the values that are bad, if there is one."""
+    if bad.any():
+        at = bad.nonzero()[0].tolist()
+        raise ValueError(f"{name}{at} is {values[tuple(at)]}, not in {allowed}")
 
 
 def _integers(name, value, dims, B):

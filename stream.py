@@ -1397,15 +1397,15 @@ def uninterrupted():
         raise KeyboardInterrupt
 
 
-def caption(model, tokenizer, options, search, tags=None):
+def caption(model, tokenizer, options, search, tags):
     """Stream one recording, or whatever comes in, and show its words as they are ready."""
     if options.audio == "mic" and not search["chunk"]:
         raise InputError("this model hears everything at once, at the end, and mic has none: give "
                          "--chunk")
     screen = show_json if options.json else show_lines
     if sys.stdout.isatty() and not options.json:
-        screen = Terminal(tags or tokenizer.tags)
-    planned = planned_tracks(options, tags or tokenizer.tags)
+        screen = Terminal(tags)
+    planned = planned_tracks(options, tags)
     streamer = Streamer(model, tokenizer, pause=options.pause, **search)
     incoming, fault = packets(options.audio, options.realtime), None
     live = options.audio in ("-", "mic")     # Ctrl-C is their usual end
@@ -1754,9 +1754,8 @@ def log_entry(index, row, tag):
             "source_length": row["duration_ms"]}
 
 
-def evaluation(model, tokenizer, options, search, tags=None):
+def evaluation(model, tokenizer, options, search, tags):
     """Stream all of a manifest; print figures by stream, and write logs."""
-    tags = tags or tokenizer.tags
     rows = read_manifest(options.eval, allow_outside=options.allow_outside, on_bad=say)
     has = set().union(*map(texts_of, rows))
     if not has & set(tags):

@@ -63,7 +63,7 @@ def make_parser():
     parser.add_argument("--gold", required=True)
     parser.add_argument("--train", nargs="+", default=[])
     parser.add_argument("--eflomal", help="the program eflomal-align")
-    parser.add_argument("--runs", type=int, default=3, 
+    parser.add_argument("--runs", type=int, default=3,
                         help="of the default, for the median time (0: one, and no steps)")
     return parser
 

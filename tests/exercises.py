@@ -10,7 +10,6 @@ inputs; an answer that is wrong in one of the usual ways is told in which.
 import copy
 import importlib.util
 import math
-import os
 import sys
 import textwrap
 from dataclasses import dataclass

@@ -633,7 +633,7 @@ def test_two_streams_do_not_share_a_folder_of_logs(folder, tmp_path, capsys):
         ["m.pt", "--eval", str(folder / "set.jsonl"), "--log", str(tmp_path / "log")])
     tokenizer.tags = ("<asr>", "<st:pt.BR>", "<st:pt-BR>")
     with pytest.raises(InputError, match="<st:pt.BR> and <st:pt-BR> would share .* st-pt-BR"):
-        stream.evaluation(model, tokenizer, options, {"chunk": 16})
+        stream.evaluation(model, tokenizer, options, {"chunk": 16}, tokenizer.tags)
 
 
 def test_ctrl_c_before_the_first_sound(folder, monkeypatch):

@@ -885,7 +885,8 @@ def test_logs_outlive_a_reader(folder, monkeypatch):
     options = stream.arguments().parse_args([*command, "--log", str(folder)])
     model, tokenizer, beside = stream.load_run(command[0])
     with pytest.raises(BrokenPipeError):
-        stream.evaluation(model, tokenizer, options, stream.search_of(options, model, beside))
+        stream.evaluation(model, tokenizer, options, stream.search_of(options, model, beside),
+                          tokenizer.tags)
     assert written == [(str(folder), [None], {"<asr>": {"wer": 1.0}})]
 
 
@@ -894,7 +895,8 @@ def test_no_microphone_for_a_model_that_hears_everything_at_once(folder):
     model.config = replace(model.config, chunks=(0, 16))
     options = stream.arguments().parse_args(["model.pt", "mic"])
     with pytest.raises(stream.InputError, match="mic has none: give --chunk"):
-        stream.caption(model, tokenizer, options, stream.search_of(options, model, beside))
+        stream.caption(model, tokenizer, options, stream.search_of(options, model, beside),
+                       tokenizer.tags)
 
 
 def test_subtitles_survive_whatever_ends_the_captions(folder, capsys, monkeypatch, tmp_path):
