@@ -4,6 +4,7 @@
                                                     without each ingredient
     python tests/reproduce.py mboshi DATA           Mboshi -> French; DATA holds train.jsonl and
                                                     dev.jsonl
+    python tests/reproduce.py long DATA             that run taken on, to three times its steps
     python tests/reproduce.py papers de-en          the papers' comparison: each stream alone and
                                                     both in every order; papers de-en 2: two seeds
     python tests/reproduce.py orders DATA           the same on real speech; DATA as for mboshi
@@ -23,6 +24,7 @@ makes the tables.
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -49,14 +51,20 @@ EXPERIMENTS = {
     },
     "mboshi": {"Mboshi -> French": ["DATA/train.jsonl", "--dev", "DATA/dev.jsonl"]},
 }
+# 88 times through 3.8 hours of speech: more of it is disturbed, lest it be learned by heart.
+LONG = ["--steps", "36000", "--augment", "0.4"]
 HEAD = (f"\n{'run':24} {'steps':>6}  {'stream':14} {'WER':>6} {'CER':>6} {'BLEU':>6} {'chrF':>6} "
         f"{'LAAL':>8}")
 
 
 def run(name, options):
     """One training, unless it is done; -> its last metrics, and what is known of it."""
-    folder = train_in("".join(c if c.isalnum() else "_" for c in name), options)
+    folder = train_in(folder_name(name), options)
     return json.loads((folder / "metrics.json").read_text())[-1] | known_of(folder)
+
+
+def folder_name(name):
+    return "".join(c if c.isalnum() else "_" for c in name)
 
 
 def known_of(folder):
@@ -72,10 +80,11 @@ def known_of(folder):
 
 
 def train_in(name, options):
-    """`train.py` with these options in runs/reproduce/NAME, from where it stands -> its folder."""
+    """`train.py` with these options in runs/reproduce/NAME, from where it stands -> its folder.
+    Options that begin with --resume RUN go on from a copy of that run."""
     from model import load
     folder = ROOT / "runs" / "reproduce" / name
-    given, began = [*options, "--out", str(folder)], time.perf_counter()
+    began = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "options.json"
     begun = (folder / "resume.pt").exists()        # else a command that was refused wrote the note
@@ -85,9 +94,13 @@ def train_in(name, options):
     note.write_text(json.dumps(options))
     if (folder / "done.json").exists():
         return folder
-    if begun:
-        given = ["--resume", str(folder)]
-    if left_to_do(folder):
+    given = ["--resume", str(folder)] if begun else [*options, "--out", str(folder)]
+    if options[:1] == ["--resume"]:
+        if not begun:
+            for file in ("log.csv", "metrics.json", "model.pt", "best.pt", "resume.pt"):
+                shutil.copy(Path(options[1]) / file, folder)       # resume.pt last: it says "begun"
+        given = ["--resume", str(folder), *options[2:]]
+    if left_to_do(folder, options):
         print("+", " ".join(["python train.py", *given]), flush=True)
         with subprocess.Popen([sys.executable, str(ROOT / "train.py"), *given]) as training:
             try:
@@ -96,7 +109,7 @@ def train_in(name, options):
                 code = training.wait()                         # it saves, and stops
         if code == 2:
             sys.exit(f"{folder}: train.py stopped, and says why above")
-        if code or left_to_do(folder):
+        if code or left_to_do(folder, options):
             sys.exit(f"{folder}: stopped; the same command goes on")
     beside = load(folder / "resume.pt")[1]
     seconds = None if given[0] == "--resume" else round(time.perf_counter() - began)
@@ -105,7 +118,7 @@ def train_in(name, options):
     return folder
 
 
-def left_to_do(folder):
+def left_to_do(folder, given):
     """Whether the run there never began, or has steps or its last evaluation left."""
     import train
     from model import load
@@ -113,6 +126,8 @@ def left_to_do(folder):
         return True
     beside = load(folder / "resume.pt")[1]
     options = train.Options(**beside["options"])
+    if "--steps" in given:                          # more than the run knows of, with --resume
+        options = replace(options, steps=int(given[given.index("--steps") + 1]))
     return beside["step"] < options.steps or train.evaluation_owed(beside["step"], options, folder)
 
 
@@ -198,6 +213,18 @@ def search(path):
             for tag, m in metrics.items()}
     write_result(named("search", options), {"steps": beside["step"], "utterances": len(dev),
                                             "rows": rows})
+
+
+def long(data):
+    """The run of `mboshi`, made first if it is not there, taken on to three times its steps."""
+    data = str(Path(data).resolve())
+    (name, options), = EXPERIMENTS["mboshi"].items()
+    run(name, [option.replace("DATA", data) for option in options])
+    start = ROOT / "runs" / "reproduce" / folder_name(name)
+    row = run(f"{name}, taken on", ["--resume", str(start), *LONG])
+    write_result("mboshi-long", {"rows": {f"{name}, taken on": row}})
+    print(HEAD)
+    show(f"{name}, taken on", row["step"], row["streams"])
 
 
 def named(kind, options):
@@ -803,7 +830,7 @@ def between(text, name, body):
     return text[:text.index(begin) + len(begin)] + f"\n{body}\n" + text[text.index(end):]
 
 
-COMMANDS = "search", "sound", "latency", "papers", "orders", "table"
+COMMANDS = "search", "sound", "latency", "long", "papers", "orders", "table"
 
 
 def parse(argv):

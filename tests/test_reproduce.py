@@ -187,17 +187,33 @@ def test_a_run_is_done_with_its_last_evaluation_and_is_that_of_its_options(tmp_p
     monkeypatch.setattr(train, "live_captions", lambda folder, options: "FILE")
     options = ["--steps", "4", "--warm-steps", "2", "--device", "cpu", "--batch-seconds", "10"]
     folder = tmp_path / "runs" / "reproduce" / "a"
-    assert reproduce.left_to_do(folder)
+    assert reproduce.left_to_do(folder, options)
     assert train.main([*options, "--out", str(folder)]) == 0
-    assert not reproduce.left_to_do(folder)
+    assert not reproduce.left_to_do(folder, options)
+    metrics = (folder / "metrics.json").read_text()
     (folder / "metrics.json").write_text("[]")                  # killed before it was evaluated
-    assert reproduce.left_to_do(folder)
+    assert reproduce.left_to_do(folder, options)
+    (folder / "metrics.json").write_text(metrics)
     (folder / "options.json").write_text(json.dumps(options))
     (folder / "done.json").write_text("{}")
     assert reproduce.train_in("a", options) == folder
     with pytest.raises(SystemExit, match="was made with other options"):
         reproduce.train_in("a", [*options, "--seed", "1"])
     assert [len(items) for _, items in [reproduce.unseen_of(folder / "model.pt", 3)]] == [3]
+
+    # Taken on: a copy goes on, with more steps; the run that it is of stays.
+    (tmp_path / "train.py").write_text("import sys; print(*sys.argv[1:], file=open('argv', 'w'))")
+    monkeypatch.chdir(tmp_path)
+    more = ["--resume", str(folder), "--steps", "6"]
+    for _ in range(2):                                          # begun, it is not copied again
+        with pytest.raises(SystemExit, match="stopped; the same command goes on"):
+            reproduce.train_in("b", more)
+        b = tmp_path / "runs" / "reproduce" / "b"
+        assert (tmp_path / "argv").read_text().split() == ["--resume", str(b), "--steps", "6"]
+        assert (b / "resume.pt").read_bytes() == (folder / "resume.pt").read_bytes()
+        (folder / "log.csv").write_text("later")
+    assert (b / "log.csv").read_text() != "later"
+    assert not reproduce.left_to_do(b, options) and reproduce.left_to_do(b, more)
 
 
 def test_the_command_takes_seeds_and_names_what_is_wrong(monkeypatch):

@@ -570,6 +570,9 @@ def test_delays_by_hand():
     assert module.delays(row, interleave(row, "align")) == [(0, 0.0), (2, 3.0)]
     assert module.delays(row, interleave(row, "ratio:0.5")) == [(-2, -3.0), (1, 1.0)]
     assert module.delays(row, interleave(row, "ratio:1")) == [(-3, -4.0), (-1, -1.0)]
+    # The table does not count a guess as time won: 0 and 1 words behind, 0 and 1 s.
+    numbers = module.cost_of([row], "ratio:0.5", Tokenizer(["<asr>", "<st:fr>"]))[1]
+    assert numbers[2:] == [50, 0.5, 0.5, 1.0]
 
 
 def command(*arguments):

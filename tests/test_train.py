@@ -404,6 +404,12 @@ def test_epoch_after_epoch_brings_other_utterances(small):
     for k, request in enumerate(requests):
         place = sum(other.epoch == request.epoch for other in requests[:k])
         assert request.after == (request.epoch, place + 1)
+    # Several processes end a step in the next epoch: a place behind the end is one of that epoch.
+    short = replace(options, batch_seconds=10)
+    made.position = (0, len(train.epoch_batches(corpus, 0, short)) + 1)
+    behind = next(train.requests(corpus, made, short, train.Ranks()))
+    assert behind.after == (1, 2)
+    assert behind.streams == train.epoch_batches(corpus, 1, short)[1]
     fixed = train.Corpus([replace(row, duration=3.0) for row in corpus.rows(0)])
     orders = [
         [
@@ -438,6 +444,8 @@ def test_rows_of_one_file_are_joined_in_their_order(tmp_path):
     follows = np.mean([b.audio == a.audio and b.start == a.start + 1 for a, b in pairs])
     assert follows > 0.5  # of 80 rows drawn blindly, about one in 80 would
     assert sum(len(s.rows) for s in streams_of(train.Corpus(rows), options)) == len(rows)
+    mixed = [rows[k] for k in (10, 0, 3, 4)]                    # x at 5 and 0, y at 1, x at 2
+    assert train.neighbours(mixed) == {1: 3, 3: 0}
 
 
 def test_recorded_speech_ends_in_the_silence_that_the_search_appends():
@@ -951,6 +959,32 @@ def test_the_search_is_that_of_the_options():
     assert penalty() == {"blank_penalty": 0.5, "tail": 0.32}
     assert penalty("m.jsonl")["blank_penalty"] == 0.75
     assert penalty("m.jsonl", "--blank-penalty", "-1")["blank_penalty"] == -1
+
+
+def test_a_new_network_is_that_of_the_options_and_the_texts(small, tmp_path, monkeypatch):
+    """The vocabulary learns from translations too, dropout is the one asked for, and the features'
+    statistics are those of rows from all over the manifest."""
+    soundfile.write(tmp_path / "a.wav", np.full(16000, 0.1), 16000)
+    rows = [{"audio": "a.wav", "asr": "a", "st": {"en": "xylophone"}}] * 10
+    plain = [str(write_rows(tmp_path, rows)), "--device", "cpu", "--merges", "10"]
+    monkeypatch.setattr(train, "sound_of",
+                        lambda row, seed: int(row.id) if row.id.isdecimal() else 0)
+    monkeypatch.setattr(train, "mel_of", lambda k, config: torch.full((1, 80), float(k)))
+    for given, dropout in ((plain, PRESETS["tiny"].dropout), ([*plain, "--dropout", "0.3"], 0.3)):
+        options = train.parse_options(given)
+        made = train.new_run(options, train.open_corpus(options)[0])
+        assert made.model.config.dropout == dropout
+    assert len(made.tokenizer.encode("xylophone")) == 1 and len(made.tokenizer.encode("a")) == 1
+    many = [train.Row(id=f"{k:03}", audio="a.wav", asr="a") for k in range(700)]
+    mean, deviation = train.feature_statistics(many, made.model.config, options)
+    assert mean.tolist() == [349.0] * 80                         # of 0, 2 .. 698
+    assert deviation[0].item() == pytest.approx(np.std(np.arange(0, 700, 2), ddof=1))
+
+
+def test_labels_are_hidden_by_even_chances(batch_of_eight):
+    options, made, batch = batch_of_eight
+    chance = batch.chance.flatten()
+    assert 0 <= chance.min() < 0.1 and 0.9 < chance.max() < 1 and 0.4 < chance.mean() < 0.6
 
 
 def test_weights_and_rates_at_chosen_steps():
