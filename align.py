@@ -710,8 +710,7 @@ def best_path(model, samples, ids):
     rnnt_loss = needed("rnnt_loss", "--times")
     config, pad = model.config, partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     with torch.inference_mode():
-        mels = [models.log_mel(models.pad_samples(torch.from_numpy(x), config.subsampling),
-                               config.n_mels, config.floor) for x in samples]
+        mels = [models.features(torch.from_numpy(x), config) for x in samples]
         mel_lengths = torch.tensor([len(mel) for mel in mels])
         frames, _ = model.encoder(pad(mels), mel_lengths)
         targets = pad([torch.tensor(line, dtype=torch.long) for line in ids])
@@ -1183,6 +1182,8 @@ def main(argv=None):
     options = parse_options(argv)
     if options.out:
         check_output(options)
+    elif sys.stdout is None:
+        raise InputError("standard output is closed")
     more = [pair for path in options.train for pair in read_pairs(path)]
     if more and options.manifest:     # whose words are serialize.py's units
         units = needed("serialize", "a manifest").units
@@ -1211,4 +1212,6 @@ if __name__ == "__main__":
     except input_errors() as error:
         named = isinstance(error, OSError) and error.filename
         warn(f"align.py: {error.filename}: {error.strerror}" if named else f"align.py: {error}")
+        if isinstance(error, OSError) and not named:    # or Python would try again as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)

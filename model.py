@@ -191,6 +191,12 @@ def pad_samples(samples: Tensor, subsampling: int) -> Tensor:
     return F.pad(samples, (0, HOP * frames + WINDOW - HOP - n))
 
 
+def features(samples: Tensor, config: Config) -> Tensor:
+    """Samples (..., N) of a whole recording -> log-mel (..., T * subsampling, n_mels), padded as the
+    streaming search pads it."""
+    return log_mel(pad_samples(samples, config.subsampling), config.n_mels, config.floor)
+
+
 # ---- State -------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -749,5 +755,8 @@ if __name__ == "__main__":
     try:
         main()
         print(end="", flush=True)     # here, where a pipe that nobody reads is caught
-    except BrokenPipeError:           # whoever reads our output has seen enough
+    except OSError as error:          # a pipe whose reader has seen enough, or a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"model.py: {error}", file=sys.stderr)
+            sys.exit(2)

@@ -1248,5 +1248,8 @@ if __name__ == "__main__":
     try:
         demonstrate()
         print(end="", flush=True)     # here, where a pipe that nobody reads is caught
-    except BrokenPipeError:           # whoever reads our output has seen enough
+    except OSError as error:          # a pipe whose reader has seen enough, or a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"rnnt_loss.py: {error}", file=sys.stderr)
+            sys.exit(2)

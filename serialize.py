@@ -65,9 +65,10 @@ MARKS = ("\u0300-\u036f\u20d0-\u20ff\u302a-\u302f\u3099\u309a"
 UNIT = re.compile(f"[{HAN_KANA}][{MARKS}]*|[^\\s{HAN_KANA}]+")
 NEEDLESS_SPACE = re.compile(f"([{HAN_KANA}][{MARKS}]*) (?![{MARKS}])| (?=[{HAN_KANA}])")
 # Scripts without spaces whose words only a dictionary finds: line breaking class SA of Unicode's
-# annex 14, without its rarest. A sentence would count as one word; the reader tells the user.
-UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf"
-                      "\ua9e0-\ua9ff\uaa60-\uaadf]")
+# annex 14, without its rarest, and a few more. A sentence would count as one word; the reader tells
+# the user.
+UNSPACED = re.compile("[\u0e00-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf"
+                      "\u1b00-\u1b7f\ua980-\ua9ff\uaa60-\uaadf]")
 
 
 def units(text):
@@ -159,6 +160,7 @@ def interleave(row, mode):
     InputError, with the row's file and line, where it lacks what the mode needs; a text without a
     word counts as lacking.
     """
+    check_mode(mode)
     asr, st = row.words()
     has_asr, has_st = bool(asr), any(st.values())
     both = has_asr and has_st
@@ -167,25 +169,27 @@ def interleave(row, mode):
     if mode == "st" and has_st:
         return interleave_ratio([], st, 0)
     if mode.startswith("ratio:") and both:
-        return interleave_ratio(asr, st, _gamma(mode))
+        return interleave_ratio(asr, st, float(mode.removeprefix("ratio:")))
     if mode == "align" and both and all(row.links.get(lang) or not st[lang] for lang in st):
         return interleave_align(asr, st, {lang: row.links.get(lang, []) for lang in st})
     timed = row.times is not None and all(lang in row.st_times or not st[lang] for lang in st)
     if mode == "time" and both and timed:
         return _merge(asr, st, row.times, {lang: row.st_times.get(lang, []) for lang in st})
-    if mode not in MODES and not mode.startswith("ratio:"):
-        raise InputError(f"unknown mode {mode!r}; there are asr, st, align, time and ratio:G "
-                         "with G from 0 to 1")
     lacking = {"asr": "transcription", "st": "translation", "align": "links", "time": "times"}
     raise InputError(f"{row.where or row.id}: no {lacking.get(mode, 'second text')} "
                      f"for mode {mode!r}")
 
 
-def _gamma(mode):
+def check_mode(mode):
+    """InputError for what names no order."""
     try:
-        return float(mode.removeprefix("ratio:"))
+        known = mode in ("asr", "st", "align", "time") or (
+            mode.startswith("ratio:") and 0 <= float(mode.removeprefix("ratio:")) <= 1)
     except ValueError:
-        raise InputError(f"gamma must lie between 0 and 1, not {mode[6:]!r}") from None
+        known = False
+    if not known:
+        raise InputError(f"unknown mode {mode!r}; there are asr, st, align, time and ratio:G with "
+                         "gamma, G, from 0 to 1")
 
 
 def mode_of(row, mode):
@@ -998,8 +1002,12 @@ def _mustc_texts(path, n_lines):
              if file.stem == path.stem and re.fullmatch(r"\.[a-z]{2}", file.suffix)}
     texts = {lang: read_lines(file) for lang, file in files.items()}
     for lang, lines in texts.items():
+        while len(lines) > n_lines and not lines[-1][1].strip():
+            lines.pop()
         if len(lines) != n_lines:
-            raise InputError(f"{path} has {n_lines} lines, but {files[lang].name} {len(lines)}")
+            hint = "; an empty last line needs its end, too" * (len(lines) == n_lines - 1)
+            raise InputError(f"{path} has {n_lines} lines, but {files[lang].name} {len(lines)}"
+                             f"{hint}")
     if "en" not in texts:
         raise InputError(f"{path}: no {path.stem}.en beside it")
     return texts
@@ -1038,7 +1046,7 @@ def import_nemo(*paths, strict=False, on_bad=None):
             for number, line in read_lines(path):
                 with intake.line(path, number):
                     if line.strip():
-                        record = _nemo_record(json.loads(decode(line)))
+                        record = _nemo_record(from_json(decode(line)))
                         intake.add(record, path, number, allow_outside=True)
     return with_durations(intake)
 
@@ -1135,7 +1143,9 @@ def sound_seconds(path):
                               file.extra_info)
     except (soundfile.SoundFileError, OSError, ValueError, TypeError, MemoryError):
         return None
-    return n / rate if n == claimed and unread < 0.25 and not doubt else None
+    # Rates that stream.py does not read are a damaged header's, and so is the length.
+    sure = n == claimed and unread < 0.25 and not doubt and 4000 <= rate <= 200_000
+    return n / rate if sure else None
 
 
 # ---- The command line ----------------------------------------------------------------------------

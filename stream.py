@@ -49,12 +49,13 @@ import torch
 
 try:
     from model import HOP, PRESETS, SAMPLE_RATE, WINDOW, State, Transducer, load, log_mel
-    from model import InputError as CheckpointError
+    from model import InputError as ModelError
     from serialize import InputError, StreamParser, Tokenizer, join, read_manifest, units
 except ModuleNotFoundError as error:
     if __name__ != "__main__" or error.name not in ("model", "serialize"):
         raise
-    sys.exit(f"stream.py: {error.name}.py must lie beside it")
+    print(f"stream.py: {error.name}.py must lie beside it", file=sys.stderr)
+    sys.exit(2)
 
 BLANK = 0
 LIMITS = (20, 500)  # labels in one frame, and in the last: a whole translation may be still to come
@@ -101,15 +102,15 @@ class Streamer:
     """One audio stream. Many may share a model: `push` to each of them, or `close` it, then
     `advance` steps them in one batch."""
 
-    def __init__(self, model, tokenizer, *, chunk=None, pause=None, restart=None, tail=0.0,
-                 **search):
+    def __init__(self, model, tokenizer, *, chunk=None, pause=None, tail=0.0, **search):
         """chunk: encoder frames, by default the model's first; 0: everything at once, at the end.
-        pause: seconds without a token after which a Pause stands among the words; None: never.
-        restart: seconds without a token after which the label encoder forgets what was written, for
-        models that were trained so; None: never. Both are looked at where a chunk ends.
+        pause: seconds without a token after which a Pause stands among the words, looked at where a
+        chunk ends; None: never.
         tail: seconds of silence that the model hears behind the end, for models whose training had
         some there: they wait for it before they write the last words.
-        search: beam, limits, hold, blank_penalty, see `new_search`."""
+        search: beam, limits, hold, blank_penalty, see `new_search`.
+        Raises InputError for an option out of range, a tokenizer of another size than the model's,
+        a model in training mode."""
         self.model, self.config = model, model.config
         self.chunk = self.config.chunks[0] if chunk is None else chunk
         if not 0 <= self.chunk <= LONGEST_CHUNK_S / self.config.frame_s:
@@ -125,22 +126,16 @@ class Streamer:
         self.clock_ms, self.closed = 0.0, False   # end of the previous step, as elapsed_ms counts
         self.began = 0.0                          # when the computer turned to it
         self.encoder_state = model.encoder.initial_state(1, self.chunk)
-        self.pause = self.seconds_to_frames("pause", pause)
-        restart = self.seconds_to_frames("restart", restart)
+        if pause is not None and not (isinstance(pause, (int, float)) and 0 < pause < 1e6):
+            raise InputError(f"pause {pause!r} must be a number of seconds between 0 and 1e6")
+        self.pause = None if pause is None else math.ceil(pause / self.config.frame_s)
         if not (isinstance(tail, (int, float)) and 0 <= tail <= LONGEST_CHUNK_S):
             raise InputError(f"tail {tail!r} must be a number of seconds from 0 to "
                              f"{LONGEST_CHUNK_S:g}")
         self.tail = round(tail * SAMPLE_RATE)
-        self.search = new_search(model, self.chunk, restart=restart, **search)
+        self.search = new_search(model, self.chunk, **search)
         self.speller, self.n_tokens = Speller(tokenizer), 0
         self.in_utterance = False                 # something was written, and no pause since
-
-    def seconds_to_frames(self, name, seconds):
-        if seconds is None:
-            return None
-        if not (isinstance(seconds, (int, float)) and 0 < seconds < 1e6):
-            raise InputError(f"{name} {seconds!r} must be a number of seconds between 0 and 1e6")
-        return math.ceil(seconds / self.config.frame_s)
 
     def accept(self, samples):
         """Samples (N,) at 16 kHz, float in -1..1 or int16, any number -> the words they finish."""
@@ -291,8 +286,7 @@ def step(streamers, n_frames, final):
 
 # ---- Searches: greedy, and beam ------------------------------------------------------------------
 
-def new_search(model, chunk, *, beam=1, limits=LIMITS, hold=HALF_CHUNK, blank_penalty=0.0,
-               restart=None):
+def new_search(model, chunk, *, beam=1, limits=LIMITS, hold=HALF_CHUNK, blank_penalty=0.0):
     """Greedy search for a beam of one, else beam search.
 
     limits: the symbols that one frame may write, and those of the last frame.
@@ -300,16 +294,15 @@ def new_search(model, chunk, *, beam=1, limits=LIMITS, hold=HALF_CHUNK, blank_pe
         until all hypotheses agree.
     blank_penalty: taken off the log-probability of blank wherever it is compared with a label's,
         against translations that are too short (HENT-SRT, 2025); never part of a score.
-    restart: frames without a token after which the label encoder starts anew.
     """
     if not 1 <= beam <= WIDEST_BEAM:
         raise InputError(f"beam {beam} must be from 1 to {WIDEST_BEAM}")
     if not (isinstance(blank_penalty, (int, float)) and abs(blank_penalty) < 1e6):
         raise InputError(f"blank penalty {blank_penalty!r} must be a number between -1e6 and 1e6")
     if beam == 1:
-        return Greedy(model, limits, blank_penalty, restart)
+        return Greedy(model, limits, blank_penalty)
     hold = chunk // 2 if hold == HALF_CHUNK else hold
-    return Beam(model, beam, limits, hold=hold, blank_penalty=blank_penalty, restart=restart)
+    return Beam(model, beam, limits, hold=hold, blank_penalty=blank_penalty)
 
 
 @dataclass
@@ -354,15 +347,13 @@ class Greedy:
     better one each time."""
     withheld = False            # what it has written, it has shown
 
-    def __init__(self, model, limits=LIMITS, blank_penalty=0.0, restart=None):
-        self.model, self.limits = model, limits
-        self.blank_penalty, self.restart = blank_penalty, restart
+    def __init__(self, model, limits=LIMITS, blank_penalty=0.0):
+        self.model, self.limits, self.blank_penalty = model, limits, blank_penalty
         self.labels = Labels.start(model)
         self.done = 0           # frames of earlier calls
         self.at = 0             # frame of this call at which the path stands
         self.symbols = 0        # labels written in that frame
         self.quiet = 0          # frames since the last label, where a call ends
-        self.fresh = True       # the label encoder has read nothing since its start
         self.score = 0.0        # log-probability of the path
         self.capped = 0         # frames that asked for more labels than the limit
         self.tokens = []        # [Written] of this call
@@ -414,9 +405,7 @@ class Greedy:
         self.labels, self.done = labels, self.done + length
         self.quiet += length
         if self.tokens:
-            self.quiet, self.fresh = self.done - 1 - self.tokens[-1].frame, False
-        if self.restart and self.quiet >= self.restart and not self.fresh:
-            self.labels, self.fresh = Labels.start(self.model), True
+            self.quiet = self.done - 1 - self.tokens[-1].frame
 
 
 def look_ahead(model, frames, labels, rows, at):
@@ -467,15 +456,14 @@ class Beam:
     wrote.
     """
 
-    def __init__(self, model, size, limits=LIMITS, *, hold=None, blank_penalty=0.0, restart=None):
+    def __init__(self, model, size, limits=LIMITS, *, hold=None, blank_penalty=0.0):
         self.model, self.size, self.limits = model, size, limits
-        self.hold, self.blank_penalty, self.restart = hold, blank_penalty, restart
+        self.hold, self.blank_penalty = hold, blank_penalty
         self.hyps = [Hypothesis((), (), 0.0, Labels.start(model))]  # the likeliest first
         self.done = 0         # frames done
         self.capped = 0       # frames that asked for more labels than the limit
         self.score = 0.0      # of the likeliest hypothesis
         self.shown_at = -1    # frame of the last token that was shown
-        self.fresh = True     # the label encoder has read nothing since its start
         self.leader = ()      # the tokens of the likeliest hypothesis, after the frame before
         self.held_since = []  # for each of them, how many frames were done when it came to stay
 
@@ -555,17 +543,12 @@ class Beam:
     def end_call(self, final):
         """Decide what can be shown, and cut the hypotheses that do not agree with it."""
         leader = self.hyps[0]
-        self.fresh = self.fresh and not leader.tokens
-        restart = self.restart and self.quiet >= self.restart and not self.fresh
-        if final or restart:
+        if final:
             self.hyps = [leader]
         elif self.hold is not None:
             held = sum(self.done - since >= self.hold for since in self.held_since)
             self.hyps = [hyp for hyp in self.hyps if hyp.tokens[:held] == leader.tokens[:held]]
-        shown = self.show()
-        if restart:
-            self.hyps, self.fresh = [replace(self.hyps[0], labels=Labels.start(self.model))], True
-        return shown
+        return self.show()
 
     def show(self):
         """Take out the tokens that all hypotheses agree on, with the times of the likeliest one;
@@ -1113,22 +1096,24 @@ def listen(device, arrived, rate):
 
 def own_search(beside):
     """What lies beside a model -> the options of a Streamer that this model was made for."""
-    return {"blank_penalty": beside.get("blank_penalty", 0.0), "tail": beside.get("tail", 0.0),
-            "restart": beside.get("restart")}  # seconds, if it was trained to forget
+    return {"blank_penalty": beside.get("blank_penalty", 0.0), "tail": beside.get("tail", 0.0)}
 
 
 def own_streams(beside, tokenizer):
     """The tags of the streams that a model was trained to write; its tokenizer may have more."""
-    learned = beside.get("streams") or tokenizer.tags
+    learned = beside.get("streams", ())
     if not (isinstance(learned, (list, tuple)) and set(learned) <= set(tokenizer.tags)):
         raise InputError(f"streams {learned!r:.80} are none of the tokenizer's, "
                          f"{' '.join(tokenizer.tags)}")
-    return tuple(tag for tag in tokenizer.tags if tag in learned)
+    return tuple(tag for tag in tokenizer.tags if tag in learned or not learned)
 
 
 def load_run(path, device="cpu"):
     """model.pt of a run -> (model, tokenizer, what else lies beside them). Raises InputError."""
-    model, beside = load(path, map_location=device)
+    try:
+        model, beside = load(path, map_location=device)
+    except ModelError as error:
+        raise InputError(error) from None
     try:
         tokenizer = Tokenizer.from_dict(beside["tokenizer"])
     except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -1903,7 +1888,7 @@ def main(argv=None):
     except BrokenPipeError:  # whoever reads our output has seen enough
         discard_output()
         return 0
-    except (InputError, CheckpointError, OSError, ImportError) as error:
+    except (InputError, ModelError, OSError, ImportError) as error:
         say(f"stream.py: {error}")
         try:
             sys.stdout.flush()

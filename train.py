@@ -63,10 +63,10 @@ from tqdm import tqdm
 import align
 import stream
 from align import add_links, align_bitext
-from model import PRESETS, SAMPLE_RATE, InputError, Transducer, load, log_mel, pad_samples, save
+from model import HOP, PRESETS, SAMPLE_RATE, InputError, Transducer, features, load, save
 from rnnt_loss import joint_rnnt_loss, prune_band, runs_on_gpu, simple_rnnt_loss
 from serialize import InputError as TextError
-from serialize import (ASR, SEPARATOR, Row, Tokenizer, interleave, mode_of, needs,
+from serialize import (ASR, SEPARATOR, Row, Tokenizer, check_mode, interleave, mode_of, needs,
                        project_times, read_manifest, serialize, word_by_word, write_manifest)
 from stream import evaluate, read_audio, readable, resample
 
@@ -192,6 +192,10 @@ def parse_options(argv):
     line; later wins."""
     given = vars(make_parser().parse_args(argv))
     given.pop("write_corpus", None)
+    return options_of(given)
+
+
+def options_of(given):
     for name in ("manifest", "resume", "init", "out"):
         if given.get(name) == "":              # as of a shell's variable that is not set
             raise InputError(f"{name if name == 'manifest' else flag(name)} is empty")
@@ -219,9 +223,26 @@ def resumed_options(given):
             raise InputError(f"{flag(name)} {given[name]}: the checkpoint in {folder} was made "
                              f"with {saved.get(name)}, which cannot be changed on the way")
     device = given.pop("device", "")
-    saved = saved | {"chunks": tuple(saved.get("chunks", ()))}
     here = {"resume": str(folder), "out": str(folder), "device": device}
-    return check(Options(**(saved | given | here)))
+    with undamaged(folder / "resume.pt"):
+        saved = saved | {"chunks": tuple(saved.get("chunks", ()))}
+        for f in fields(Options):
+            value, kind = saved.get(f.name, f.default), f.metadata["kind"]
+            if value is not f.default and type(value) not in (kind, int if kind is float else kind):
+                raise ValueError(f"its option {f.name} is {value!r:.60}")
+        return check(Options(**(saved | given | here)))
+
+
+@contextmanager
+def undamaged(path):
+    """Around what a checkpoint may hold and none of ours does."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: a damaged checkpoint, or one of another version of train.py: "
+                         f"{error}") from None
 
 
 def run_folder(path):
@@ -231,17 +252,6 @@ def run_folder(path):
     if not (folder / "resume.pt").is_file():
         raise InputError(f"{path}: nothing to go on with, {folder / 'resume.pt'} is not there")
     return folder
-
-
-def check_mode(mode):
-    gamma = mode.removeprefix("ratio:")
-    try:
-        known = mode in ("align", "time", "asr", "st") or mode != gamma and 0 <= float(gamma) <= 1
-    except ValueError:
-        known = False
-    if not known:
-        raise InputError(f"--interleave is {mode!r}, not align, time, asr, st or ratio:G with G "
-                         "from 0 to 1")
 
 
 def whole_number(name, text):
@@ -263,7 +273,10 @@ def check(options):
     if options.warm_steps >= options.steps:
         raise InputError(f"--warm-steps is {options.warm_steps} of --steps {options.steps}: the "
                          "transducer would never start")
-    check_mode(options.interleave)
+    try:
+        check_mode(options.interleave)
+    except TextError as error:
+        raise InputError(f"--interleave: {error}") from None
     longest = round(stream.LONGEST_CHUNK_S / PRESETS[options.preset].frame_s)
     if too_long := [chunk for chunk in options.chunks if chunk > longest]:
         raise InputError(f"--chunks has {too_long[0]}, but stream.py takes chunks of at most "
@@ -383,7 +396,7 @@ def train_step(run, batches, options, ranks):
     counts = dict(zip(TASKS, ranks.add_numbers(symbols)))
     weights = tasks(run.step, options, counts["letters"] > 0)
     sums = torch.zeros(len(weights), device=device)
-    for batch in (b for b in batches if b["frames"]):
+    for batch in (b for b in batches if b["mel_frames"]):
         each = losses(model, to_device(batch, device), list(weights), run.step, options, chunk)
         sum(weights[task] * loss / max(1, counts[task]) for task, loss in each.items()).backward()
         sums += torch.stack([loss.detach().float() for loss in each.values()])
@@ -446,22 +459,8 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def begin_alike(self, run, corpus):
-        """All processes learn from the same rows and begin with the first one's network: on other
-        processors the statistics of the features differ in their last bits."""
-        if self.world > 1:
-            ids = [row.id for row in corpus.rows(0)]
-            seen = [None] * self.world
-            dist.all_gather_object(seen, (len(ids), seed_of(*ids)))
-            if len(set(seen)) > 1:
-                raise InputError("the processes do not have the same rows to learn from, but "
-                                 f"{', '.join(str(n) for n, _ in seen)} of them: can every machine "
-                                 "read every file?")
-            for tensor in run.model.state_dict().values():
-                dist.broadcast(tensor, 0)
-
     def add_numbers(self, numbers):
-        """The same for a list of plain numbers; on one process nothing waits for its device."""
+        """The sums of a list of plain numbers; on one process nothing waits for its device."""
         if self.world == 1:
             return numbers
         return self.add(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
@@ -481,6 +480,20 @@ class Ranks:
             total = self.add(torch.cat(flat)) if flat else torch.zeros(0)
             for p, grad in zip(given, total.split([p.numel() for p in given])):
                 p.grad.copy_(grad.view_as(p))
+
+    def begin_alike(self, run, corpus):
+        """All processes learn from the same rows and begin with the first one's network: on other
+        processors the statistics of the features differ in their last bits."""
+        if self.world > 1:
+            ids = [row.id for row in corpus.rows(0)]
+            seen = [None] * self.world
+            dist.all_gather_object(seen, (len(ids), seed_of(*ids)))
+            if len(set(seen)) > 1:
+                raise InputError("the processes do not have the same rows to learn from, but "
+                                 f"{', '.join(str(n) for n, _ in seen)} of them: can every machine "
+                                 "read every file?")
+            for tensor in run.model.state_dict().values():
+                dist.broadcast(tensor, 0)
 
     def only_first_speaks(self):
         """Within it, what is told to the user is told once, not by every process."""
@@ -775,10 +788,10 @@ def epoch_streams(corpus, epoch, options):
         wanted = 1 if rng.random() < ALONE else rng.integers(1, options.join + 1)
         chosen, seconds = [], 0.0
         while len(chosen) < wanted and k is not None:
-            seconds += corpus.seconds(rows[k])
-            if chosen and seconds > options.max_seconds:
-                seconds -= corpus.seconds(rows[k])
+            more = corpus.seconds(rows[k])
+            if chosen and seconds + more > options.max_seconds:
                 break
+            seconds += more
             used[k] = True
             chosen.append(rows[k])
             k = following.get(k)
@@ -852,7 +865,8 @@ SOUND = ".wav .flac .ogg .oga .opus .mp3 .aif .aiff .caf .au .rf64".split()
 
 
 def noise_files(folder):
-    files = sorted(str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in SOUND)
+    files = sorted(str(path) for path in Path(folder).rglob("*")
+                   if path.suffix.lower() in SOUND and path.is_file())      # no pipe: it would wait
     if not files:
         raise InputError(f"--noise {folder}: no file called {', '.join(SOUND)} in this folder")
     return files
@@ -892,7 +906,7 @@ class Source(torch.utils.data.Dataset):
             "symbols": symbols,
             "after": request.after,
             "bad": bad,
-            "frames": count("mel"),
+            "mel_frames": count("mel"),
             "rows": [row.where for s in request.streams for row in s.rows],
         }
 
@@ -926,7 +940,7 @@ class Source(torch.utils.data.Dataset):
             words=if_it_fits(self.tokenizer.encode(" ".join(words)), n_frames),
             letters=if_it_fits([self.letter[c] for c in spoken if c in self.letter], n_frames),
             chance=torch.from_numpy(rng.random(len(targets), np.float32)),
-            keep=self.lattice(s, pairs, starts, len(mel), len(targets)))
+            keep=self.lattice(s, pairs, starts, n_frames, len(targets)))
         return example
 
     def sound_of(self, row, keep=True):
@@ -967,7 +981,7 @@ class Source(torch.utils.data.Dataset):
                 if start <= 0 or not isinstance(error, stream.SilentError):
                     bad.append(f"{path}: {error}")
 
-    def lattice(self, s, pairs, starts, n_mel, n_labels):
+    def lattice(self, s, pairs, starts, n_frames, n_labels):
         """keep (T,U1): the nodes of the lattice that the loss looks at; None: all, or those of the
         band that --prune finds."""
         options = self.options
@@ -975,9 +989,8 @@ class Source(torch.utils.data.Dataset):
             return None
         times = self.label_times(s, pairs, starts) if options.restrict else None
         if times is None:
-            return self.blocks(pairs, starts, n_mel, n_labels)
-        frames = n_mel // self.config.subsampling
-        return around(times, frames, self.config.frame_s, options.restrict)
+            return self.blocks(pairs, starts, n_frames, n_labels)
+        return around(times, n_frames, self.config.frame_s, options.restrict)
 
     def label_times(self, s, pairs, starts):
         """For each label, when its word has been said, in s (of a translated word: when it could
@@ -993,18 +1006,18 @@ class Source(torch.utils.data.Dataset):
         written = word_by_word([pair for own in pairs for pair in own], self.tokenizer)
         return np.repeat(times, [len(ids) for ids in written])
 
-    def blocks(self, pairs, starts, n_mel, n_labels):
+    def blocks(self, pairs, starts, n_frames, n_labels):
         """keep (T,U1): while an utterance is heard, and one chunk longer, its labels are written
         and no others. So the lattice of joined utterances grows with their number, and not with its
         square."""
-        s, margin = self.config.subsampling, max(self.config.chunks)
-        keep = torch.zeros(n_mel // s, n_labels + 1, dtype=torch.bool)
+        keep = torch.zeros(n_frames, n_labels + 1, dtype=torch.bool)
+        frame_samples, margin = HOP * self.config.subsampling, max(self.config.chunks)
         label, frame = 0, 0
         for k in range(len(starts)):
             through = [pair for own in pairs[:k + 1] for pair in own]
             after = len(serialize(through, self.tokenizer))
             last = k + 1 == len(starts)
-            until = len(keep) if last else starts[k + 1] // (160 * s)
+            until = len(keep) if last else starts[k + 1] // frame_samples
             keep[frame:max(until + margin, frame + 1), label:after + 1] = True
             label, frame = after, until
         return keep
@@ -1066,8 +1079,7 @@ def stated_seconds(path):
 
 
 def mel_of(samples, config):
-    samples = pad_samples(torch.from_numpy(np.asarray(samples, np.float32)), config.subsampling)
-    return log_mel(samples, config.n_mels, config.floor)                                  # (F,80)
+    return features(torch.from_numpy(np.asarray(samples, np.float32)), config)            # (F,80)
 
 
 def repeats(symbols):
@@ -1152,7 +1164,7 @@ class Batches:
             if self.strict:
                 raise InputError(message)
             if message not in self.told:
-                tqdm.write(f"{message}: left out", file=sys.stderr)
+                tell(f"{message}: left out")
             self.told.add(message)
 
 
@@ -1290,8 +1302,8 @@ class locked:
             folder = Path(self.file.name).parent
             raise InputError(f"{folder}: another run is writing there now") from None
         except OSError as error:                               # as on some network file systems
-            print(f"{self.file.name}: no locks here ({error.strerror}): nothing keeps a second run "
-                  "from this folder", file=sys.stderr)
+            tell(f"{self.file.name}: no locks here ({error.strerror}): nothing keeps a second run "
+                 "from this folder")
 
     def __exit__(self, *error):
         if self.file:
@@ -1354,13 +1366,13 @@ def open_corpus(options, evaluates=True, tokenizer=None):
         if untimed == len(rows):
             raise InputError(f"--restrict {options.restrict}: {told}; align.py --times finds them")
         if untimed:
-            print(f"{told}: --restrict does not bind these", file=sys.stderr)
+            tell(f"{told}: --restrict does not bind these")
     frame_s = PRESETS[options.preset].frame_s
     spoken = [(row.asr or "", row.duration / frame_s) for row in rows]
     short = sum(bool(text) and not if_it_fits(text, frames) for text, frames in spoken)
     if short:
-        print(f"{short} of {len(rows)} rows have fewer frames of {1000 * frame_s:.0f} ms than "
-              "letters: the letters task leaves them out", file=sys.stderr)
+        tell(f"{short} of {len(rows)} rows have fewer frames of {1000 * frame_s:.0f} ms than "
+             "letters: the letters task leaves them out")
     return Corpus(rows), dev
 
 
@@ -1381,8 +1393,7 @@ def compare(learned, rows, path):
         raise InputError(f"{path}: it has {' '.join(sorted(there))}, and what is learned is "
                          f"{' '.join(sorted(learned))}: nothing to compare")
     if lacking := learned - there:
-        print(f"{path}: no text of {' '.join(sorted(lacking))}, which is learned and not evaluated",
-              file=sys.stderr)
+        tell(f"{path}: no text of {' '.join(sorted(lacking))}, which is learned and not evaluated")
 
 
 def link(rows, options):
@@ -1423,12 +1434,12 @@ def usable(rows, options, tokenizer=None):
             message = str(error) if row.where in str(error) else f"{row.where}: {error}"
             if options.strict:
                 raise InputError(message) from None
-            tqdm.write(f"{message}: left out", file=sys.stderr)
+            tell(f"{message}: left out")
             left_out += 1
             continue
         yield row
     if left_out:
-        print(f"{left_out} of {len(rows)} rows left out", file=sys.stderr)
+        tell(f"{left_out} of {len(rows)} rows left out")
     if left_out == len(rows):
         raise InputError(f"{options.manifest}: none of the {len(rows)} rows can be used")
 
@@ -1511,10 +1522,23 @@ def resume_run(options):
     needed = {"tokenizer", "letters", "step", "position", "optimizers", "best"}
     if missing := needed - beside.keys():
         raise InputError(f"{path} lacks {', '.join(sorted(missing))}: it cannot be resumed")
-    owed = evaluation_owed(beside["step"], options, options.resume)
-    if options.steps < beside["step"] or options.steps == beside["step"] and not owed:
-        raise InputError(f"--steps is {options.steps}, but {path} has done {beside['step']}: to go "
-                         "on, give more")
+    step, best = beside["step"], beside["best"]
+    with undamaged(path):
+        epoch, batch = beside["position"]
+        numbers = {"step": step, "epoch": epoch, "batch": batch}
+        for name, number in numbers.items():
+            if type(number) is not int or number < 0:
+                raise ValueError(f"its {name} is {number!r:.60}")
+        if not isinstance(best, float) or not isinstance(beside["letters"], str):
+            raise ValueError(f"its best score is {best!r:.60}, its letters {beside['letters']!r:.60}")
+        tokenizer = Tokenizer.from_dict(beside["tokenizer"])
+        own = len(tokenizer), 1 + len(beside["letters"])
+        if own != (model.config.vocab, model.config.ctc_vocab):
+            raise ValueError("its tokens or letters are not as many as its network has")
+    owed = evaluation_owed(step, options, options.resume)
+    if options.steps < step or options.steps == step and not owed:
+        raise InputError(f"--steps is {options.steps}, but {path} has done {step}: to go on, give "
+                         "more")
     if options.chunks or options.dropout is not None:
         dropout = model.config.dropout if options.dropout is None else options.dropout
         config = replace(model.config, chunks=options.chunks or model.config.chunks,
@@ -1522,16 +1546,12 @@ def resume_run(options):
         weights, model = model.state_dict(), Transducer(config)
         model.load_state_dict(weights)
     optimizers = make_optimizers(model.to(options.device), options)
-    try:
+    with undamaged(path):
         for optimizer, state in zip(optimizers, beside["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        tokenizer = Tokenizer.from_dict(beside["tokenizer"])
-        best = beside["best"] if beside["options"]["dev"] == options.dev else Run.best
-        return Run(model, tokenizer, beside["letters"], optimizers, beside["step"],
-                   tuple(beside["position"]), best)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: a damaged checkpoint, or one of another version of train.py: "
-                         f"{error}") from None
+        if beside["options"].get("dev", "") != options.dev:
+            best = Run.best
+    return Run(model, tokenizer, beside["letters"], optimizers, step, (epoch, batch), best)
 
 
 def save_run(run, options, folder, log):
@@ -1611,13 +1631,13 @@ class Log:
                     if all((line.get(k) or "").isdecimal() for k in ("step", "skipped"))]
 
     def start(self):
-        self.sums, self.counts, self.frames, self.steps = {}, {}, 0, 0
+        self.sums, self.counts, self.mel_frames, self.steps = {}, {}, 0, 0
         self.began, self.waited_before = time.perf_counter(), self.waited
 
     def add(self, run, group, numbers, waited):
         self.waited, self.lr = waited, run.optimizers[-1].param_groups[0]["lr"]
         # Those of the other processes are about as many.
-        self.frames += self.world * sum(batch["frames"] for batch in group)
+        self.mel_frames += self.world * sum(batch["mel_frames"] for batch in group)
         self.steps, learned = self.steps + 1, numbers.pop("learned")
         self.count(learned, run, group, numbers["gradient_norm"])
         for name, number in numbers.items() if learned else ():  # on the device still: no wait here
@@ -1633,7 +1653,7 @@ class Log:
         if self.in_a_row == GIVE_UP:
             rows = ", ".join(row for batch in group for row in batch["rows"])
             why = "without usable sound."
-            if any(batch["frames"] for batch in group):
+            if any(batch["mel_frames"] for batch in group):
                 why = ("whose gradient is not finite; a lower --lr?" if norm else
                        "with nothing to learn: no text that fits its sound.")
             raise InputError(f"step {run.step}: the {GIVE_UP}th in a row {why} What was saved "
@@ -1652,7 +1672,7 @@ class Log:
             "epoch": run.position[0],
             "learning_rate": f"{self.lr:.4g}",
             "skipped": self.skipped,
-            "audio_s_per_s": f"{self.frames / 100 / seconds:.4g}",
+            "audio_s_per_s": f"{self.mel_frames * HOP / SAMPLE_RATE / seconds:.4g}",
             "waited_s": f"{self.waited - self.waited_before:.3f}",
         }
         if self.first:
@@ -1685,16 +1705,13 @@ def announce(run, source, corpus, options, ranks, folder):
           f"{1 - seconds / padded:.1%} of it padding; run folder {folder}", flush=True)
     batch = source[Request(batches[0], 0, (0, 0), True)]
     half = options.warm_steps // 2
-    phases = {
-        0: half,
-        half: options.warm_steps - half,
-        options.warm_steps: options.steps - options.warm_steps,
-    }
+    phases = [(0, half), (half, options.warm_steps - half),
+              (options.warm_steps, options.steps - options.warm_steps)]    # first step, length
     done, total = run.step, 0.0
-    for first, length in phases.items():
+    for first, length in phases:
         left = max(0, length - done)
         done = max(0, done - length)
-        if left and batch["frames"]:
+        if left and batch["mel_frames"]:
             total += left * options.accumulate * trial(run, batch, first, options)
     print(f"that is about {total / 60:.0f} minutes here, beside the evaluations; Ctrl-C stops and "
           "saves", flush=True)
@@ -1720,7 +1737,7 @@ def warn_of_unseen(run, dev):
              if tag in run.streams]
     unseen = sorted({c for text in texts for c in run.tokenizer.unseen(text)})
     if unseen:
-        stream.say(f"warning: {len(unseen)} characters of the development set never occur in "
+        tell(f"warning: {len(unseen)} characters of the development set never occur in "
                    f"training and are written as bytes: {' '.join(unseen[:40])}"
                    + " ..." * (len(unseen) > 40))
 
@@ -1809,8 +1826,8 @@ def show_scores(metrics, records, examples=3):
         bleu = "" if m["bleu"] is None else f"  BLEU {m['bleu']:5.1f}  chrF {m['chrf']:5.1f}"
         lag = "" if m["laal_ms"] is None else f"  LAAL {m['laal_ms']:5.0f} ms"
         silent = f"  ({m['silent']} of {m['utterances']} without a word)" if m["silent"] else ""
-        tqdm.write(f"  {stream.printable(tag):8} WER {m['wer']:5.1f}  CER {m['cer']:5.1f}"
-                   f"{bleu}{lag}{silent}")
+        rates = "  ".join(f"{name.upper()} {m[name]:5.1f}" for name in m if name in ("wer", "cer"))
+        tqdm.write(f"  {stream.printable(tag):8} {rates}{bleu}{lag}{silent}")
     for record in records[:examples]:
         for tag, reference in record["references"].items():
             if tag in metrics:
@@ -2246,7 +2263,16 @@ class Outlived:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
+def tell(message):
+    """One line on standard error, above a progress bar."""
+    tqdm.write(stream.printable(message), file=sys.stderr)
+
+
 def main(argv=None):
+    if hasattr(sys.stdout, "reconfigure"):    # a letter that the screen lacks is a question mark
+        sys.stdout.reconfigure(errors="replace")
+    if sys.stderr is None:                    # closed: progress bars want one
+        sys.stderr = open(os.devnull, "w")
     with redirect_stdout(sys.stdout and Outlived(sys.stdout)), \
             redirect_stderr(sys.stderr and Outlived(sys.stderr)):
         return command(argv)
@@ -2255,8 +2281,9 @@ def main(argv=None):
 def command(argv):
     """The exit code: 0; 2 after one line about what is wrong; 130 if stopped before it began."""
     try:
-        options = parse_options(argv)
-        folder_and_size = make_parser().parse_args(argv).__dict__.get("write_corpus")
+        given = vars(make_parser().parse_args(argv))
+        folder_and_size = given.pop("write_corpus", None)
+        options = options_of(given)
         if folder_and_size:
             folder, size = folder_and_size
             if options.manifest or options.resume:
@@ -2274,14 +2301,14 @@ def command(argv):
         print(f"\nthe model is {folder / 'model.pt'}; stream a file with it:\n"
               f"python stream.py {folder / 'model.pt'} {example}")
     except USER_ERRORS as error:
-        stream.say(f"train.py: {error}")
+        tell(f"train.py: {error}")
         return 2
     except torch.OutOfMemoryError as error:
-        stream.say(f"train.py: {str(error).splitlines()[0]} (the same update in less memory: half "
+        tell(f"train.py: {str(error).splitlines()[0]} (the same update in less memory: half "
                    "of --batch-seconds, twice --accumulate)")
         return 2
     except KeyboardInterrupt:
-        print("train.py: stopped", file=sys.stderr)
+        tell("train.py: stopped")
         return 130
     return 0
 

@@ -168,7 +168,7 @@ def stream_chunks(streamer, audio):
 
 
 def speed_table(presets, seconds):
-    from model import log_mel, pad_samples
+    from model import features
     print(
         f"{'preset':7}{'chunk':>8}{'RTF':>8}{'median':>10}{'p99':>10}{'labels/s':>10}"
         f"{'stream/offline':>16}"
@@ -182,7 +182,7 @@ def speed_table(presets, seconds):
         clock = Clock(model)
         whole = sum(stream_chunks(new(), audio)[0])
         clock.close()
-        mel = log_mel(pad_samples(torch.from_numpy(audio[: 20 * 16000]), model.config.subsampling))[
+        mel = features(torch.from_numpy(audio[: 20 * 16000]), model.config)[
             None
         ]
         with torch.inference_mode():
@@ -539,7 +539,7 @@ def train_times(train, run, source, request, chosen, ranks, step):
         frames.sum().backward()
     alone = timed(encoder)
     run.model.zero_grad(set_to_none=True)
-    return batch["frames"] / 100, made, whole, alone, sum(spent)
+    return batch["mel_frames"] / 100, made, whole, alone, sum(spent)
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------

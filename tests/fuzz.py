@@ -6,7 +6,7 @@
 
 A case is a good file with bytes changed, cut, doubled, moved or replaced by what is known to be
 nasty. Its reader must return, or raise what is told to a user in one line (InputError, OSError,
-CheckpointError); anything else, a case that takes more than ten seconds, and an escape sequence on
+ModelError); anything else, a case that takes more than ten seconds, and an escape sequence on
 the screen is a finding: it is printed with its seed, and the damaged file is kept.
 """
 import argparse

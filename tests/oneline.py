@@ -17,10 +17,20 @@ def told(tool):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit as stop:
+        if not isinstance(stop.code, str):
+            raise
+        _refuse(stop.code)
     except subprocess.CalledProcessError as error:
-        sys.exit(f"{tool}: this failed: {' '.join(map(str, error.cmd))}")
+        _refuse(f"{tool}: this failed: {' '.join(map(str, error.cmd))}")
     except Exception as error:
         from train import USER_ERRORS
         if not isinstance(error, (*USER_ERRORS, UnicodeDecodeError, EOFError)):
             raise
-        sys.exit(f"{tool}: {error}")
+        _refuse(f"{tool}: {error}")
+
+
+def _refuse(message):
+    """Code 2, as the project's commands have it; sys.exit(message) would be 1."""
+    print(message, file=sys.stderr)
+    sys.exit(2)

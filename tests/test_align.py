@@ -885,6 +885,16 @@ def test_what_is_read_is_not_written_over(tmp_path):
     assert {path: path.read_bytes() for path in read} == read
 
 
+def test_the_method_is_the_one_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "a.pairs").write_text("a b ||| c d\n")
+    seen = []
+    monkeypatch.setattr(align, "align_bitext", lambda pairs, recipe: seen.append(recipe.method) or [
+        [] for _ in pairs])
+    for more in ([], ["--method", "union"], ["--method", "forward"]):
+        align.main([str(tmp_path / "a.pairs"), "-o", str(tmp_path / "a.links"), *more])
+    assert seen == ["posterior", "union", "forward"]
+
+
 def test_options_that_are_empty_and_gold_of_nothing_are_told(tmp_path):
     """As `--times "$TIMES"` where the shell's variable is not set."""
     (tmp_path / "a.pairs").write_text("das haus ||| the house\n")

@@ -485,12 +485,21 @@ def test_closed_standard_error_and_a_full_disk(folder):
     assert given.returncode == 2 and given.stderr
     quiet = shell(f"{python} stream.py {model} --eval {folder / 'set.jsonl'} 2>&-")
     assert quiet.returncode == 0 and "wer" in quiet.stdout and "skipped" not in quiet.stdout
-    for command in (f"stream.py {model} {sound}", "serialize.py"):
+    for command in (f"stream.py {model} {sound}", "serialize.py", "align.py", "model.py"):
         full = shell(f"{python} {command} > /dev/full")
         assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
         assert "No space left" in full.stderr
-    closed = shell(f"{python} serialize.py {folder / 'set.jsonl'} >&-")
-    assert (closed.returncode, closed.stderr) == (2, "serialize.py: standard output is closed\n")
+    for command in (f"serialize.py {folder / 'set.jsonl'}", f"align.py {folder / 'set.jsonl'}"):
+        closed = shell(f"{python} {command} >&-")
+        said = f"{command.partition(' ')[0]}: standard output is closed\n"
+        assert (closed.returncode, closed.stderr) == (2, said)
+
+
+def test_a_duration_may_be_rounded_by_fifty_ms(tmp_path):
+    soundfile.write(tmp_path / "x.wav", noise(SECOND) * 0.5, 16000)
+    assert len(read_audio(tmp_path / "x.wav", 0.5, 0.54)) == 8000
+    assert len(read_audio(tmp_path / "x.wav", 0, 1.05)) == SECOND
+    refused(tmp_path / "x.wav", "1.00 s long, not 0.56 s from 0.5 s on", ffmpeg=False, start=0.5, duration=0.56)
 
 
 def test_stream_alone_names_what_it_needs(tmp_path):
@@ -500,7 +509,7 @@ def test_stream_alone_names_what_it_needs(tmp_path):
             (tmp_path / f"{name}.py").write_bytes((ROOT / f"{name}.py").read_bytes())
         done = subprocess.run([sys.executable, "stream.py"], cwd=tmp_path, capture_output=True,
                               text=True)
-        assert done.returncode and done.stderr == f"stream.py: {lacking}.py must lie beside it\n"
+        assert done.returncode == 2 and done.stderr == f"stream.py: {lacking}.py must lie beside it\n"
 
 
 def test_a_model_that_computes_no_numbers_says_so(folder, tmp_path, capsys):
@@ -512,7 +521,7 @@ def test_a_model_that_computes_no_numbers_says_so(folder, tmp_path, capsys):
     assert "computes what is no number" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name, value", [("tail", None), ("blank_penalty", "x"), ("restart", [1]),
+@pytest.mark.parametrize("name, value", [("tail", None), ("blank_penalty", "x"),
                                          ("streams", ["<st:xx>"]), ("streams", [[1]])])
 def test_options_beside_the_weights_that_are_none(folder, tmp_path, name, value):
     model, tokenizer, beside = load_run(folder / "model.pt")
@@ -688,7 +697,7 @@ def test_load_run(folder, tmp_path):
     with pytest.raises(InputError, match="none.pt: a damaged checkpoint"):
         load_run(tmp_path / "none.pt")
     for device in ["nonsense"] + ["cuda"] * (not torch.cuda.is_available()):
-        with pytest.raises(stream.CheckpointError, match=f"cannot be loaded on device {device}"):
+        with pytest.raises(InputError, match=f"cannot be loaded on device {device}"):
             load_run(folder / "model.pt", device)
 
 

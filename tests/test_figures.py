@@ -1,5 +1,7 @@
 """The pictures are drawn, and the replay page shows at every time the words that were out by
 then."""
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -38,12 +40,14 @@ def planted(folder, words, seconds):
 def draw(*arguments):
     """-> returncode and stderr, as of a process of its own, of which each would take seconds to
     import what it needs."""
+    said = io.StringIO()
     try:
-        figures.main(list(map(str, arguments)))
+        with contextlib.redirect_stderr(said):
+            figures.main(list(map(str, arguments)))
+        code = 0
     except SystemExit as end:
-        return SimpleNamespace(returncode=1 if isinstance(end.code, str) else end.code,
-                               stderr=str(end.code))
-    return SimpleNamespace(returncode=0, stderr="")
+        code = end.code
+    return SimpleNamespace(returncode=code, stderr=said.getvalue())
 
 
 def size(path):
@@ -71,14 +75,14 @@ def test_mask_links_and_curves_are_drawn(tmp_path):
         assert done.returncode == 0, done.stderr
         assert min(size(tmp_path / "a.png")) > 300
     missing = draw("curves", tmp_path, "-o", tmp_path / "b.png")
-    assert missing.returncode == 1 and "log.csv: no such file" in missing.stderr
+    assert missing.returncode == 2 and "log.csv: no such file" in missing.stderr
     (run / "log.csv").write_text("step,letters,transducer\n")
     for arguments, message in ((["curves", run], "no losses yet"),
                                (["links", "--lines", "1000"], "--lines 1000: there are 1000"),
                                (["replay", tmp_path / "none.pt", "a.wav"], "none.pt: no such file"),
                                (["replay", tmp_path / "none.pt", "a.wav"], "figures.py: ")):
         missing = draw(*arguments, "-o", tmp_path / "b.png")
-        assert missing.returncode == 1 and message in missing.stderr, arguments
+        assert missing.returncode == 2 and message in missing.stderr, arguments
     (run / "log.csv").write_text("no log\n1\n")
     (tmp_path / "bad.pairs").write_text("ein Haus a house\n")
     for arguments, message in ((["curves", run], "log.csv: not the log of a run"),
@@ -89,13 +93,13 @@ def test_mask_links_and_curves_are_drawn(tmp_path):
                                (["tradeoff", "--results", run / "log.csv"], "not what reproduce")):
         more = [] if "-o" in arguments else ["-o", tmp_path / "b.png"]
         missing = draw(*arguments, *more)
-        assert missing.returncode == 1 and message in missing.stderr, arguments
+        assert missing.returncode == 2 and message in missing.stderr, arguments
     for content in ('{"rows": {"a": {"<asr>": {}}}}', "", '{"rows": []}', '{"rows": {}}'):
         (tmp_path / "search.json").write_text(content)
         missing = draw("tradeoff", "--results", tmp_path / "search.json")
-        assert missing.returncode == 1 and "search.json: not what" in missing.stderr, content
+        assert missing.returncode == 2 and "search.json: not what" in missing.stderr, content
     missing = draw("tradeoff", "--results", tmp_path / "none.json")
-    assert missing.returncode == 1 and "reproduce.py search RUN/model.pt" in missing.stderr
+    assert missing.returncode == 2 and "reproduce.py search RUN/model.pt" in missing.stderr
 
 
 @pytest.mark.parametrize("arguments", [
@@ -103,16 +107,17 @@ def test_mask_links_and_curves_are_drawn(tmp_path):
     ["lattice", "model.pt", "--width", "1"], ["lattice", "model.pt", "--utterance", "-1"],
     ["links", "--lines", "4,a"], ["links", "--lines", "-1"], ["replay", "model.pt", "a.wav",
                                                               "--chunks", "16,,32"]])
-def test_numbers_that_make_no_picture_are_named(arguments, capsys):
-    assert draw(*arguments).returncode == 2
-    assert "is not a whole number from" in capsys.readouterr().err
+def test_numbers_that_make_no_picture_are_named(arguments):
+    refused = draw(*arguments)
+    assert refused.returncode == 2 and "is not a whole number from" in refused.stderr
 
 
 @pytest.mark.parametrize("arguments", [("--start", "nan"), ("--start", "-5"), ("--duration", "inf"),
                                        ("--duration", "x")])
-def test_odd_seconds_are_named(arguments, capsys):
-    assert draw("timeline", "model.pt", "a.wav", *arguments).returncode == 2
-    assert f"'{arguments[1]}' is not a number of seconds" in capsys.readouterr().err
+def test_odd_seconds_are_named(arguments):
+    refused = draw("timeline", "model.pt", "a.wav", *arguments)
+    assert refused.returncode == 2
+    assert f"'{arguments[1]}' is not a number of seconds" in refused.stderr
 
 
 # What a page must not take for its own markup, what is written from right to left, and marks that

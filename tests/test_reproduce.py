@@ -227,7 +227,7 @@ def test_the_command_takes_seeds_and_names_what_is_wrong(monkeypatch):
             reproduce.main(argv)
     done = subprocess.run([sys.executable, ROOT / "tests" / "reproduce.py", "sound", "no/model.pt"],
                           capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "no" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no" in done.stderr
 
 
 def test_the_table_of_the_orders_on_real_speech():

@@ -750,10 +750,10 @@ def test_texts_are_composed_on_reading_and_nowhere_else(tmp_path):
 
 def test_scripts_without_spaces_are_told(tmp_path):
     told = []
-    texts = ["สวัสดี", "ສະບາຍດີ", "សួស្តី", "မင်္ဂလာပါ", "plain", "Ελλάδα हिन्दी 你好 안녕"]
+    texts = ["สวัสดี", "ສະບາຍດີ", "សួស្តី", "မင်္ဂလာပါ", "བཀྲ་ཤིས་བདེ་ལེགས", "ꦱꦸꦒꦼꦁ", "plain", "Ελλάδα हिन्दी 你好 안녕"]
     path = manifest(tmp_path, *({"audio": "a", "asr": text} for text in texts))
     read_manifest(path, on_bad=told.append)
-    assert len(told) == 1 and told[0].startswith(f"{path}: 4 rows hold a script without spaces")
+    assert len(told) == 1 and told[0].startswith(f"{path}: 6 rows hold a script without spaces")
 
 
 # ---- Rows come back as they were written ---------------------------------------------------------
@@ -1089,6 +1089,20 @@ def test_mustc_lines_stay_beside_each_other(tmp_path):
     assert told[5].endswith("dev.yaml: 5 lines skipped")
 
 
+def test_mustc_texts_may_end_in_blank_lines_and_lack_none(tmp_path):
+    folder = tmp_path / "txt"
+    folder.mkdir()
+    (folder / "dev.yaml").write_text(
+        "".join(f"- {{duration: 2.0, offset: {k}, wav: t.wav}}\n" for k in range(2)))
+    (folder / "dev.en").write_text("one\ntwo\n\n \n")
+    (folder / "dev.de").write_text("eins\n\n")
+    texts = [(row.asr, row.st["de"]) for row in module.import_mustc(folder / "dev.yaml")]
+    assert texts == [("one", "eins"), ("two", "")]
+    (folder / "dev.de").write_text("eins\n")
+    with pytest.raises(InputError, match="has 2 lines, but dev.de 1; an empty last line needs its"):
+        module.import_mustc(folder / "dev.yaml")
+
+
 def test_mustc_of_two_pairs_and_what_else_lies_beside(tmp_path):
     """The same English lines with other translations and their own sound; manifests, backups and
     tables beside the texts are no translations."""
@@ -1240,7 +1254,7 @@ def test_imported_rows_get_the_duration_that_is_sure(tmp_path):
 
 @pytest.mark.parametrize("name", [
     "vbr_no_xing_6s.mp3", "two_mp3_3s_and_3s.mp3", "cut_at_two_thirds.au",
-    "cut_at_two_thirds.aiff", "flac_length_unknown.flac"])
+    "cut_at_two_thirds.aiff", "flac_length_unknown.flac", "bad_caf_TO_1245.bin"])
 def test_no_duration_is_guessed(name):
     pytest.importorskip("soundfile")
     if not (DATA / "cases" / name).exists():

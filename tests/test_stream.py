@@ -389,6 +389,26 @@ def test_offline_batch_gives_the_tokens_of_streaming(chunk):
     assert sum(len(ids) for ids, _ in found) > 50
 
 
+def test_a_blank_penalty_and_a_hold_reach_the_beam():
+    model, samples = lively(seed=2, dtype=torch.float64), noise(N)
+    greedy, path = tokens_of(model, samples, limits=LIMITS, blank_penalty=3.0)
+    beam, other = tokens_of(model, samples, stream.Beam(model, 1, LIMITS, blank_penalty=3.0))
+    assert other == path != tokens_of(model, samples, limits=LIMITS)[1]
+    assert beam.score == pytest.approx(greedy.score, abs=1e-9)
+    found = stream.new_search(model, 8, beam=2, blank_penalty=3.0, hold=7)
+    assert (found.blank_penalty, found.hold) == (3.0, 7)
+
+
+def test_a_greedy_search_knows_how_long_it_was_quiet():
+    search = stream.Greedy(lively())
+    for tokens, quiet in (([stream.Written(5, 3, -0.1)], 4), ([], 12), ([], 20),
+                          ([stream.Written(5, 29, -0.1)], 2)):
+        search.tokens = tokens
+        search.end_call(search.labels, 8)
+        assert search.quiet == quiet
+    assert search.done == 32
+
+
 def test_beam_of_one_is_greedy():
     model, samples = lively(seed=2, dtype=torch.float64), noise(N)
     greedy, path = tokens_of(model, samples, limits=LIMITS)
@@ -670,6 +690,16 @@ def captions(folder, capsys, monkeypatch, source, *more, data=b""):
     code = stream.main([str(folder / "model.pt"), source, *more])
     out, err = capsys.readouterr()
     return code, out, err
+
+
+def test_vtt_is_webvtt_and_srt_is_not(folder, capsys, monkeypatch, tmp_path):
+    more = "--srt", str(tmp_path / "x.srt"), "--vtt", str(tmp_path / "x.vtt")
+    assert captions(folder, capsys, monkeypatch, str(folder / "2.wav"), *more)[0] == 0
+    for tag in ("asr", "st-en"):
+        srt, vtt = ((tmp_path / f"x.{tag}.{kind}").read_text("utf-8") for kind in ("srt", "vtt"))
+        assert vtt.startswith("WEBVTT\n\n") and "WEBVTT" not in srt
+        times = re.findall(r"\d\d:\d\d:\d\d,\d{3} --> .*", srt)
+        assert times and re.findall(r".* --> .*", vtt) == [t.replace(",", ".") for t in times]
 
 
 def test_captions(folder, capsys, monkeypatch):

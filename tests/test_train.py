@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
-from model import PRESETS, load  # noqa: E402
+from model import PRESETS, load, save  # noqa: E402
 from rnnt_loss import rnnt_loss  # noqa: E402
 from serialize import interleave, parse, serialize  # noqa: E402
 import stream  # noqa: E402
@@ -262,6 +262,64 @@ def test_resume_of_nothing_and_of_another_model(small, capsys, tmp_path):
     assert str(folder) in said and "--resume" in said
 
 
+@pytest.mark.parametrize("name, value", [
+    ("options", {"steps": "many"}), ("options", {"chunks": None}), ("options", {"preset": "huge"}),
+    ("options", {"interleave": 5}), ("options", {"dev": 5}), ("options", {"join": 2.5}),
+    ("step", "x"), ("step", -1), ("step", True), ("letters", None), ("letters", "abc"),
+    ("position", [0]), ("position", [0, "x"]), ("best", None), ("optimizers", [1, 2]),
+    ("tokenizer", None), ("tokenizer", {"tags": ["<asr>"], "merges": []})])
+def test_what_lies_beside_good_weights_is_looked_at(small, tmp_path, capsys, name, value):
+    folder = run(tmp_path / "run", "--steps", "6")
+    model, beside = load(folder / "resume.pt")
+    value = beside["options"] | value if name == "options" else value
+    save(folder / "resume.pt", model, **beside | {name: value})
+    capsys.readouterr()
+    said = refused(capsys, "--resume", folder, "--steps", "9")
+    assert "resume.pt" in said and "damaged checkpoint" in said
+
+
+def test_a_run_goes_on_with_the_dropout_and_chunks_given(small, tmp_path):
+    folder = run(tmp_path / "run", "--steps", "6")
+    made = train.resume_run(train.parse_options(
+        ["--resume", str(folder), "--steps", "9", "--dropout", "0.4", "--chunks", "2,6",
+         "--device", "cpu"]))
+    assert (made.model.config.dropout, made.model.config.chunks) == (0.4, (2, 6))
+    assert {m.p for m in made.model.modules() if isinstance(m, torch.nn.Dropout)} == {0.4}
+    assert same_weights(weights_of(folder / "resume.pt"), made.model.state_dict())
+
+
+def test_a_model_of_the_same_tokens_gives_all_it_has(small, tmp_path, capsys):
+    first = run(tmp_path / "a", "--steps", "6") / "model.pt"
+    options, given = train.parse_options([*SHORT, "--init", str(first)]), weights_of(first)
+    capsys.readouterr()
+    made = train.new_run(options, train.BuiltIn("de-en", 0))
+    assert same_weights(given, made.model.state_dict())
+    assert "not one left" in capsys.readouterr().out
+    other = train.new_run(options, train.BuiltIn("de-es", 0)).model.state_dict()
+    name = "label_encoder.embedding.weight"
+    assert not torch.equal(other[name], given[name])
+
+
+def test_a_new_joint_is_deaf_to_labels_and_hears(small):
+    made = train.new_run(train.parse_options(["--device", "cpu"]), train.BuiltIn("de-en", 0))
+    joint, labels = made.model.joint, torch.tensor([[3, 4, 5]])
+    frames = torch.randn(1, 2, made.model.config.dim)
+    with torch.no_grad():
+        logits = joint(frames, made.model.eval().label_encoder(labels)[0])
+    assert torch.equal(logits, logits[:, :, :1].expand_as(logits))
+    assert (logits[:, 0] - logits[:, 1]).abs().max() > 1e-3
+
+
+def test_the_defaults_for_real_speech():
+    def chosen(*argv):
+        options = train.parse_options([*argv, "--device", "cpu"])
+        return [options.augment, options.label_dropout, options.eval_every, options.join]
+
+    assert chosen() == [1.0, 0.1, 600, 3]
+    assert chosen("m.jsonl") == [0.2, 0.25, 2000, 3]
+    assert chosen("m.jsonl", "--augment", "0.4") == [0.4, 0.25, 2000, 3]
+
+
 # ---- Data
 
 def example_of(source, s, easy=True):
@@ -327,6 +385,27 @@ def test_bad_rows_are_named_counted_and_left_out(bad_manifest, capsys):
         line = next(line for line in said.splitlines() if f"rows.jsonl:{number}:" in line)
         assert what in line
     assert "2 of 9 rows skipped" in said and "4 of 7 rows left out" in said
+
+
+def test_strict_is_about_sound_too(tmp_path):
+    soundfile.write(tmp_path / "good.wav", np.full(16000, 0.1), 16000)
+    rows = [{"audio": f"{name}.wav", "asr": "x"} for name in ("good", "gone")]
+    bad, good = str(write_rows(tmp_path, rows)), tmp_path / "good.jsonl"
+    good.write_text(json.dumps(rows[0]) + "\n")
+    for argv in ([bad], [str(good), "--dev", bad]):
+        train.open_corpus(train.parse_options([*argv, "--device", "cpu"]))
+        with pytest.raises(ValueError, match="rows.jsonl:2: .*gone.wav"):
+            train.open_corpus(train.parse_options([*argv, "--device", "cpu", "--strict"]))
+
+
+def test_sound_outside_the_folder_is_learned_where_that_is_allowed(tmp_path):
+    (tmp_path / "in").mkdir()
+    soundfile.write(tmp_path / "a.wav", np.full(16000, 0.1), 16000)
+    rows = str(write_rows(tmp_path / "in", [{"audio": "../a.wav", "asr": "x"}]))
+    corpus, _ = train.open_corpus(train.parse_options([rows, "--allow-outside", "--device", "cpu"]))
+    assert [row.duration for row in corpus.rows(0)] == [1.0]
+    with pytest.raises(ValueError, match="no usable row"):
+        train.open_corpus(train.parse_options([rows, "--device", "cpu"]))
 
 
 def test_strict_stops_at_the_first_bad_row(bad_manifest, tmp_path, capsys):
@@ -485,7 +564,7 @@ def test_an_example_of_joined_utterances_has_their_words_in_turn_and_a_lattice_o
     assert keep.float().mean() < 0.6                           # the work that is left
     # However short the utterances, and without a margin, a path leads through.
     source.config = replace(source.config, chunks=(0,))
-    through = source.blocks([interleave(row, "align") for row in s.rows], [0, 100, 200], 800,
+    through = source.blocks([interleave(row, "align") for row in s.rows], [0, 100, 200], 200,
                             len(example["targets"]))
     assert through.any(0).all() and through[0, 0] and through[-1, -1]
 
@@ -578,6 +657,14 @@ def test_mu_law():
     y = train.mu_law(x)
     assert y.shape == x.shape and y.dtype == np.float32 and len(np.unique(y)) <= 255
     assert 30 < 10 * np.log10(np.var(x) / np.var(y - x)) < 45              # G.711: about 38 dB
+
+
+def test_disturbed_sound_is_up_to_20_db_softer_and_10_db_louder():
+    x = np.sin(np.arange(16000) / 5).astype(np.float32) * 0.1
+    gains = [(x @ train.disturb(x, None, np.random.default_rng(seed))) / (x @ x)
+             for seed in range(200)]
+    assert 0.09 < min(gains) < 0.13 and 2.5 < max(gains) < 3.4
+    assert 0.4 < np.median(gains) < 0.8                        # 10 ** -0.25
 
 
 def test_disturbed_sound_is_a_function_of_its_seed_and_has_the_noise_it_claims():
@@ -761,6 +848,7 @@ def test_noise_comes_from_a_folder_with_sound_in_it(tmp_path, capsys, small):
     hum = (0.5 * np.sin(np.arange(8000) / 10)).astype(np.float32)
     soundfile.write(tmp_path / "hum.wav", hum, 16000)
     (tmp_path / "broken.wav").write_bytes(b"none")
+    os.mkfifo(tmp_path / "pipe.wav")                           # nobody writes: it would wait for ever
     options = train.parse_options(["--noise", str(tmp_path), "--device", "cpu", "--join", "1"])
     corpus = train.BuiltIn("de-en", 0)
     source, bad, found = train.Source(options, train.new_run(options, corpus)), [], []
@@ -1018,6 +1106,19 @@ def batch_of_eight():
     )
 
 
+def test_a_step_weighs_its_tasks_by_their_symbols_and_is_clipped(batch_of_eight, monkeypatch):
+    options, made, batch = batch_of_eight
+    bias, made.step = made.model.joint.output.bias, 900
+    torch.nn.init.zeros_(bias)
+    made.optimizers = [torch.optim.SGD([bias], lr=1.0)]        # 0.01 at this step
+    monkeypatch.setattr(train, "losses", lambda model, batch, names, *_: {
+        name: 1e5 * bias[k] for k, name in enumerate(names)})
+    train.train_step(made, [vars(batch)], options, train.Ranks())
+    wanted = torch.tensor([weight / batch.symbols[task]
+                           for task, weight in train.tasks(900, options).items()])
+    assert torch.allclose(-bias[:5], 0.01 * 5 * wanted / wanted.norm(), rtol=1e-3)
+
+
 def test_fastemit_reaches_the_gradient_and_not_the_cost(batch_of_eight):
     options, made, batch = batch_of_eight
     made.model.eval()
@@ -1080,7 +1181,7 @@ def test_the_log_has_means(small, tmp_path):
     for value, norm in ((2.0, 1.0), (4.0, 2.0)):
         made.step += 1
         log.began = train.time.perf_counter() - 2.0
-        log.add(made, [{"frames": 150}], {"letters": torch.tensor(value), "learned": True,
+        log.add(made, [{"mel_frames": 150}], {"letters": torch.tensor(value), "learned": True,
                                           "gradient_norm": torch.tensor(norm)}, 0.25 * made.step)
     line, = csv.DictReader(open(tmp_path / "log.csv"))
     assert (line["step"], line["epoch"], line["letters"], line["gradient_norm"]) == (
@@ -2074,6 +2175,46 @@ def test_the_best_so_far_is_remembered_by_a_resumed_run(small, tmp_path, monkeyp
         assert train.main(["--resume", str(folder), "--steps", steps]) == 0
         assert load(folder / "resume.pt")[1]["best"] == best
         assert load(folder / "best.pt")[1]["step"] == at
+
+
+def test_the_best_is_so_in_the_mean_and_over_all_utterances(monkeypatch, tmp_path):
+    saved, found = [], {"<asr>": {"chrf": 80.0}, "<st:en>": {"chrf": 40.0}}
+    options, stop = train.parse_options(["--device", "cpu"]), SimpleNamespace(wanted=False)
+    monkeypatch.setattr(train, "show_scores", lambda *_: None)
+    monkeypatch.setattr(train, "save_model", lambda run, *_: saved.append(run.best))
+    for best, n, after in ((50.0, 3, 60), (70.0, 3, 70), (50.0, 2, 50)):
+        monkeypatch.setattr(train, "evaluate", lambda *_, **__: (found, [None] * n))
+        made = SimpleNamespace(model=None, tokenizer=None, streams=(), step=1, best=best)
+        train.assess(made, [None] * 3, options, tmp_path, False, stop)
+        assert made.best == after
+    assert saved == [60]
+
+
+@pytest.mark.parametrize("streams", ["", "2>&-"])
+def test_a_screen_without_letters_or_a_stream_that_is_closed_ends_no_training(streams, tmp_path):
+    """Umlauts and the middle dot of the first evaluation, on a screen that knows ASCII alone."""
+    script = tmp_path / "tiny.py"
+    script.write_text("import sys\nfrom dataclasses import replace\nimport train\n"
+                      "from model import PRESETS\n"
+                      "train.PRESETS['tiny'] = replace(PRESETS['tiny'], dim=16, heads=2, layers=1,"
+                      " ff=32, joint_dim=16)\n"
+                      "train.BuiltIn.SIZE, train.TEST_SIZE = 8, 2\n"
+                      "train.live_captions = lambda *_: 'FILE'\n"
+                      "sys.exit(train.main(sys.argv[1:]))\n")
+    command = f"{sys.executable} {script} {' '.join(SHORT)} --steps 6 --out {tmp_path / 'run'}"
+    done = subprocess.run(["bash", "-c", f"{command} {streams}"], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": os.path.dirname(train.__file__)})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "metrics.json").exists()
+    assert "WER" in done.stdout and "at its time" in done.stdout
+
+
+def test_the_first_score_of_a_script_without_spaces_is_that_of_its_characters(capsys):
+    numbers = {"bleu": None, "laal_ms": None, "silent": 0, "utterances": 1}
+    train.show_scores({"<asr>": {"cer": 12.5, "wer": 50.0} | numbers,
+                       "<st:en>": {"wer": 50.0, "cer": 12.5} | numbers}, [])
+    lines = capsys.readouterr().out.splitlines()
+    assert ["CER  12.5  WER  50.0" in lines[0], "WER  50.0  CER  12.5" in lines[1]] == [True, True]
 
 
 def test_start_from_another_model(small, tmp_path, capsys):
