@@ -326,7 +326,7 @@ EXERCISES = [
         logits at frame t after these labels; toy.T frames, toy.blank is the blank. A label stays at
         its frame, where at most `limit` are written; a blank goes on. Why: the label encoder knows
         labels; a blank is not one, and a well-known tutorial feeds it all the same. Where: Greedy
-        in stream.py. Expect no blank in what you return.""",
+        in stream.py. Expect [1, 3, 3, 1] of Toy(0, 5) with a limit of 1, and no blank (0).""",
         "greedy(toy, limit)", greedy_right,
         lambda: [(Toy(seed, T), limit) for seed in range(12) for T in (1, 5, 9)
                  for limit in (1, 3)], {

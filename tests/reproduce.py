@@ -52,7 +52,8 @@ EXPERIMENTS = {
     "mboshi": {"Mboshi -> French": ["DATA/train.jsonl", "--dev", "DATA/dev.jsonl"]},
 }
 # Many times through 3.8 hours of speech: more of it is disturbed, lest it be learned by heart.
-FURTHER = ["--steps", "30000", "--augment", "0.4"]
+FURTHER = ["--steps", "24000", "--augment", "0.4"]
+CHUNKS_MS = 160, 320, 640, 1000, 0                  # 0: the whole utterance
 HEAD = (f"\n{'run':24} {'steps':>6}  {'stream':14} {'WER':>6} {'CER':>6} {'BLEU':>6} {'chrF':>6} "
         f"{'LAAL':>8}")
 
@@ -193,7 +194,7 @@ def unseen_of(path, n):
 
 
 def search(path):
-    """Beams 1 to 8 at the chunk size that the model prefers, and the other chunk sizes. The score
+    """Beams of 1 and 4 by every chunk size, those of 2 and 8 by the first that was learned. The score
     of an utterance is the log-probability of what was written: of one path for beam 1, of all paths
     that were met for larger ones."""
     import train
@@ -201,9 +202,9 @@ def search(path):
     model, _, beside = made = load_run(path)
     options, dev = unseen_of(path, train.TEST_SIZE)
     print(HEAD)
-    chunks, rows = model.config.chunks, {}
-    pairs = [(chunks[0], beam) for beam in (1, 2, 4, 8)]
-    for chunk, beam in pairs + [(chunk, 1) for chunk in (*chunks[1:], 0)]:
+    chunks, rows = [round(ms / 1000 / model.config.frame_s) for ms in CHUNKS_MS], {}
+    pairs = [(chunk, beam) for beam in (1, 4) for chunk in chunks]
+    for chunk, beam in pairs + [(model.config.chunks[0], beam) for beam in (2, 8)]:
         metrics, records = evaluated(made, dev, chunk=chunk, beam=beam)
         ms = f"{1000 * chunk * model.config.frame_s:.0f} ms" if chunk else "whole utterance"
         score = sum(record["score"] for record in records) / len(records)
@@ -686,13 +687,14 @@ def papers_table(result):
     seeds = result["seeds"]
     several = "," in result["corpus"]
     lines = [
-        f"{result['training_rows']:,} utterances to learn from, {result['test_rows']} unseen ones "
-        f"to score, clean and at {result['noise_db']} dB of white noise; "
-        f"{'one seed' if seeds == 1 else f'means of {seeds} seeds'}. {about(result)}",
+        f"{result['training_rows']:,} utterances to learn from, one by one and undisturbed; "
+        f"{result['test_rows']} unseen ones to score, clean and at {result['noise_db']} dB of white "
+        "noise, where both of ALIGN's streams first had 5 % wrong; minutes of training, some beside "
+        f"other work; {'one seed' if seeds == 1 else f'means of {seeds} seeds'}. {about(result)}",
         "",
         "| row | stream | WER | in noise | minus ALIGN, in noise | BLEU | chrF | LAAL s "
-        "| guessed % | " + "wrong language, in noise % | " * several + "M parameters |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|" + "--:|" * several]
+        "| guessed % | " + "wrong language, in noise % | " * several + "M parameters | min |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|" + "--:|" * several]
     for name, row in result["rows"].items():
         for tag, clean in row["clean"].items():
             noise, delta = row["noise"][tag], result["differences"].get(name, {})
@@ -702,7 +704,7 @@ def papers_table(result):
             cells = [name, f"`{tag}`", f"{clean['wer']:.1f}", f"{noise['wer']:.1f}", delta,
                      *bleu, in_seconds(clean["laal_ms"]), f"{clean['guessed']:.1f}",
                      *[f"{noise['foreign']:.1f}" for _ in range(several)],
-                     f"{row['parameters'] / 1e6:.2f}"]
+                     f"{row['parameters'] / 1e6:.2f}", minutes(row["seconds"])]
             lines.append("| " + " | ".join(cells) + " |")
     separate = {name.removesuffix(" restricted"): row for name, row in result["rows"].items()
                 if name.startswith(("ASR", "ST"))}
@@ -745,20 +747,25 @@ def runs_table(result):
              + " WER minus ALIGN's |" * paired,
              "|---|--:|--:|---|--:|--:|--:|--:|--:|" + "--:|" * paired]
     for name, row in result["rows"].items():
-        minutes = "" if row.get("seconds") is None else f"{row['seconds'] / 60:.0f}"
         for tag, m in row["streams"].items():
             if tag.startswith("blind"):        # noise for sound: `sound` has a row for it
                 continue
             cells = ["" if m[key] is None else f"{m[key]:.1f}"
                      for key in ("wer", "cer", "bleu", "chrf")]
             delta = interval(row["minus_align"].get(tag)) if paired else ""
-            lines.append(f"| {name} | {row['step']} | {minutes} | `{tag}` | {' | '.join(cells)} "
+            lines.append(f"| {name} | {row['step']} | {minutes(row.get('seconds'))} | `{tag}` | {' | '.join(cells)} "
                          f"| {in_seconds(m['laal_ms'])} |" + f" {delta} |" * paired)
     if paired:
         lines += ["", f"All go on from one recogniser of {REAL_FIRST[0]} steps. "
                   f"{moved_words(result)} The interval holds 95 % of 1,000 draws of the "
                   f"{result['utterances']} utterances."]
     return lines
+
+
+def minutes(seconds):
+    """Of one run or several, their mean; of one that was stopped between they are not known."""
+    known = [s for s in (seconds if isinstance(seconds, list) else [seconds]) if s is not None]
+    return f"{sum(known) / len(known) / 60:.0f}" if known else ""
 
 
 def interval(delta):
@@ -783,6 +790,7 @@ def about(result):
         trained |= {at} if isinstance(at, str) else set(at)
     trained = ", ".join(sorted(trained - {result["commit"]}))
     earlier = f", of rows trained at {trained}" * bool(trained)
+    earlier += " (+: and changes that were not committed)" * ("+" in trained)
     return f"({result['date']}, {result['commit']}{earlier}; {result['machine']})"
 
 

@@ -65,6 +65,7 @@ def test_the_texts_state_true_numbers():
     assert exercises.posteriors_right(half, half)[-1, -1, 0] == 1
     assert exercises.mask_right(4, 2, 0).tolist() == [[1, 1, 0, 0]] * 2 + [[0, 0, 1, 1]] * 2
     assert exercises.laal_right([1000, 2000, 3000], 3000, 3) == 1000
+    assert exercises.greedy_right(exercises.Toy(0, 5), 1) == [1, 3, 3, 1]
     words = [word for _, word in exercises.align_right(*exercises.sentences()[0])]
     assert words == ("ieri yesterday ho comprato I bought una a macchina rossa red car".split())
 
