@@ -192,8 +192,8 @@ def pad_samples(samples: Tensor, subsampling: int) -> Tensor:
 
 
 def features(samples: Tensor, config: Config) -> Tensor:
-    """Samples (..., N) of a whole recording -> log-mel (..., T * subsampling, n_mels), padded as the
-    streaming search pads it."""
+    """Samples (..., N) of a whole recording -> log-mel (..., T * subsampling, n_mels), padded as
+    the streaming search pads it."""
     return log_mel(pad_samples(samples, config.subsampling), config.n_mels, config.floor)
 
 

@@ -1530,7 +1530,8 @@ def resume_run(options):
             if type(number) is not int or number < 0:
                 raise ValueError(f"its {name} is {number!r:.60}")
         if not isinstance(best, float) or not isinstance(beside["letters"], str):
-            raise ValueError(f"its best score is {best!r:.60}, its letters {beside['letters']!r:.60}")
+            raise ValueError(f"its best score is {best!r:.60}, "
+                             f"its letters {beside['letters']!r:.60}")
         tokenizer = Tokenizer.from_dict(beside["tokenizer"])
         own = len(tokenizer), 1 + len(beside["letters"])
         if own != (model.config.vocab, model.config.ctc_vocab):

@@ -44,12 +44,10 @@ def machine():
 # ---- stream: the network and the search, chunk by chunk ------------------------------------------
 #
 # Random weights write nothing or everything, and then there is no search to time. So three tones,
-# 10 a second, are
-# planted in noise, and three units of every layer on the way are set by hand so that the network
-# hears them: the tone
-# and the label written last decide together what is written next, one label a tone. All else stays
-# random, and every
-# product is computed as in a trained network.
+# 10 a second, are planted in noise, and three units of every layer on the way are set by hand so
+# that the network hears them: the tone and the label written last decide together what is written
+# next, one label a tone. All else stays random, and every product is computed as in a trained
+# network.
 
 TONES = (500.0, 1500.0, 3500.0)
 LABELS_PER_S = 10
@@ -301,6 +299,43 @@ def long_stream(preset, minutes):
     )
 
 
+def rough_stream(preset, minutes):
+    """A stream as it may come, in packets of any size: four seconds of every minute are silence,
+    clipped, or garbage. Against a stream of the tones alone, are the words the same from the 20th
+    second behind that on, and what of them before it; and does the memory stay?"""
+    _, new = planted_streamer(preset)
+    rng, rough, plain, memory = np.random.default_rng(0), new(), new(), []
+    same, all_words, spoiled = 0, 0, 0
+    for minute in range(minutes):
+        audio = tones(60 * minute, 60, seed=1)
+        heard, burst = audio.copy(), slice(10 * 16000, 14 * 16000)
+        n = burst.stop - burst.start
+        heard[burst] = [np.zeros(n), np.clip(50 * heard[burst], -1, 1), rng.uniform(-10, 10, n),
+                        np.sign(rng.standard_normal(n)), np.full(n, 10.0)][minute % 5]
+        words, start = [], 0
+        while start < len(heard):
+            size = int(rng.integers(0, 16000))
+            words += rough.accept(heard[start:start + size])
+            start += size
+        wanted = plain.accept(audio)
+
+        def between(words, begin, end):
+            times = 1000 * (60 * minute + begin), 1000 * (60 * minute + end)
+            return [word for word in spelled(words) if times[0] < word[2] <= times[1]]
+
+        for begin, end in ((0, 10), (34, 59)):
+            found, known = between(words, begin, end), between(wanted, begin, end)
+            same, all_words = same + (found == known) * len(known), all_words + len(known)
+        spoiled += between(words, 11, 14) != between(wanted, 11, 14)
+        memory.append(resident_mb())
+    print(
+        f"\n{minutes} minutes of which a fifteenth is silence, clipped or garbage, in packets of 0 "
+        f"to 1 s, {preset}:\n{same} of {all_words} words before that and from 20 s behind it on as "
+        f"without (during it others in {spoiled} of {minutes} minutes)\nmemory: "
+        f"{memory[min(4, minutes - 1)]:.1f} MB after five minutes, {memory[-1]:.1f} MB at the end",
+        flush=True)
+
+
 def minutes_of_tones(minutes, step):
     """A minute after the other, cut so that each but the last is a whole number of steps."""
     rest = np.zeros(0, np.float32)
@@ -334,6 +369,7 @@ def stream(options):
     many_streams("tiny", 16, 20)
     if options.minutes:
         long_stream("tiny", options.minutes)
+        rough_stream("tiny", options.minutes)
 
 
 # ---- loss: against copying the logits, log_softmax, whatever else is installed, and the unfused

@@ -194,9 +194,9 @@ def unseen_of(path, n):
 
 
 def search(path):
-    """Beams of 1 and 4 by every chunk size, those of 2 and 8 by the first that was learned. The score
-    of an utterance is the log-probability of what was written: of one path for beam 1, of all paths
-    that were met for larger ones."""
+    """Beams of 1 and 4 by every chunk size, those of 2 and 8 by the first that was learned. The
+    score of an utterance is the log-probability of what was written: of one path for beam 1, of all
+    paths that were met for larger ones."""
     import train
     from stream import load_run
     model, _, beside = made = load_run(path)
@@ -688,9 +688,10 @@ def papers_table(result):
     several = "," in result["corpus"]
     lines = [
         f"{result['training_rows']:,} utterances to learn from, one by one and undisturbed; "
-        f"{result['test_rows']} unseen ones to score, clean and at {result['noise_db']} dB of white "
-        "noise, where both of ALIGN's streams first had 5 % wrong; minutes of training, some beside "
-        f"other work; {'one seed' if seeds == 1 else f'means of {seeds} seeds'}. {about(result)}",
+        f"{result['test_rows']} unseen ones to score, clean and at {result['noise_db']} dB of "
+        "white noise, where both of ALIGN's streams first had 5 % wrong; minutes of training, some "
+        f"beside other work; {'one seed' if seeds == 1 else f'means of {seeds} seeds'}. "
+        f"{about(result)}",
         "",
         "| row | stream | WER | in noise | minus ALIGN, in noise | BLEU | chrF | LAAL s "
         "| guessed % | " + "wrong language, in noise % | " * several + "M parameters | min |",
@@ -753,8 +754,9 @@ def runs_table(result):
             cells = ["" if m[key] is None else f"{m[key]:.1f}"
                      for key in ("wer", "cer", "bleu", "chrf")]
             delta = interval(row["minus_align"].get(tag)) if paired else ""
-            lines.append(f"| {name} | {row['step']} | {minutes(row.get('seconds'))} | `{tag}` | {' | '.join(cells)} "
-                         f"| {in_seconds(m['laal_ms'])} |" + f" {delta} |" * paired)
+            lines.append(f"| {name} | {row['step']} | {minutes(row.get('seconds'))} | `{tag}` "
+                         f"| {' | '.join(cells)} | {in_seconds(m['laal_ms'])} |"
+                         + f" {delta} |" * paired)
     if paired:
         lines += ["", f"All go on from one recogniser of {REAL_FIRST[0]} steps. "
                   f"{moved_words(result)} The interval holds 95 % of 1,000 draws of the "

@@ -499,7 +499,8 @@ def test_a_duration_may_be_rounded_by_fifty_ms(tmp_path):
     soundfile.write(tmp_path / "x.wav", noise(SECOND) * 0.5, 16000)
     assert len(read_audio(tmp_path / "x.wav", 0.5, 0.54)) == 8000
     assert len(read_audio(tmp_path / "x.wav", 0, 1.05)) == SECOND
-    refused(tmp_path / "x.wav", "1.00 s long, not 0.56 s from 0.5 s on", ffmpeg=False, start=0.5, duration=0.56)
+    refused(tmp_path / "x.wav", "1.00 s long, not 0.56 s from 0.5 s on", ffmpeg=False, start=0.5,
+            duration=0.56)
 
 
 def test_stream_alone_names_what_it_needs(tmp_path):
@@ -509,7 +510,8 @@ def test_stream_alone_names_what_it_needs(tmp_path):
             (tmp_path / f"{name}.py").write_bytes((ROOT / f"{name}.py").read_bytes())
         done = subprocess.run([sys.executable, "stream.py"], cwd=tmp_path, capture_output=True,
                               text=True)
-        assert done.returncode == 2 and done.stderr == f"stream.py: {lacking}.py must lie beside it\n"
+        assert done.returncode == 2
+        assert done.stderr == f"stream.py: {lacking}.py must lie beside it\n"
 
 
 def test_a_model_that_computes_no_numbers_says_so(folder, tmp_path, capsys):

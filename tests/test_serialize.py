@@ -750,7 +750,8 @@ def test_texts_are_composed_on_reading_and_nowhere_else(tmp_path):
 
 def test_scripts_without_spaces_are_told(tmp_path):
     told = []
-    texts = ["สวัสดี", "ສະບາຍດີ", "សួស្តី", "မင်္ဂလာပါ", "བཀྲ་ཤིས་བདེ་ལེགས", "ꦱꦸꦒꦼꦁ", "plain", "Ελλάδα हिन्दी 你好 안녕"]
+    texts = ["สวัสดี", "ສະບາຍດີ", "សួស្តី", "မင်္ဂလာပါ", "བཀྲ་ཤིས་བདེ་ལེགས", "ꦱꦸꦒꦼꦁ",
+             "plain", "Ελλάδα हिन्दी 你好 안녕"]
     path = manifest(tmp_path, *({"audio": "a", "asr": text} for text in texts))
     read_manifest(path, on_bad=told.append)
     assert len(told) == 1 and told[0].startswith(f"{path}: 6 rows hold a script without spaces")

@@ -848,7 +848,7 @@ def test_noise_comes_from_a_folder_with_sound_in_it(tmp_path, capsys, small):
     hum = (0.5 * np.sin(np.arange(8000) / 10)).astype(np.float32)
     soundfile.write(tmp_path / "hum.wav", hum, 16000)
     (tmp_path / "broken.wav").write_bytes(b"none")
-    os.mkfifo(tmp_path / "pipe.wav")                           # nobody writes: it would wait for ever
+    os.mkfifo(tmp_path / "pipe.wav")                           # whoever opens it waits for ever
     options = train.parse_options(["--noise", str(tmp_path), "--device", "cpu", "--join", "1"])
     corpus = train.BuiltIn("de-en", 0)
     source, bad, found = train.Source(options, train.new_run(options, corpus)), [], []
@@ -2203,7 +2203,8 @@ def test_a_screen_without_letters_or_a_stream_that_is_closed_ends_no_training(st
                       "sys.exit(train.main(sys.argv[1:]))\n")
     command = f"{sys.executable} {script} {' '.join(SHORT)} --steps 6 --out {tmp_path / 'run'}"
     done = subprocess.run(["bash", "-c", f"{command} {streams}"], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": os.path.dirname(train.__file__)})
+                          env=os.environ | {"PYTHONIOENCODING": "ascii",
+                                            "PYTHONPATH": os.path.dirname(train.__file__)})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "metrics.json").exists()
     assert "WER" in done.stdout and "at its time" in done.stdout
