@@ -345,7 +345,8 @@ class Stack(nn.Module):
     def bias(self, queries, past, chunk, left):
         """What is added to the attention scores of `queries` frames, which begin a chunk, and
         `past` frames before them: (H, queries, past + queries), the distance's bias, and MASKED
-        where a frame does not see another one."""
+        where a frame does not see another one. chunk: its frames; left: how many chunks before its
+        own a frame sees."""
         device, M = self.distance_bias.device, self.max_distance
         key = torch.arange(-past, queries, device=device)
         query = torch.arange(queries, device=device)[:, None]
@@ -355,9 +356,10 @@ class Stack(nn.Module):
         return bias.masked_fill((chunks_back < 0) | (chunks_back > left), MASKED)
 
     def forward(self, x, chunk, left, state=None, lengths=None):
-        """x (B, Q, D) that begins at a chunk's first frame; state: the frames before; lengths
-        (B,): how many of the Q are real. -> (B, Q, D), and what each layer knows of past and
-        present: keys, values, inputs of the convolution."""
+        """x (B, Q, D) that begins at a chunk's first frame; chunk, left: as for `bias`, chunk 0: all
+        of x is one; state: the frames before; lengths (B,): how many of the Q are real. ->
+        (B, Q, D), and what each layer knows of past and present: keys, values, inputs of the
+        convolution."""
         Q, past = x.shape[1], 0 if state is None else state.keys.shape[3]
         chunk, real = chunk or Q, None
         position = torch.arange(-past, Q, device=x.device)
@@ -562,7 +564,7 @@ class Joint(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def forward(self, frames, labels):
-        """(B, T, D), (B, U1, D) -> (B, T, U1, V)"""
+        """(B, T, D), (B, U1, D) -> (B, T, U1, V); rnnt_loss.joint_rnnt_loss does not form it."""
         return self.combine(self.encoder_proj(frames)[:, :, None], self.label_proj(labels)[:, None])
 
     def combine(self, frames, labels):

@@ -43,6 +43,7 @@ from pathlib import Path
 
 ASR = "<asr>"
 LONGEST_PIECE = 1 << 16  # bytes that one id may write
+MOST_TOLD = 100          # bad lines of a file that are named, each
 SEPARATOR = b" "  # ends every word: whoever writes a word's last token has finished the word
 MODES = ["asr", "st", "ratio:0.0", "ratio:0.5", "ratio:1.0", "align", "time"]
 
@@ -294,7 +295,8 @@ class Tokenizer:
             found_in[first + second].add(word)
 
     def encode_word(self, word):
-        """The ids of one word: its bytes, then always the merge that was learned first. Cached."""
+        """The ids of one word: its bytes, then always the merge that was learned first. Cached.
+        ValueError for what is no word."""
         if word not in self._cache:
             if word.split() != [word]:
                 raise ValueError(f"{word!r} is not a word: empty, or with white space in it")
@@ -370,7 +372,7 @@ class StreamParser:
 
     def feed(self, token_id):
         """The (tag, word) pairs that this token finishes: none or one; more only where a model
-        writes the bytes of white space inside a word."""
+        writes the bytes of white space inside a word. ValueError for an id that there is not."""
         if not 0 <= token_id < len(self.tokenizer):
             raise ValueError(f"token {token_id} is outside the vocabulary of {len(self.tokenizer)}")
         if 0 < token_id < self.tokenizer.first_byte:
@@ -424,7 +426,6 @@ LINKS = re.compile(r"\s*(\d+-\d+(\s+|$))*")
 #  "asr": "wa di", "st": {"fr": "il mange"}, "links": {"fr": "0-0 1-1"}, "times": [0.4, 0.9],
 #  "st_times": {"fr": [0.5, 1.0]}}
 # audio: seen from the manifest's folder; ids are unique; times may have null for what is unknown.
-MOST_TOLD = 100   # bad lines of a file that are named, each
 KINDS = {"id": str, "audio": AUDIO, "start": float, "duration": float, "lang": str, "speaker": str,
          "asr": str, "st": {str: str}, "links": {str: LINKS}, "times": [float],
          "st_times": {str: [float]}}

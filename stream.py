@@ -138,7 +138,9 @@ class Streamer:
         self.in_utterance = False                 # something was written, and no pause since
 
     def accept(self, samples):
-        """Samples (N,) at 16 kHz, float in -1..1 or int16, any number -> the words they finish."""
+        """Samples (N,) at 16 kHz, float in -1..1 or int16, any number -> the words they finish.
+        Raises InputError for other samples, beyond +-16 or no number, after the end, and for more
+        than 300 s with chunk 0."""
         self.push(samples)
         return advance([self])[0]
 
@@ -1439,7 +1441,7 @@ def discard_output():
 BABBLE = 100.0  # tokens per second of sound; letters of quick speech and its translation are 40
 
 
-def evaluate(model, tokenizer, items, *, tags=None, batch_size=16, progress=False, bootstrap=0,
+def evaluate(model, tokenizer, items, *, tags=None, batch_size=16, progress=0, bootstrap=0,
              babble=BABBLE, **how):
     """items: (row, samples) of each utterance, a list or made one after the other -> (metrics by
     stream, one record by utterance).
@@ -1447,14 +1449,14 @@ def evaluate(model, tokenizer, items, *, tags=None, batch_size=16, progress=Fals
     `batch_size` utterances are streamed in step; that changes words only where two scores agree to
     rounding, but computation-aware figures become those of a server with as many. Nothing holds the
     sound of more than a batch. tags: of the streams that are scored, by default all that the
-    tokenizer has. progress: True, or how many there will be. babble: tokens per second
-    of sound; a batch that writes more is broken off, and the evaluation too, saying so, where that
+    tokenizer has. progress: how many there will be, for a bar. babble: tokens per second of
+    sound; a batch that writes more is broken off, and the evaluation too, saying so, where that
     is so of all utterances together, 16 or more, as untrained models do. how: the options of a
     Streamer.
     """
     if progress:
         from tqdm import tqdm
-        items = tqdm(items, "evaluating", None if progress is True else progress, leave=False)
+        items = tqdm(items, "evaluating", progress, leave=False)
     training, records, source = model.training, [], iter(items)
     tokens, seconds, babbles = 0, 0.0, False
     model.eval()
@@ -1546,8 +1548,7 @@ class Scores:
     def __init__(self, rows, tag, bootstrap):
         self.bootstrap, self.rows = bootstrap, rows
         self.references = [compose(join(row["references"][tag])) for row in rows]
-        self.words = [[replace(word, text=unit) for word in row["words"] if word.stream == tag
-                       for unit in compose(word.text)] for row in rows]
+        self.words = [words_in(row, tag) for row in rows]
         self.metrics = {"utterances": len(rows), "silent": sum(not own for own in self.words)}
         for name in ("invalid", "cut"):
             self.metrics[name] = sum(row.get(name, {}).get(tag, 0) for row in rows)
@@ -1561,9 +1562,9 @@ class Scores:
         above, below = np.array(above, float), np.array(below, float)
         self.metrics[name] = float(above.sum() / below.sum()) if below.sum() else None
         if self.bootstrap and below.sum():
-            drawn = np.random.default_rng(0).integers(len(above), size=(self.bootstrap, len(above)))
+            drawn = draws(len(above), self.bootstrap)
             values = above[drawn].sum(1) / np.maximum(below[drawn].sum(1), 1e-9)
-            self.metrics[f"{name}_95"] = np.quantile(values, [0.025, 0.975]).tolist()
+            self.metrics[f"{name}_95"] = interval(values)
 
     def add_error_rates(self):
         """WER and CER as given, and _norm: lower-cased, without punctuation. The CER of a script
@@ -1582,8 +1583,8 @@ class Scores:
         """BLEU and chrF (Post 2018, arXiv 1804.08771), with their signatures."""
         hypotheses = [join([word.text for word in own]) for own in self.words]
         references = [join(ref) for ref in self.references]
-        tokenizer = {"words": "13a", "han": "zh", "kana": "char"}[script(self.references)]
-        self.metrics |= sacre(hypotheses, references, tokenizer, self.bootstrap)
+        tokenize = {"words": "13a", "han": "zh", "kana": "char"}[script(self.references)]
+        self.metrics |= sacre(hypotheses, references, tokenize, self.bootstrap)
 
     def add_latencies(self):
         """AL and LAAL of the utterances with a word; _ca: computation-aware."""
@@ -1595,6 +1596,12 @@ class Scores:
                 self.ratio(f"{name}{suffix}_ms", lag, [1] * len(lag))
         self.ratio("real_time_factor", [row["seconds"] for row in self.rows],
                    [row["duration_ms"] / 1000 for row in self.rows])
+
+
+def words_in(record, tag):
+    """A record's words of one stream, one for each unit of their composed text."""
+    return [replace(word, text=unit) for word in record["words"] if word.stream == tag
+            for unit in compose(word.text)]
 
 
 def script(texts):
@@ -1668,8 +1675,7 @@ def resegment(whole, singles):
             first.setdefault(name, {})[tag] = whole.get(name, {}).get(tag, 0)
         texts = [record["references"].get(tag, []) for record in singles]
         owner = [k for k, text in enumerate(texts) for _ in text] or [0]
-        words = [replace(word, text=unit) for word in whole["words"] if word.stream == tag
-                 for unit in compose(word.text)]
+        words = words_in(whole, tag)
         reference = [word for text in texts for word in text]
         for word, i in zip(words, stands_for(reference, [word.text for word in words])):
             k = owner[min(i, len(owner) - 1)]
@@ -1694,8 +1700,8 @@ def latency(delays, source_ms, n_ref):
     return lag(n_ref), lag(max(len(delays), n_ref))
 
 
-def sacre(hypotheses, references, tokenizer, bootstrap):
-    """BLEU and chrF of sacrebleu, with their signatures. Its own intervals fail where a draw scores
+def sacre(hypotheses, references, tokenize, bootstrap):
+    """BLEU and chrF of sacrebleu, with their signatures; tokenize: its name of a way to do that. Its own intervals fail where a draw scores
     0; the statistics of a set are the sums of its sentences', so the draws are made here."""
     try:
         from sacrebleu.metrics import BLEU, CHRF
@@ -1703,16 +1709,26 @@ def sacre(hypotheses, references, tokenizer, bootstrap):
         say("BLEU and chrF are left out: pip install sacrebleu")
         return {"bleu": None, "chrf": None}
     metrics = {}
-    for name, metric in (("bleu", BLEU(tokenize=tokenizer)), ("chrf", CHRF())):
+    for name, metric in (("bleu", BLEU(tokenize=tokenize)), ("chrf", CHRF())):
         score = metric.corpus_score(hypotheses, [references])
         metrics |= {name: score.score, f"{name}_signature": str(metric.get_signature())}
         if bootstrap:
             sums = np.array(metric._extract_corpus_statistics(hypotheses, [references]))
-            drawn = np.random.default_rng(0).integers(len(sums), size=(bootstrap, len(sums)))
             values = [metric._compute_score_from_stats(sums[rows].sum(0).tolist()).score
-                      for rows in drawn]
-            metrics[f"{name}_95"] = np.quantile(values, [0.025, 0.975]).tolist()
+                      for rows in draws(len(sums), bootstrap)]
+            metrics[f"{name}_95"] = interval(values)
     return metrics
+
+
+def draws(n, times):
+    """The bootstrap: n of n utterances (times, n), some more than once and others never; the same
+    for every score."""
+    return np.random.default_rng(0).integers(n, size=(times, n))
+
+
+def interval(values):
+    """What 95 % of them lie between."""
+    return np.quantile(values, [0.025, 0.975]).tolist()
 
 
 def write_logs(folder, records, metrics):

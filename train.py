@@ -1125,7 +1125,7 @@ class Batches:
     processes."""
 
     def __init__(self, source, corpus, run, options, ranks):
-        self.group, self.strict = options.accumulate, options.strict
+        self.accumulate, self.strict = options.accumulate, options.strict
         self.waited, self.told = 0.0, set()
         wanted = requests(corpus, run, options, ranks)
         workers = {}
@@ -1151,7 +1151,7 @@ class Batches:
         ahead = [self.pool.submit(next, self.loader) for _ in range(2)]
         while True:
             group = []
-            for _ in range(self.group):
+            for _ in range(self.accumulate):
                 began = time.perf_counter()
                 group.append(ahead.pop(0).result())
                 self.waited += time.perf_counter() - began
@@ -1640,7 +1640,7 @@ class Log:
         # Those of the other processes are about as many.
         self.mel_frames += self.world * sum(batch["mel_frames"] for batch in group)
         self.steps, learned = self.steps + 1, numbers.pop("learned")
-        self.count(learned, run, group, numbers["gradient_norm"])
+        self.give_up_if_stuck(learned, run, group, numbers["gradient_norm"])
         for name, number in numbers.items() if learned else ():  # on the device still: no wait here
             self.sums[name] = self.sums.get(name, 0) + number
             self.counts[name] = self.counts.get(name, 0) + 1
@@ -1648,7 +1648,8 @@ class Log:
         if run.step % LOG_EVERY == 0:
             self.flush(run)
 
-    def count(self, learned, run, group, norm):
+    def give_up_if_stuck(self, learned, run, group, norm):
+        """Counts the steps that were skipped; InputError for the GIVE_UPth in a row."""
         self.skipped += not learned
         self.in_a_row = 0 if learned else self.in_a_row + 1
         if self.in_a_row == GIVE_UP:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 sys.path.insert(0, str(ROOT))
 MAIN = "pip install -r requirements.txt && python train.py"
-TESTS = "pip install -r requirements.txt && pytest"
+TESTS = "pip install -r requirements.txt && pytest -n 2"
 
 
 def test_the_two_commands_stand_alone_on_a_line():
