@@ -885,6 +885,31 @@ def test_what_is_read_is_not_written_over(tmp_path):
     assert {path: path.read_bytes() for path in read} == read
 
 
+def test_the_commands_error_rate_knows_sure_from_possible(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.pairs").write_text("a b c ||| x y z\n")
+    (tmp_path / "a.gold").write_text("0-0 1-1 1p2\n")
+    monkeypatch.setattr(align, "align_bitext", lambda pairs, recipe: [[(0, 0), (1, 2), (2, 2)]])
+    align.main([str(tmp_path / "a.pairs"), "--gold", str(tmp_path / "a.gold"), "-o",
+                str(tmp_path / "a.links")])
+    assert "AER 40.0\n" in capsys.readouterr().err      # swapped 25.0, sure ones alone 60.0
+
+
+def test_silence_in_a_ctm_is_no_word(tmp_path):
+    from serialize import Row
+    (tmp_path / "a.ctm").write_text("u 1 0 0.3 SIL\nu 1 0.3 0.2 das\nu 1 0.5 0.1 <eps>\n"
+                                    "u 1 0.6 0.4 haus\nu 1 1 0.2 SP\n")
+    (_, times), = align.times_from(str(tmp_path / "a.ctm"))([Row("u", "a", asr="das haus")])
+    assert times["<asr>"] == pytest.approx([0.5, 1.0])
+
+
+def test_one_direction_alone_and_the_last_step_of_grow_diag():
+    forward, backward = {(0, 0), (0, 2)}, {(0, 0), (3, 3)}
+    assert align.symmetrise(forward, backward, "forward") == forward
+    assert align.symmetrise(forward, backward, "backward") == backward
+    # 0-2 has one free word, 3-3 two
+    assert align.symmetrise(forward, backward) == {(0, 0), (3, 3)}
+
+
 def test_the_method_is_the_one_asked_for(tmp_path, monkeypatch):
     (tmp_path / "a.pairs").write_text("a b ||| c d\n")
     seen = []

@@ -495,6 +495,48 @@ def test_closed_standard_error_and_a_full_disk(folder):
         assert (closed.returncode, closed.stderr) == (2, said)
 
 
+@pytest.mark.parametrize("rate", [8000, 44100])
+def test_a_piece_begins_at_its_second_at_any_rate(tmp_path, rate):
+    soundfile.write(tmp_path / "ramp.wav", np.linspace(.1, .9, 2 * rate), rate)
+    piece = read_audio(tmp_path / "ramp.wav", 0.5, 1.0)
+    assert len(piece) == SECOND
+    assert piece[SECOND // 2] == pytest.approx(0.5, abs=1e-2)      # at 1.0 s
+
+
+@pytest.mark.parametrize("rate", [22050, 44100, 48000])
+def test_resampling_keeps_what_lies_just_below_the_new_rates_half(rate):
+    tone = np.sin(2 * np.pi * 6800 * np.arange(rate) / rate).astype(np.float32)
+    exact = np.sin(2 * np.pi * 6800 * np.arange(16000) / 16000)
+    assert np.abs(resample(tone, rate, 16000) - exact)[200:-200].max() < 1e-2
+
+
+def test_an_ape_tag_is_no_sound():
+    def ends(flags):
+        numbers = (2000, 5032, 1, flags)                           # version, bytes, items
+        return b"APETAGEX" + b"".join(n.to_bytes(4, "little") for n in numbers) + bytes(8)
+    for tag in (ends(1 << 31) + bytes(5000) + ends(1 << 31), bytes(5000) + ends(0)):
+        for behind in (b"", b"TAG" + bytes(125)):
+            data = bytes(1000) + tag + behind
+            assert stream.between_tags(io.BytesIO(data), len(data)) == (0, 1000)
+
+
+def test_more_than_a_tenth_at_full_scale_is_clipped(tmp_path):
+    for every, refuse in ((7, True), (20, False)):
+        x = np.where(np.arange(SECOND) % every == 0, 1.0, 0.1 * noise(SECOND))
+        soundfile.write(tmp_path / "x.wav", x, 16000, subtype="FLOAT")
+        if refuse:
+            refused(tmp_path / "x.wav", "clipped, 14% of the samples", ffmpeg=False)
+        else:
+            assert len(read_audio(tmp_path / "x.wav")) == SECOND
+
+
+def test_the_command_loads_the_model_where_it_is_told(folder, capsys):
+    command = [str(folder / "model.pt"), str(folder / "2.wav"), "--device"]
+    assert stream.main([*command, "nonsense"]) == 2
+    assert "cannot be loaded on device nonsense" in capsys.readouterr().err
+    assert stream.main([*command, "cpu"]) == 0
+
+
 def test_a_duration_may_be_rounded_by_fifty_ms(tmp_path):
     soundfile.write(tmp_path / "x.wav", noise(SECOND) * 0.5, 16000)
     assert len(read_audio(tmp_path / "x.wav", 0.5, 0.54)) == 8000

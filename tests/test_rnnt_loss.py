@@ -1271,3 +1271,12 @@ def test_a_container_without_a_writable_folder_is_told_what_to_set(name):
     run = subprocess.run([sys.executable, "-c", NOWHERE, str(ROOT), name], capture_output=True,
                          text=True)
     assert "set NUMBA_CACHE_DIR to one that can be written" in run.stdout, run.stderr
+
+
+def test_simple_loss_is_reduced_as_the_others_are():
+    _, *rest = batch()
+    am, lm = simple_inputs()
+    costs, _ = simple_rnnt_loss(am, lm, *rest, blank=0, reduction="none")
+    assert torch.isclose(simple_rnnt_loss(am, lm, *rest, blank=0)[0], costs.mean())
+    total, _ = simple_rnnt_loss(am, lm, *rest, blank=0, reduction="sum")
+    assert torch.isclose(total, costs.sum())

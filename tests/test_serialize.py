@@ -575,6 +575,13 @@ def test_delays_by_hand():
     assert numbers[2:] == [50, 0.5, 0.5, 1.0]
 
 
+def test_tokens_a_second_and_tags_a_word():
+    row = Row("1", "a", duration=2.0, asr="a b", st={"fr": "x"}, links={"fr": [(0, 0)]})
+    n, numbers = module.cost_of([row], "ratio:0", Tokenizer(["<asr>", "<st:fr>"]))
+    # two tags, and of each of three words a byte and the separator
+    assert n == 1 and numbers[:2] == [4.0, pytest.approx(2 / 3)]
+
+
 def command(*arguments):
     call = [sys.executable, "serialize.py", *map(str, arguments)]
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)

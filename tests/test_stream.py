@@ -15,6 +15,7 @@ import sys
 import termios
 import threading
 import types
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -399,6 +400,23 @@ def test_a_blank_penalty_and_a_hold_reach_the_beam():
     assert (found.blank_penalty, found.hold) == (3.0, 7)
 
 
+def test_a_beam_is_quiet_since_the_last_token_that_it_showed():
+    streamer = Streamer(lively(), TOKENIZER, pause=1.0, beam=2)    # 25 frames
+    streamer.search.done, streamer.search.shown_at, streamer.in_utterance = 50, 44, True
+    assert streamer.search.quiet == 5 and streamer.events([], False) == []
+    streamer.search.done = 70
+    pause, = streamer.events([], False)
+    assert isinstance(pause, stream.Pause) and streamer.search.quiet == 25
+
+
+def test_a_beam_has_held_a_token_since_it_came_to_stay():
+    beam = stream.Beam(lively(), 2, hold=3)
+    for done, tokens, since in ((4, (1,), [4]), (6, (1, 2), [4, 6]), (9, (1, 3), [4, 9])):
+        beam.done, beam.hyps = done, [replace(beam.hyps[0], tokens=tokens)]
+        beam.follow_leader()
+        assert beam.held_since == since
+
+
 def test_a_greedy_search_knows_how_long_it_was_quiet():
     search = stream.Greedy(lively())
     for tokens, quiet in (([stream.Written(5, 3, -0.1)], 4), ([], 12), ([], 20),
@@ -690,6 +708,29 @@ def captions(folder, capsys, monkeypatch, source, *more, data=b""):
     code = stream.main([str(folder / "model.pt"), source, *more])
     out, err = capsys.readouterr()
     return code, out, err
+
+
+def test_a_line_of_wide_characters_has_42_columns(tmp_path):
+    words = [("\u6211", 0.1 * k, 0.1 * k + 0.1) for k in range(30)]
+    assert cues(tmp_path / "a", words) == (
+        "1\n00:00:00,000 --> 00:00:03,000\n" + "\u6211" * 21 + "\n" + "\u6211" * 9 + "\n\n")
+
+
+def test_cues_pause_as_the_command_is_told(folder, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(stream, "opened_tracks",
+                        lambda planned, pause: asked.append(pause) or nullcontext([]))
+    command = [str(folder / "model.pt"), str(folder / "2.wav"), "--srt", str(tmp_path / "x.srt")]
+    assert stream.main([*command, "--pause", "2.5"]) == 0 == stream.main(command)
+    assert asked == [2.5, 1.0]
+
+
+def test_an_evaluation_stays_in_its_folder(folder, tmp_path, capsys):
+    row = {"id": "a", "audio": str(folder / "0.wav"), "asr": "la"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row) + "\n")
+    assert stream.main([str(folder / "model.pt"), "--eval", str(tmp_path / "m.jsonl")]) == 2
+    err = capsys.readouterr().err
+    assert "--allow-outside permits that" in err and "no usable row" in err
 
 
 def test_vtt_is_webvtt_and_srt_is_not(folder, capsys, monkeypatch, tmp_path):
