@@ -356,10 +356,9 @@ class Stack(nn.Module):
         return bias.masked_fill((chunks_back < 0) | (chunks_back > left), MASKED)
 
     def forward(self, x, chunk, left, state=None, lengths=None):
-        """x (B, Q, D) that begins at a chunk's first frame; chunk, left: as for `bias`, chunk 0: all
-        of x is one; state: the frames before; lengths (B,): how many of the Q are real. ->
-        (B, Q, D), and what each layer knows of past and present: keys, values, inputs of the
-        convolution."""
+        """x (B, Q, D) that begins at a chunk's first frame; chunk, left: as for `bias`, chunk 0 is
+        all of x; state: the frames before; lengths (B,): how many of the Q are real. -> (B, Q, D),
+        and what each layer knows of past and present: keys, values, inputs of the convolution."""
         Q, past = x.shape[1], 0 if state is None else state.keys.shape[3]
         chunk, real = chunk or Q, None
         position = torch.arange(-past, Q, device=x.device)
@@ -604,7 +603,7 @@ def save(path, model: Transducer, **plain) -> None:
     _check_plain(plain, path)
     content = {"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION,
                "config": asdict(model.config), "model": model.state_dict(), "beside": plain}
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
     try:
         with open(temporary, "wb") as file:
             _write(content, file)

@@ -593,6 +593,7 @@ def prune_band(posteriors, logit_lengths, target_lengths, width):
     if (width := _whole("width", width)) < 1:
         raise ValueError(f"width must be a whole number of rows, 1 or more, not {width}")
     (B, T, U1), device = posteriors.shape, posteriors.device
+    width = min(width, U1)                            # more rows than that there are not
     frames = _integers("logit_lengths", logit_lengths, 1, B).cpu()                    # (B,)
     counts = _integers("target_lengths", target_lengths, 1, B).cpu()
     _refuse("logit_lengths", frames, (frames < 1) | (frames > T), f"1..{T}")
@@ -1113,7 +1114,7 @@ def check_arguments(logits, targets, logit_lengths, target_lengths, blank, *, re
     U = min(U1 - 1, targets.shape[1])
 
     def there(a):                                     # without waiting for the GPU
-        return a.to(device, non_blocking=True)
+        return a.to(device, non_blocking=device.type != "cpu")  # what a CPU would read too soon
     frames, counts = there(logit_lengths), there(target_lengths)
     labels = torch.nn.functional.pad(there(targets[:, :U]), (0, U1 - U))              # (B,U1)
     written = torch.arange(U1, device=device) < counts[:, None]                       # (B,U1)

@@ -87,6 +87,7 @@ KEPT_S = 18_000       # seconds of decoded sound that are kept in memory: 1.2 GB
 LINKS_HERE = 50_000   # rows that are still aligned at the start of a run, where links lack
 BPE_ROWS = 50_000     # rows that the tokenizer learns from, at most
 TEST_SIZE = 200       # built-in utterances to evaluate on
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 TASKS = ("transducer", "simple", "letters", "words", "next_label")
 
 
@@ -196,8 +197,9 @@ def parse_options(argv):
 
 
 def options_of(given):
-    for name in ("manifest", "resume", "init", "out"):
-        if given.get(name) == "":              # as of a shell's variable that is not set
+    for name in ("manifest", "dev", "noise", "resume", "init", "out"):
+        # As of a shell's variable that is not set; a run that goes on may do without some.
+        if given.get(name) == "" and not (given.get("resume") and name in ("dev", "noise")):
             raise InputError(f"{name if name == 'manifest' else flag(name)} is empty")
     for name in ("manifest", "dev", "noise", "init", "resume"):
         if given.get(name):
@@ -362,10 +364,13 @@ def learn(run, corpus, dev, options, ranks, folder):
                     break
                 evaluates = run.step % options.eval_every == 0
                 if ranks.first and (evaluates or time.monotonic() - saved > SAVE_EVERY):
-                    if evaluates:
-                        milestone(run, dev, options, folder, log, stop)
-                    else:
-                        save_run(run, options, folder, log)
+                    try:
+                        if evaluates:
+                            milestone(run, dev, options, folder, log, stop)
+                        else:
+                            save_run(run, options, folder, log)
+                    except OSError as error:                   # a disk that is full for a while
+                        tell(f"train.py: {error}; the run goes on and tries again")
                     saved = time.monotonic()
                 # Ended amid an evaluation, it stays at this step, whose evaluation is owed.
                 if evaluates and ranks.agree(stop.wanted):
@@ -512,13 +517,14 @@ class Ranks:
 
 
 class StopSignal:
-    """Within it, Ctrl-C or SIGTERM let the step in progress end, then the run is saved; a second
-    Ctrl-C ends it at once. (A second SIGTERM is none: a batch system sends one to every process,
-    and torchrun passes its own on.)"""
+    """Within it, Ctrl-C, SIGTERM or a terminal that closes (SIGHUP, unless nohup has it ignored)
+    let the step in progress end, then the run is saved; a second Ctrl-C ends it at once. (A second
+    SIGTERM is none: a batch system sends one to every process, and torchrun passes its own on.)"""
 
     def __enter__(self):
         self.wanted = False
-        self.before = {n: signal.signal(n, self.seen) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {n: signal.signal(n, self.seen) for n in STOPS
+                       if signal.getsignal(n) is not signal.SIG_IGN}
         return self
 
     def seen(self, number, frame):
@@ -1072,8 +1078,9 @@ def stated_seconds(path):
     """What the header of a file says of its length; 0 where it says nothing."""
     import soundfile
     try:
-        info = soundfile.info(path)
-    except soundfile.SoundFileError:
+        with open(path, "rb") as file:         # soundfile itself wants names that are UTF-8
+            info = soundfile.info(file)
+    except (soundfile.SoundFileError, OSError):
         return 0.0
     return info.duration if info.frames < stream.UNKNOWN else 0.0
 
@@ -1169,10 +1176,10 @@ class Batches:
 
 
 def quiet_worker(_):
-    """Ctrl-C reaches every process of a terminal, and SIGTERM all of a job; only the first is to
-    act on them, and tells the workers when there is nothing left to do."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Ctrl-C and SIGHUP reach every process of a terminal, and SIGTERM all of a job; only the first
+    is to act on them, and tells the workers when there is nothing left to do."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
     # Else one of six died of a library's threads as it ended ("terminate called").
     atexit.register(os._exit, 0)
 
@@ -1430,6 +1437,9 @@ def usable(rows, options, tokenizer=None):
             if row.duration > options.max_seconds:
                 raise InputError(f"{row.duration:.1f} s long, --max-seconds is "
                                  f"{options.max_seconds}")
+            letters = sum(len(word) + 1 for _, word in pairs)
+            if letters > stream.BABBLE * (1 + len(row.st)) * (1 + row.duration):
+                raise InputError(f"{letters} letters to write in {row.duration:.1f} s of sound")
         except USER_ERRORS as error:
             message = str(error) if row.where in str(error) else f"{row.where}: {error}"
             if options.strict:
@@ -1627,8 +1637,8 @@ class Log:
             return []
         with open(self.path, newline="", errors="replace") as file:
             # A line that a power cut left half written, or full of zeros, is none.
-            whole = (line for line in file if "\0" not in line)
-            return [line for line in csv.DictReader(whole)
+            whole = (line for line in file if "\0" not in line and len(line) < 10_000)
+            return [line for line in csv.DictReader(whole, quoting=csv.QUOTE_NONE)
                     if all((line.get(k) or "").isdecimal() for k in ("step", "skipped"))]
 
     def start(self):
@@ -1678,8 +1688,11 @@ class Log:
             "waited_s": f"{self.waited - self.waited_before:.3f}",
         }
         if self.first:
-            with naming(self.path), open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, self.COLUMNS).writerow(line)
+            try:
+                with open(self.path, "a", newline="") as file:
+                    csv.DictWriter(file, self.COLUMNS).writerow(line)
+            except OSError as error:           # no reason to lose a run, nor to save it later
+                tell(f"{self.path}: {error.strerror}; the line of step {run.step} is left out")
             self.bar.set_postfix_str(f"{told}  {line['audio_s_per_s']} s/s")
             if self.bar.disable and run.step % (2 * LOG_EVERY) == 0:
                 # Not a terminal: a line now and then.
@@ -1776,10 +1789,10 @@ def past_metrics(folder):
         return []
     try:
         past = json.loads(path.read_text())
-        for entry in past:
-            int(entry["step"])
+        if not isinstance(past, list) or any(type(entry["step"]) is not int for entry in past):
+            raise ValueError
         return past
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise InputError(f"{path}: damaged; move it away, the run goes on without it") from None
 
 
@@ -2219,7 +2232,7 @@ def write_sound(path, samples):
     import soundfile
     try:
         soundfile.write(path, samples, SAMPLE_RATE)
-    except soundfile.SoundFileError as error:                  # a full disk, as a rule
+    except (soundfile.SoundFileError, UnicodeEncodeError) as error:    # a full disk, as a rule
         raise InputError(f"{path}: cannot be written: {error}") from None
 
 
@@ -2271,13 +2284,16 @@ def tell(message):
 
 
 def main(argv=None):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:        # closed: progress bars want one
+            setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):    # a letter that the screen lacks is a question mark
         sys.stdout.reconfigure(errors="replace")
-    if sys.stderr is None:                    # closed: progress bars want one
-        sys.stderr = open(os.devnull, "w")
-    with redirect_stdout(sys.stdout and Outlived(sys.stdout)), \
-            redirect_stderr(sys.stderr and Outlived(sys.stderr)):
-        return command(argv)
+    with redirect_stdout(Outlived(sys.stdout)), redirect_stderr(Outlived(sys.stderr)):
+        try:
+            return command(argv)
+        finally:
+            print(end="", flush=True)         # here, where what a full disk refuses is dropped
 
 
 def command(argv):
@@ -2288,6 +2304,8 @@ def command(argv):
         options = options_of(given)
         if folder_and_size:
             folder, size = folder_and_size
+            if not folder:
+                raise InputError("--write-corpus: the folder's name is empty")
             if options.manifest or options.resume:
                 raise InputError(f"--write-corpus {folder} writes the built-in corpus: it does not "
                                  f"go with {options.manifest or '--resume ' + options.resume}")
@@ -2305,9 +2323,13 @@ def command(argv):
     except USER_ERRORS as error:
         tell(f"train.py: {error}")
         return 2
-    except torch.OutOfMemoryError as error:
-        tell(f"train.py: {str(error).splitlines()[0]} (the same update in less memory: half "
-                   "of --batch-seconds, twice --accumulate)")
+    except (MemoryError, RuntimeError) as error:               # a processor's are of no type
+        said = str(error).partition("\n")[0] or "out of memory"
+        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocat" in said
+        if not memory and "DataLoader worker" not in said:     # which is told when one was killed
+            raise
+        tell(f"train.py: {said}" + " (the same update in less memory: half of --batch-seconds, "
+             "twice --accumulate)" * memory)
         return 2
     except KeyboardInterrupt:
         tell("train.py: stopped")

@@ -22,6 +22,7 @@ import statistics
 import sys
 import threading
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -363,7 +364,7 @@ def resident_mb():
 
 
 def stream(options):
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(min(options.threads, os.cpu_count() or 1))
     print(machine())
     speed_table([("tiny", 8), ("small", 8), ("paper", 25)], options.seconds)
     many_streams("tiny", 16, 20)
@@ -514,7 +515,7 @@ def joint_table(shape, width, repeats, device):
 
 
 def loss(options):
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(min(options.threads, os.cpu_count() or 1))
     print(machine())
     shapes = [(4, 150, 20, 1000), (8, 300, 40, 500), (16, 200, 50, 4000)][:options.shapes]
     # Memory that a virtual machine never gave is slow.
@@ -584,8 +585,12 @@ def tokenizer(options):
     from serialize import Tokenizer
     lines = []
     for path in options.files:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-            lines += file.read().splitlines()
+        try:
+            opened = gzip.open if path.endswith(".gz") else open
+            with opened(path, "rt", encoding="utf-8") as file:
+                lines += file.read().splitlines()
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+            sys.exit(f"bench.py: {path}: {error}")
     lines = [line for line in lines if line.strip()][:options.sentences]
     if not lines:
         sys.exit(f"bench.py: no sentence in {' '.join(options.files)}")

@@ -378,7 +378,7 @@ def check(exercise, answer):
     for k, given in enumerate(inputs):
         try:
             found.append(answer(*copy.deepcopy(given)))         # it may change what it gets
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return False, f"{shown(exercise, given)} raised {type(error).__name__}: {error}"
     wrong = [k for k in range(len(inputs)) if not same(found[k], wanted[k])]
     if not wrong:
@@ -413,7 +413,10 @@ def load_answer(path, name):
         raise SystemExit(f"exercises.py: {path}: a file of Python ends in .py")
     spec = importlib.util.spec_from_file_location("answer", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:           # of theirs: a slip, or a sys.exit at the end
+        raise SystemExit(f"exercises.py: {path}: {type(error).__name__}: {error}") from None
     answer = getattr(module, name, None)
     if not callable(answer):
         raise SystemExit(f"exercises.py: {path} defines no function {name}")

@@ -30,7 +30,7 @@ PALE, RULE = "#8a939d", "#d9dee3"
 SOUND, LANE, GAP = 0.8, 0.25, 0.45  # inches: the waveform, a line of words, between two rows
 ROW_S = 8.0                         # seconds of sound in a row of the timeline, at most
 WIDTH = 10.0                        # inches
-STYLE = {"font.family": "DejaVu Sans", "font.size": 10}
+STYLE = {"font.family": "DejaVu Sans", "font.size": 10, "text.parse_math": False}   # "$" is itself
 
 
 def plotting(output):
@@ -164,7 +164,7 @@ def lattice(options):
     from stream import load_run
     pyplot = plotting(options.output)
     model, tokenizer, beside = load_run(options.checkpoint)
-    row, samples = train.BuiltIn("de-en", 0).unseen(options.utterance + 1)[-1]
+    samples, row = train.speak_row(train.builtin_row(options.utterance, test=True))
     pairs = [pair for pair in interleave(row, mode_of(row, beside.get("mode", "align")))
              if pair[0] in tokenizer.tag_id]
     if not pairs:
@@ -296,13 +296,13 @@ def curves(options):
         path = Path(run) / "log.csv"
         if not path.is_file():
             sys.exit(f"figures.py: {path}: no such file")
-        with open(path, newline="", errors="replace") as file:
-            logs[str(run)] = list(csv.DictReader(file))
         try:
+            with open(path, newline="", errors="replace") as file:
+                logs[str(run)] = list(csv.DictReader(file))
             for line in logs[str(run)]:
                 int(line["step"])
                 [float(line[task]) for task in LOSSES if line.get(task)]
-        except (KeyError, ValueError, TypeError):
+        except (KeyError, ValueError, TypeError, csv.Error):
             sys.exit(f"figures.py: {path}: not the log of a run")
     tasks = [t for t in LOSSES if any(line.get(t) for log in logs.values() for line in log)]
     if not tasks:
@@ -473,8 +473,8 @@ def make_parser():
 
 
 def main(argv=None):
-    options = make_parser().parse_args(argv)
     with told("figures.py"):
+        options = make_parser().parse_args(argv)
         options.run(options)
 
 

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from oneline import told
 from serialize import read_manifest
-from stream import (SAMPLE_RATE, evaluate, load_run, own_search, own_streams, readable, resegment,
-                    summarise)
+from stream import (SAMPLE_RATE, InputError, evaluate, load_run, own_search, own_streams, readable,
+                    resegment, summarise)
 
 
 def join(items, seconds):
@@ -45,6 +45,10 @@ def compare(model, tokenizer, items, seconds, **how):
     metrics, records = evaluate(model, tokenizer, items, bootstrap=1000, **how)
     whole = [(group[0][0], np.concatenate([samples for _, samples in group])) for group in groups]
     _, long = evaluate(model, tokenizer, whole, **how)
+    if len(records) < len(items) or len(long) < len(groups):
+        raise InputError("the model babbles: the evaluation broke off, there is nothing to compare")
+    if not metrics:
+        raise InputError("no row has a text of a stream that the model writes")
     singles, parts = iter(records), []
     for group, record in zip(groups, long):
         parts += resegment(record, [next(singles) for _ in group])
@@ -64,7 +68,7 @@ def main():
     model, tokenizer, beside = load_run(options.checkpoint)
     items = list(readable(read_manifest(options.manifest, allow_outside=options.allow_outside)))
     how = own_search(beside) | {"tags": own_streams(beside, tokenizer), "chunk": options.chunk,
-                                "progress": True}
+                                "progress": len(items)}
     n, alone, joined = compare(model, tokenizer, items, options.seconds, **how)
     print(f"{len(items)} utterances, {n} joined streams of about {options.seconds:g} s")
     print(f"{'':10}{'':12}{'one by one':>28}{'joined':>28}")

@@ -10,9 +10,13 @@ from contextlib import contextmanager
 def told(tool):
     """Around the work of a tool: it ends with one line for what a user can mend, with no word where
     nobody reads on, and with a traceback for all else."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     try:
-        yield
-        print(end="", flush=True)     # here, where a pipe that nobody reads is caught
+        try:
+            yield
+        finally:
+            print(end="", flush=True)     # here, where a pipe that nobody reads is caught
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
@@ -33,4 +37,8 @@ def told(tool):
 def _refuse(message):
     """Code 2, as the project's commands have it; sys.exit(message) would be 1."""
     print(message, file=sys.stderr)
+    try:
+        print(end="", flush=True)
+    except OSError:                   # a full disk: Python would try again as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(2)

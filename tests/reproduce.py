@@ -92,14 +92,16 @@ def train_in(name, options):
     if begun and note.exists() and json.loads(note.read_text()) != options:
         sys.exit(f"{folder} was made with other options: move it away, or run it as it was, "
                  f"{' '.join(json.loads(note.read_text()))}")
-    note.write_text(json.dumps(options))
+    write_whole(note, json.dumps(options))
     if (folder / "done.json").exists():
         return folder
     given = ["--resume", str(folder)] if begun else [*options, "--out", str(folder)]
     if options[:1] == ["--resume"]:
         if not begun:
-            for file in ("log.csv", "metrics.json", "model.pt", "best.pt", "resume.pt"):
-                shutil.copy(Path(options[1]) / file, folder)       # resume.pt last: it says "begun"
+            for file in ("log.csv", "metrics.json", "model.pt", "best.pt"):
+                shutil.copy(Path(options[1]) / file, folder)
+            shutil.copy(Path(options[1]) / "resume.pt", folder / "resume.new")
+            os.replace(folder / "resume.new", folder / "resume.pt")         # now it is begun
         given = ["--resume", str(folder), *options[2:]]
     if left_to_do(folder, options):
         print("+", " ".join(["python train.py", *given]), flush=True)
@@ -115,7 +117,7 @@ def train_in(name, options):
     beside = load(folder / "resume.pt")[1]
     seconds = None if given[0] == "--resume" else round(time.perf_counter() - began)
     done = {"steps": beside["step"], "seconds": seconds, "trained_at": commit()}
-    (folder / "done.json").write_text(json.dumps(done))
+    write_whole(folder / "done.json", json.dumps(done))
     return folder
 
 
@@ -125,10 +127,9 @@ def left_to_do(folder, given):
     from model import load
     if not (folder / "resume.pt").exists():
         return True
+    steps = ["--steps", given[given.index("--steps") + 1]] if "--steps" in given else []
+    options = train.parse_options(["--resume", str(folder), *steps])
     beside = load(folder / "resume.pt")[1]
-    options = train.Options(**beside["options"])
-    if "--steps" in given:                          # more than the run knows of, with --resume
-        options = replace(options, steps=int(given[given.index("--steps") + 1]))
     return beside["step"] < options.steps or train.evaluation_owed(beside["step"], options, folder)
 
 
@@ -143,7 +144,14 @@ def write_result(name, result):
     """A small file with what was measured, when, and on what."""
     about = {"date": str(date.today()), "commit": commit(), "machine": machine()}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(about | result, indent=1) + "\n")
+    write_whole(RESULTS / f"{name}.json", json.dumps(about | result, indent=1) + "\n")
+
+
+def write_whole(path, text):
+    """Or, on a full disk, not at all."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
 
 
 def commit():
@@ -174,7 +182,7 @@ def options_of(path):
     """The options of the run that this model is of."""
     import train
     from model import load
-    options = train.Options(**load(train.run_folder(path) / "resume.pt")[1]["options"])
+    options = train.parse_options(["--resume", str(path)])
     if options.manifest and not options.dev:
         sys.exit(f"{path}: its run had no development set (--dev)")
     return options
@@ -817,13 +825,13 @@ def table():
     for name, (what, command) in PICTURES.items():
         if (ROOT / ".github" / name).exists():
             text += ["", f"## {what}", "", f"![{what}](../../.github/{name})", "", f"    {command}"]
-    (RESULTS / "README.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    write_whole(RESULTS / "README.md", "\n".join(text) + "\n")
     readme = ROOT / "README.md"
     whole = readme.read_text(encoding="utf-8")
     for path in sorted(RESULTS.glob("*.json")):
         if f"<!-- {path.stem} -->" in whole:
             whole = between(whole, path.stem, "\n".join(table_of(path)))
-    readme.write_text(whole, encoding="utf-8")
+    write_whole(readme, whole)
     print("\n".join(text))
 
 

@@ -122,6 +122,11 @@ def test_an_answer_that_is_no_file_of_python(tmp_path):
     (tmp_path / "my.txt").write_text("def alpha(): pass")
     with pytest.raises(SystemExit, match="my.txt: a file of Python ends in .py"):
         exercises.load_answer(str(tmp_path / "my.txt"), "alpha")
+    for slip, said in (("import sys; sys.exit(0)", "SystemExit: 0"),
+                       ("def alpha(:", "SyntaxError")):
+        (tmp_path / "my.py").write_text(slip)
+        with pytest.raises(SystemExit, match=f"my.py: {said}"):
+            exercises.load_answer(str(tmp_path / "my.py"), "alpha")
 
 
 def test_numbers_are_equal_to_a_millionth():

@@ -70,7 +70,9 @@ def test_mask_links_and_curves_are_drawn(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "log.csv").write_text("step,letters,transducer\n50,3.1,\n100,2.0,\n150,1.5,4.0\n")
-    for arguments in (["mask"], ["curves", run], ["links"]):
+    (tmp_path / "money.pairs").write_text("Ke$$a zahlt $1_$2 ||| Ke$$a pays $5/$6\n")
+    for arguments in (["mask"], ["curves", run], ["links"],
+                      ["links", "--pairs", tmp_path / "money.pairs", "--lines", "0"]):
         done = draw(*arguments, "-o", tmp_path / "a.png")
         assert done.returncode == 0, done.stderr
         assert min(size(tmp_path / "a.png")) > 300

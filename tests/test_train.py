@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -385,6 +386,17 @@ def test_bad_rows_are_named_counted_and_left_out(bad_manifest, capsys):
         line = next(line for line in said.splitlines() if f"rows.jsonl:{number}:" in line)
         assert what in line
     assert "2 of 9 rows skipped" in said and "4 of 7 rows left out" in said
+
+
+def test_a_text_that_no_sound_can_hold_is_left_out(tmp_path, capsys):
+    soundfile.write(tmp_path / "a.wav", np.full(16000, 0.1), 16000)
+    rows = [{"audio": "a.wav", "asr": text, "st": {"en": "b"}} for text in
+            ("a" * 300, "a" * 600, "a b " * 1000)]
+    corpus, _ = train.open_corpus(train.parse_options(
+        [str(write_rows(tmp_path, rows)), "--device", "cpu"]))
+    assert [len(row.asr) for row in corpus.rows(0)] == [300]
+    said = capsys.readouterr().err
+    assert "rows.jsonl:2: 603 letters to write in 1.0 s of sound: left out" in said
 
 
 def test_strict_is_about_sound_too(tmp_path):
@@ -819,7 +831,8 @@ def test_a_bad_row_takes_no_good_one_with_it(tmp_path, small):
     assert source.background(s, 100, np.random.default_rng(0), []) is None
 
 
-@pytest.mark.parametrize("content", ["", "[{}]", "3", '[{"step": 1, "str'])
+@pytest.mark.parametrize("content", ["", "[{}]", "3", '[{"step": 1, "str', '[{"step": "600"}]',
+                                     '[{"step": Infinity}]', "{}", "[" * 100_000])
 def test_damaged_metrics_are_named(tmp_path, content):
     (tmp_path / "metrics.json").write_text(content)
     with pytest.raises(train.InputError, match="metrics.json: damaged; move it away"):
@@ -836,8 +849,9 @@ def test_a_corpus_is_not_written_over_another(tmp_path, capsys):
 def test_what_a_shell_left_empty_is_told(capsys):
     """As `train.py "$DATA"`: it would train on the built-in corpus."""
     assert "manifest is empty" in refused(capsys, "", "--device", "cpu")
-    for name in ("--resume", "--init", "--out"):
+    for name in ("--resume", "--init", "--out", "--dev", "--noise"):
         assert f"{name} is empty" in refused(capsys, name, "", "--device", "cpu")
+    assert "the folder's name is empty" in refused(capsys, "--write-corpus", "", "3")
 
 
 def test_noise_comes_from_a_folder_with_sound_in_it(tmp_path, capsys, small):
@@ -848,6 +862,7 @@ def test_noise_comes_from_a_folder_with_sound_in_it(tmp_path, capsys, small):
     hum = (0.5 * np.sin(np.arange(8000) / 10)).astype(np.float32)
     soundfile.write(tmp_path / "hum.wav", hum, 16000)
     (tmp_path / "broken.wav").write_bytes(b"none")
+    shutil.copy(tmp_path / "hum.wav", os.fsencode(tmp_path) + b"/stra\xdfe.wav")     # no UTF-8
     os.mkfifo(tmp_path / "pipe.wav")                           # whoever opens it waits for ever
     options = train.parse_options(["--noise", str(tmp_path), "--device", "cpu", "--join", "1"])
     corpus = train.BuiltIn("de-en", 0)
@@ -1704,13 +1719,67 @@ def test_a_full_disk_is_named_by_the_file(small, tmp_path, capsys, monkeypatch):
 
         def __getattr__(self, name):
             raise OSError(28, "No space left on device")
-    for name, writer in (("log.csv", "DictWriter"), ("metrics.json", "dumps")):
-        with monkeypatch.context() as patch:
-            patch.setattr(train.csv if writer == "DictWriter" else train.json, writer,
-                          lambda *args, **how: Full(tmp_path).write)
-            assert train.main([*SHORT, "--steps", "6", "--out", str(tmp_path / name)]) == 2
-        said = capsys.readouterr().err.splitlines()[-1]
-        assert name in said and "No space left" in said and "stays as it is" in said
+    with monkeypatch.context() as patch:
+        patch.setattr(train.json, "dumps", lambda *args, **how: Full(tmp_path).write)
+        assert train.main([*SHORT, "--steps", "6", "--out", str(tmp_path / "a")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "metrics.json" in said and "No space left" in said and "stays as it is" in said
+
+
+def test_a_disk_that_is_full_for_a_while_ends_no_run(small, tmp_path, capsys, monkeypatch):
+    """Lines of the log are left out, and a checkpoint that cannot be written is tried again."""
+    class Writer(train.csv.DictWriter):
+        def writerow(self, line):
+            raise OSError(28, "No space left on device")
+
+        def writeheader(self):                                 # before the run: as ever
+            self.writer.writerow(self.fieldnames)
+
+    real, failed = train.save_run, []
+
+    def save_run(run, *rest):
+        if run.step == 2 and not failed:
+            failed.append(run.step)
+            raise OSError(28, "No space left on device", "resume.pt")
+        real(run, *rest)
+    monkeypatch.setattr(train.csv, "DictWriter", Writer)
+    monkeypatch.setattr(train, "save_run", save_run)
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    folder = tmp_path / "run"
+    assert train.main([*SHORT, "--steps", "6", "--eval-every", "2", "--out", str(folder)]) == 0
+    said = capsys.readouterr().err
+    assert "log.csv: No space left on device; the line of step 1 is left out" in said
+    assert "the run goes on and tries again" in said and failed == [2]
+    assert load(folder / "resume.pt")[1]["step"] == 6
+    assert (folder / "log.csv").read_text().count("\n") == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
+def test_a_terminal_that_closes_stops_a_run_unless_nohup_says_otherwise():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, wanted in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+            signal.signal(signal.SIGHUP, handler)
+            with train.StopSignal() as stop:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert stop.wanted == wanted
+            assert signal.getsignal(signal.SIGHUP) is handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("error, told", [
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+     "half of --batch-seconds"), (MemoryError(), "out of memory"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "worker (pid 7)")])
+def test_too_little_memory_is_told(error, told, capsys, monkeypatch):
+    def fails(options):
+        raise error
+    monkeypatch.setattr(train, "train", fails)
+    assert told in refused(capsys, "--device", "cpu")
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")      # a mistake in the code
+    with pytest.raises(RuntimeError, match="mat1"):
+        train.main(["--device", "cpu"])
 
 
 def test_links_are_learned_at_the_start_from_few_rows_only(small, tmp_path, capsys, monkeypatch):
