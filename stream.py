@@ -1701,8 +1701,8 @@ def latency(delays, source_ms, n_ref):
 
 
 def sacre(hypotheses, references, tokenize, bootstrap):
-    """BLEU and chrF of sacrebleu, with their signatures; tokenize: its name of a way to do that. Its
-    own intervals fail where a draw scores 0; the statistics of a set are the sums of its
+    """BLEU and chrF of sacrebleu, with their signatures; tokenize: its name of a way to do that.
+    Its own intervals fail where a draw scores 0; the statistics of a set are the sums of its
     sentences', so the draws are made here."""
     try:
         from sacrebleu.metrics import BLEU, CHRF
