@@ -4,7 +4,8 @@
     python align.py IN.jsonl -o OUT.jsonl       links for the rows of a manifest that lack them
     python align.py IN.jsonl -o OUT.jsonl --times RUN/model.pt    and the times of its words: of the
                                                 best path through a trained transducer (Viterbi),
-    python align.py IN.jsonl -o OUT.jsonl --times FILE.ctm        of a forced aligner's output,
+    python align.py IN.jsonl -o OUT.jsonl --times FILE.ctm        of a forced aligner's output
+                                                (the transcription alone),
     python align.py IN.jsonl -o OUT.jsonl --times FOLDER          of Praat TextGrids, as MFA's
 
 The aligner learns from the bitext alone, and in both directions. Forward, every target word j is
@@ -1135,7 +1136,8 @@ def parse_options(argv):
     add("--gold", help="`i-j` sure, `ipj` possible: print the alignment error rate")
     add("--method", choices=METHODS, help=f"how directions are joined (default {Recipe.method})")
     add("--model", help="link by this encoder instead: a name for transformers, or its folder")
-    add("--times", help="RUN/model.pt, a CTM, or a folder of TextGrids named by row id")
+    add("--times", help="RUN/model.pt (the texts that it writes), or a CTM or a folder of TextGrids"
+        " named by row id (the transcription alone)")
     add("--allow-outside", action="store_true", help="sound may lie outside the manifest's folder")
     options = parser.parse_args(argv)
     manifest = is_manifest(options.input or "")

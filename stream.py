@@ -1826,7 +1826,8 @@ def at_least(lowest, kind=int):
 
 def arguments():
     parser = argparse.ArgumentParser(
-        prog="stream.py", description="Live captions of a file or of standard input.")
+        prog="stream.py", description="Live captions of a file, of standard input or of "
+        "the microphone; with --eval, scores on a manifest.")
     add = parser.add_argument
     add("checkpoint", nargs="?", help="model.pt of a run; without it, a demonstration")
     add("audio", nargs="?",
@@ -1840,7 +1841,8 @@ def arguments():
     add("--blank-penalty", type=float, metavar="P",
         help="taken off the log-probability of writing nothing: more words (default: the model's)")
     add("--pause", type=at_least(0.04, float), default=1.0, metavar="SECONDS",
-        help="without a token, they end an utterance (default 1): an event of --json, a cue")
+        help="without a token, they end an utterance (default 1): an event of --json, and the cue "
+        "of a subtitle")
     add("--json", action="store_true", help="one line of JSON for each word and pause")
     add("--srt", metavar="FILE", help="write SubRip subtitles too, one file for each stream")
     add("--vtt", metavar="FILE", help="the same as WebVTT")
@@ -1849,7 +1851,7 @@ def arguments():
     add("--log", metavar="DIR", help="with --eval: write metrics.json and SimulEval logs there")
     add("--allow-outside", action="store_true",
         help="with --eval: audio may lie outside the manifest's folder")
-    add("--device", default="cpu")
+    add("--device", default="cpu", help="cpu or cuda (default cpu)")
     add("--threads", type=at_least(1), default=1,
         help="of the processor (default 1: a chunk is too little work to share)")
     return parser

@@ -105,8 +105,12 @@ class Options:
     dev: str = option("", "manifest to evaluate on; its rows need no links")
     corpus: str = option(
         "de-en", "languages of the built-in corpus: de-en, en-de,es,it or de,es,it-en")
-    preset: str = option("tiny", "size of the network", choices=sorted(PRESETS))
-    interleave: str = option("align", "align, time, ratio:G, asr or st")
+    preset: str = option(
+        "tiny", "size of the network, in million parameters: tiny 2, small 12, paper 139",
+        choices=sorted(PRESETS))
+    interleave: str = option(
+        "align", "the order of both texts: align (by links), time (by times) or ratio:G, G from 0 "
+        "to 1; or one text alone: asr, st")
     init: str = option("", "start from the weights of this model.pt, as far as they fit")
     resume: str = option(
         "", "go on with the run in this folder, with its options; those given here win")
@@ -124,11 +128,13 @@ class Options:
     label_dropout: float = option(
         0.1, "share of labels hidden from the label encoder", low=0, high=1)
     merges: int = option(100, "BPE merges of the vocabulary", low=0)
-    prune: int = option(16, "labels a frame may be at, in the transducer loss (0: all, as by "
-                        "default with --restrict and for every order but align and time)", low=0)
+    prune: int = option(
+        16, "labels that a frame may be at, in the transducer loss: a band (0: all, as by default "
+        "with --restrict and for every order but align and time)", low=0)
     restrict: float = option(
-        0.0, "where rows have times, write a word from its end until so many seconds later: surer "
-        "in noise, but Mboshi's words came twice; 0.8 is a good start (0: at any time)", low=0)
+        0.0, "where rows have times (align.py --times), write a word from its end until so many "
+        "seconds later (0: at any time); 0.8 was surer in noise on the built-in corpus, and wrote "
+        "Mboshi's words twice", low=0)
     blank_penalty: float = option(
         0.5, "nats taken off blank in the search: labels hidden in training leave it too likely",
         low=-100, high=100)
@@ -169,7 +175,8 @@ def numbers_of(text):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+    parser = argparse.ArgumentParser(description="\n\n".join(__doc__.split("\n\n")[:2]),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
                                      argument_default=argparse.SUPPRESS)
     for f in fields(Options):
         kind, text = f.metadata["kind"], f.metadata["text"]

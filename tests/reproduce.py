@@ -697,7 +697,8 @@ def papers_table(result):
     lines = [
         f"{result['training_rows']:,} utterances to learn from, one by one and undisturbed; "
         f"{result['test_rows']} unseen ones to score, clean and at {result['noise_db']} dB of "
-        "white noise, where both of ALIGN's streams first had 5 % wrong; minutes of training, some "
+        "white noise, the mildest at which both streams of the first ALIGN had 5 % wrong or more "
+        "on 100 others; minutes of training, some "
         f"beside other work; {'one seed' if seeds == 1 else f'means of {seeds} seeds'}. "
         f"{about(result)}",
         "",

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -275,3 +276,53 @@ def test_a_command_that_was_refused_does_not_hold_the_folder(tmp_path, monkeypat
 def test_what_is_no_command(argv):
     with pytest.raises(SystemExit, match="Run the experiments"):
         reproduce.main(argv)
+
+
+def test_results_are_searched_as_the_models_file_asks(monkeypatch):
+    import stream
+    from serialize import Tokenizer
+    asked = {}
+    monkeypatch.setattr(stream, "evaluate", lambda *_, **how: asked.update(how))
+    beside = {"blank_penalty": 0.75, "tail": 0.32, "streams": ["<st:en>"]}
+    reproduce.evaluated((None, Tokenizer(("<asr>", "<st:en>")), beside), [], chunk=8)
+    assert asked == {"blank_penalty": 0.75, "tail": 0.32, "tags": ("<st:en>",), "chunk": 8}
+
+
+def test_noise_has_the_ratio_that_the_table_states():
+    rng = np.random.default_rng(0)
+    x, noise = 0.1 * rng.standard_normal(16000), 3 * rng.standard_normal(16000)
+    for given, db in (((), 10), ((3,), 3), ((30,), 30)):
+        rest = reproduce.noisy(x, noise, *given) - x
+        assert 10 * np.log10(np.mean(x ** 2) / np.mean(rest ** 2)) == pytest.approx(db, abs=0.01)
+
+
+def test_what_is_scored_in_noise_is_heard_in_noise(monkeypatch):
+    import serialize
+    import stream
+    quiet, heard, model = np.full(32000, 0.1), [], SimpleNamespace(parameters=lambda: [])
+    monkeypatch.setattr(stream, "load_run", lambda path: (model, None, {}))
+    monkeypatch.setattr(serialize, "read_manifest", lambda path: [])
+    for name, stand_in in dict(
+            choose_noise=lambda *_: 12, timed=lambda *_: "", moved_by_time=lambda rows: 0.0,
+            known_of=lambda run: {"seconds": 1, "trained_at": "c", "steps": 1},
+            evaluated=lambda run, items: heard.append(items[0][1]) or ({}, []),
+            write_result=lambda *_: None).items():
+        monkeypatch.setattr(reproduce, name, stand_in)
+    reproduce.score("de-en", SimpleNamespace(unseen=lambda n: [(ROW, quiet)]), [{"ALIGN": Path()}])
+    ratio = np.mean(quiet ** 2) / np.mean((heard[1] - quiet) ** 2)
+    assert np.array_equal(heard[0], quiet) and 10 * np.log10(ratio) == pytest.approx(12, abs=0.01)
+
+
+def test_the_rows_of_a_table_differ_in_their_order_alone(monkeypatch):
+    import train
+    made, runs = SimpleNamespace(sources=["de"], targets=["en"]), {}
+    monkeypatch.setattr(reproduce, "train_in", lambda name, given: runs.update(
+        {name: given}) or Path(name))
+    monkeypatch.setattr(reproduce, "timed", lambda *_: "timed.jsonl")
+    rows = reproduce.trained("de-en", made, 3)
+    found = [train.parse_options([*runs[str(run)], "--device", "cpu"]) for run in rows.values()]
+    assert list(rows) == ["ASR", "ST en restricted", "ALIGN", "TIME"]
+    assert [(o.interleave, o.restrict) for o in found] == [
+        ("asr", 0), ("st", 0.8), ("align", 0), ("time", 0)]
+    assert {(o.seed, o.steps, o.warm_steps, o.prune) for o in found} == {(3, 700, 150, 0)}
+    assert {Path(o.init).parent.name for o in found} == {"papers-de-en-seed3-first"}

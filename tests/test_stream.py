@@ -733,6 +733,28 @@ def test_an_evaluation_stays_in_its_folder(folder, tmp_path, capsys):
     assert "--allow-outside permits that" in err and "no usable row" in err
 
 
+def test_malformed_output_stands_in_the_figures():
+    record = planted_records()[0] | {"invalid": {"<asr>": 2, "<st:en>": 7}, "cut": {"<asr>": 3},
+                                     "broken_off": True}
+    figures = stream.summarise([record, record, planted_records()[1]], ["<asr>"])["<asr>"]
+    assert (figures["invalid"], figures["cut"], figures["broken_off"]) == (4, 6, 2)
+
+
+def test_long_streams_stand_under_their_name(monkeypatch, capsys):
+    import long_streams
+    asked, rest = {}, dict(cer=1.0, bleu=None, chrf=None, laal_ms=None, silent=0)
+    alone, joined = {"<asr>": {"wer": 10.0} | rest}, {"<asr>": {"wer": 20.0} | rest}
+    monkeypatch.setattr(long_streams, "compare", lambda m, t, items, seconds, **how: asked.update(
+        how, seconds=seconds) or (1, alone, joined))
+    monkeypatch.setattr(long_streams, "load_run", lambda path: (None, TOKENIZER, {"tail": 0.32}))
+    monkeypatch.setattr(long_streams, "read_manifest", lambda *_, **__: [])
+    monkeypatch.setattr(long_streams, "readable", lambda rows: [])
+    monkeypatch.setattr(sys, "argv", "x m.pt m.jsonl --seconds 60 --chunk 8".split())
+    long_streams.main()
+    assert ["<asr>", "wer", "10.0", "20.0"] in map(str.split, capsys.readouterr().out.splitlines())
+    assert (asked["seconds"], asked["chunk"], asked["tail"]) == (60, 8, 0.32)
+
+
 def test_vtt_is_webvtt_and_srt_is_not(folder, capsys, monkeypatch, tmp_path):
     more = "--srt", str(tmp_path / "x.srt"), "--vtt", str(tmp_path / "x.vtt")
     assert captions(folder, capsys, monkeypatch, str(folder / "2.wav"), *more)[0] == 0

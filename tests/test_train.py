@@ -136,6 +136,16 @@ def test_voice_has_the_pitch_the_formants_and_the_times_it_claims():
     assert peak(ends[1], 150, 1100) == pytest.approx(290 * 1.1, rel=0.30)
 
 
+def test_a_tract_scales_all_formants_and_the_noise(monkeypatch):
+    seen, scaled = [], [0, 1, 2, 5, 6]
+    monkeypatch.setattr(train, "_formants", lambda track, pitch, noise: seen.append(
+        track.copy()) or noise.copy())
+    for tract in (1.0, 1.12):
+        train.speak(["sag", "ja"], train.Speaker(120.0, tract, 1.0), np.random.default_rng(0))
+    assert np.allclose(seen[1][:, scaled], 1.12 * seen[0][:, scaled])
+    assert np.array_equal(seen[1][:, 3:5], seen[0][:, 3:5])
+
+
 def test_word_ends_are_where_the_sound_stops():
     speaker = train.Speaker(150.0, 1.0, 1.0)
     samples, ends = train.speak(["aaaa"], speaker, np.random.default_rng(1))
@@ -671,6 +681,16 @@ def test_mu_law():
     assert 30 < 10 * np.log10(np.var(x) / np.var(y - x)) < 45              # G.711: about 38 dB
 
 
+def test_how_often_there_is_a_telephone_and_how_much_of_the_spectrum(monkeypatch):
+    x, coded, cut = np.sin(np.arange(1600) / 5).astype(np.float32) * 0.1, [], []
+    monkeypatch.setattr(train, "mu_law", lambda samples: coded.append(1) or samples)
+    monkeypatch.setattr(train, "low_pass", lambda samples, hz: cut.append(hz) or samples)
+    for seed in range(1000):
+        train.disturb(x, None, np.random.default_rng(seed))
+    assert 0.11 < len(coded) / 1000 < 0.19 and 0.35 < len(cut) / 1000 < 0.45
+    assert 3400 <= min(cut) < 3600 and 7800 < max(cut) <= 8000
+
+
 def test_disturbed_sound_is_up_to_20_db_softer_and_10_db_louder():
     x = np.sin(np.arange(16000) / 5).astype(np.float32) * 0.1
     gains = [(x @ train.disturb(x, None, np.random.default_rng(seed))) / (x @ x)
@@ -723,6 +743,15 @@ def test_the_first_phase_hears_the_sound_as_it_is(small):
     easy = [next(wanted).easy for _ in range(options.warm_steps)]
     half = options.warm_steps // 2
     assert all(easy[:half]) and not any(easy[half:])
+
+
+def test_the_first_phase_ends_at_its_step_however_a_step_is_cut(small):
+    options = train.parse_options(["--device", "cpu", "--accumulate", "3", "--warm-steps", "8"])
+    corpus = train.BuiltIn("de-en", 0)
+    made = train.new_run(options, corpus)
+    for rank in (0, 1):
+        wanted = train.requests(corpus, made, options, train.Ranks(rank, 2))
+        assert [next(wanted).easy for _ in range(24)] == [True] * 12 + [False] * 12
 
 
 def test_a_share_of_the_streams_is_disturbed(small):
@@ -1121,6 +1150,34 @@ def batch_of_eight():
     )
 
 
+def test_a_step_learns_with_dropout_whatever_mode_it_finds(batch_of_eight, monkeypatch):
+    options, made, batch = batch_of_eight
+    seen = []
+    monkeypatch.setattr(train, "losses", lambda model, _, names, *rest: seen.append(
+        model.training) or {name: 0 * model.joint.output.bias.sum() for name in names})
+    made.model.eval()                                # as `load` leaves it
+    train.train_step(made, [vars(batch)], options, train.Ranks())
+    assert seen == [True]
+
+
+def test_the_transducer_looks_at_a_band_of_so_many_rows(batch_of_eight, monkeypatch):
+    options, made, batch = batch_of_eight
+    kept, real = [], train.joint_rnnt_loss
+    monkeypatch.setattr(train, "joint_rnnt_loss", lambda *args, **how: kept.append(
+        how["keep"]) or real(*args, **how))
+    for width in (4, 8):
+        train.losses(made.model, batch, ["simple", "transducer"], 900,
+                     replace(options, prune=width), 16)
+    assert [int(keep.sum(-1).max()) for keep in kept] == [4, 8]
+
+
+def test_who_has_nothing_to_spell_costs_nothing():
+    logits, nine = torch.randn(2, 9, 5), torch.tensor([9, 9])
+    both = train.ctc_loss(logits, nine, torch.tensor([[1, 2], [0, 0]]), torch.tensor([2, 0]))
+    one = train.ctc_loss(logits[:1], nine[:1], torch.tensor([[1, 2]]), torch.tensor([2]))
+    assert torch.isclose(both, one) and one > 1
+
+
 def test_a_step_weighs_its_tasks_by_their_symbols_and_is_clipped(batch_of_eight, monkeypatch):
     options, made, batch = batch_of_eight
     bias, made.step = made.model.joint.output.bias, 900
@@ -1186,6 +1243,17 @@ def test_times_and_sound_at_another_speed():
     pairs = [interleave(row, "asr")]
     times = source.label_times(s, pairs, starts)
     assert sorted(set(times.round(6).tolist())) == [1.5, 2.5]
+
+
+def test_steps_skipped_now_and_then_end_no_run(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "GIVE_UP", 3)
+    log = train.Log(tmp_path, 0, train.Ranks())
+    made = SimpleNamespace(step=1, position=(0, 0), optimizers=[
+        SimpleNamespace(param_groups=[{"lr": 1.0}])])
+    for learned in [False, False, True] * 4:
+        log.add(made, [{"mel_frames": 9, "rows": ["x"]}],
+                {"learned": learned, "gradient_norm": torch.tensor(1.0)}, 0.0)
+    assert (log.skipped, log.in_a_row) == (8, 0)
 
 
 def test_the_log_has_means(small, tmp_path):
@@ -1571,6 +1639,27 @@ def test_killed_between_the_two_renames(small, tmp_path):
 
 def evaluations(folder):
     return [entry["step"] for entry in train.past_metrics(folder)]
+
+
+def test_two_processes_make_one_run(tmp_path):
+    """Each with half of a step; the first alone holds the lock, speaks and evaluates."""
+    code = KILLED.split("renamed, saved")[0] + (
+        "train.live_captions = lambda *_: 'FILE'\nsys.exit(train.main(sys.argv[2:]))")
+    call = [sys.executable, "-c", code, str(Path(train.__file__).parent), *SHORT, "--steps", "8",
+            "--out", str(tmp_path / "run")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    two = [subprocess.Popen(call, stdout=subprocess.PIPE, text=True, env=os.environ | {
+        "RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        for rank in "01"]
+    try:                                                       # a rank that is refused ends first
+        said = [process.communicate(timeout=300)[0] for process in two[::-1]][::-1]
+    finally:
+        for process in two:
+            process.kill()
+    assert [process.returncode for process in two] == [0, 0]
+    assert "parameters" in said[0] and said[1] == "" and evaluations(tmp_path / "run") == [8]
 
 
 @pytest.mark.parametrize("every, done, left", [(3, [], [6, 9, 10]), (4, [8], [10])])
