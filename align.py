@@ -672,6 +672,8 @@ def viterbi_times(rows, run):
             if len(samples) > LONGEST_TIMED_S * 16000:    # memory grows with its square
                 raise InputError(f"{len(samples) / 16000:.0f} s, and times are found for at most "
                                  f"{LONGEST_TIMED_S} s: cut it into utterances")
+            if len(ids) > stream.BABBLE * (1 + len(row.st)) * (1 + len(samples) / 16000):
+                raise InputError(f"{len(ids)} tokens to write in {len(samples) / 16000:.1f} s")
         except ValueError as error:
             warn(f"{row.where}: no times: {str(error).removeprefix(f'{row.where}: ')}")
             continue
@@ -716,6 +718,8 @@ def best_path(model, samples, ids):
         frames, _ = model.encoder(pad(mels), mel_lengths)
         targets = pad([torch.tensor(line, dtype=torch.long) for line in ids])
         labels, _ = model.label_encoder(targets)
+        if not (frames.isfinite().all() and labels.isfinite().all()):
+            raise InputError("--times: the model computes what is no number: it is damaged")
         written = rnnt_loss.joint_rnnt_align(
             model.joint.encoder_proj(frames), model.joint.label_proj(labels),
             model.joint.output.weight, model.joint.output.bias, targets,
@@ -732,7 +736,7 @@ def ctm_times(path):
         if not fields or line.startswith(";;"):
             continue
         start, duration = map(seconds, fields[2:4]) if len(fields) > 4 else (None, None)
-        if start is None or duration is None or not_utf8(line):
+        if start is None or duration is None or start + duration >= 1e9 or not_utf8(line):
             bad.append(f"{path}:{n}: left out, not a line of a CTM: {line[:80]!r}")
         else:
             found.setdefault(fields[0], []).append((start, start + duration, fields[4]))
@@ -916,6 +920,8 @@ def add_times(rows, path, source):
             else:
                 row.st_times[tag[4:-1]] = ends
         count += 1
+    if not count:
+        raise InputError(f"{path}: times for none of the {len(rows)} rows")
     warn(f"{path}: times for {count} of {len(rows)} rows")
     for tag, error in errors.items():
         if error:
@@ -929,9 +935,14 @@ def add_times(rows, path, source):
 def warn(message):
     """One line to standard error. What a terminal would obey, as an escape sequence out of a file,
     is shown as its code."""
-    if sys.stderr is not None:
-        shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    if sys.stderr is None:
+        return
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    try:
         print("".join(shown), file=sys.stderr)
+    except OSError:                   # nobody reads it: the work goes on
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def nfc(text):
@@ -1074,7 +1085,7 @@ def check_output(options):
     out = options.out
     if os.path.isdir(out):
         raise InputError(f"{out}: a folder, not a file to write")
-    if not (folder := Path(out).parent).is_dir():
+    if not (folder := Path(os.path.realpath(out)).parent).is_dir():    # of a link, its target's
         raise InputError(f"{out}: there is no folder {folder}")
     if not os.access(folder if os.path.isfile(out) or not os.path.exists(out) else out, os.W_OK):
         raise InputError(f"{out}: not allowed to write there")
@@ -1082,6 +1093,10 @@ def check_output(options):
     for path in read if options.manifest else [*read, options.input]:
         if path and os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
             raise InputError(f"-o {out}: that is {path}, which is read")
+    if not options.manifest and os.path.isfile(out):
+        with open(out, "rb") as file:
+            if not re.fullmatch(rb"[0-9\s-]*", file.read(4096).partition(b"\n")[0]):
+                raise InputError(f"{out}: there already, and no links: it stays")
 
 
 def align_pairs(options, align):
@@ -1115,11 +1130,11 @@ def align_manifest(options, align):
     source = times_from(options.times) if options.times else None
     # Who says how to align wants to see it done, also where all rows have links and lack times.
     told = options.method or options.model or options.train
-    add_links(rows, align, compare=not options.times or bool(told))
     try:
+        add_links(rows, align, compare=not options.times or bool(told))
         if source:
             add_times(rows, options.times, source)
-    finally:                                          # the links are found, whatever times may lack
+    finally:                                    # what was found is kept, whatever else may lack
         serialize.write_manifest(options.out, rows)
         links = sum(len(line) for row in rows for line in row.links.values())
         hint = serialize.outside_hint(options.out, rows)
@@ -1211,6 +1226,14 @@ if __name__ == "__main__":
         print(end="", flush=True)     # here, where a pipe that nobody reads is caught
     except BrokenPipeError:           # whoever reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (MemoryError, RuntimeError) as error:      # torch's, of no type on a processor
+        said = str(error).partition("\n")[0] or "out of memory"
+        if not (isinstance(error, MemoryError) or "allocat" in said or "out of memory" in said):
+            raise
+        warn(f"align.py: {said}")
+        sys.exit(2)
     except input_errors() as error:
         named = isinstance(error, OSError) and error.filename
         warn(f"align.py: {error.filename}: {error.strerror}" if named else f"align.py: {error}")

@@ -416,6 +416,7 @@ class Encoder(nn.Module):
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Mean and standard deviation (n_mels,) of the features, as training data has them. Raises
         InputError for numbers that nothing can be divided by."""
+        mean, std = mean.to(self.mean.dtype), std.to(self.std.dtype)
         for a, b in zip(*(x.flatten().tolist() for x in torch.broadcast_tensors(mean, std))):
             if not (math.isfinite(a) and 0 < b < math.inf):
                 raise InputError("of every band the mean must be finite and the deviation above 0, "
@@ -521,7 +522,7 @@ class LabelEncoder(nn.Module):
     def forward(self, labels, state=None):
         """labels (B, U) -> (B, U + 1, D) from the start, or (B, U, D) after the labels that `state`
         has read; and the state after them. Raises InputError for another shape or type."""
-        if labels.dim() != 2 or labels.is_floating_point():
+        if labels.dim() != 2 or labels.dtype not in (torch.int32, torch.int64):
             raise InputError("labels must be whole numbers (B, U), not "
                              f"{labels.dtype} {tuple(labels.shape)}")
         if state is None:
@@ -601,6 +602,9 @@ def save(path, model: Transducer, **plain) -> None:
     full or the like; the old file then stays."""
     path = os.fspath(path)
     _check_plain(plain, path)
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{path}: not saved: {name} holds numbers that are NaN or infinite")
     content = {"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION,
                "config": asdict(model.config), "model": model.state_dict(), "beside": plain}
     temporary = f"{path}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
@@ -666,6 +670,8 @@ def load(path, map_location="cpu") -> tuple[Transducer, dict]:
         model.load_state_dict(weights)
     except KeyError as error:
         raise InputError(f"{path}: a damaged checkpoint: it lacks {error}") from None
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: a damaged checkpoint: {reason:.300}") from None
@@ -724,6 +730,8 @@ def _read(path, map_location):
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: refused, it holds more than tensors and plain data: "
                          f"{reason:.300}") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # a reader of damaged archives may fail in any way
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: not a checkpoint: {reason:.300}") from None

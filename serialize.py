@@ -527,9 +527,14 @@ def printable(text):
 
 
 def tell(message):
-    """One line for the user, on standard error, unless that is closed."""
-    if sys.stderr is not None:
+    """One line for the user, on standard error, unless that is closed or nobody reads it."""
+    if sys.stderr is None:
+        return
+    try:
         print(printable(message), file=sys.stderr)
+    except OSError:                   # the work goes on; nor will Python try again as it ends
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def read_lines(path):
@@ -1130,7 +1135,12 @@ def sound_seconds(path):
     if not os.path.isfile(path):
         return None
     try:
-        with open(path, "rb") as raw, soundfile.SoundFile(raw) as file:
+        # By descriptor: called back for each read, Python would lose Ctrl-C and other errors there.
+        raw = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    except OSError:
+        return None
+    try:
+        with soundfile.SoundFile(raw, closefd=False) as file:
             n, claimed, rate = 0, file.frames, file.samplerate
             while block := len(file.read(65536, dtype="int16")):
                 n += block
@@ -1139,11 +1149,14 @@ def sound_seconds(path):
             # the sound in containers of chunks.
             unread = 0
             if file.format not in ("WAV", "WAVEX", "RF64", "AIFF", "CAF"):
-                unread = (os.path.getsize(path) - raw.tell()) * n / max(1, raw.tell()) / rate
+                read = os.lseek(raw, 0, os.SEEK_CUR)
+                unread = (os.path.getsize(path) - read) * n / max(1, read) / rate
             doubt = re.search("should be|end-of-stream|Junk after|ds64|Exiting parser",
                               file.extra_info)
     except (soundfile.SoundFileError, OSError, ValueError, TypeError, MemoryError):
         return None
+    finally:
+        os.close(raw)
     # Rates that stream.py does not read are a damaged header's, and so is the length.
     sure = n == claimed and unread < 0.25 and not doubt and 4000 <= rate <= 200_000
     return n / rate if sure else None

@@ -37,7 +37,7 @@ import threading
 import time
 import unicodedata
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import chain, islice
@@ -1247,17 +1247,24 @@ class Subtitles:
         self.tag, self.webvtt, self.pause = tag, webvtt, pause
         self.words, self.lines = [], []  # of the cue that is not complete yet; lines: [[text]]
         self.number, self.free_s = 0, 0.0  # cues written, and the end of the last of them
+        self.fault = None                # why no more can be written
         self.file = open(path, "w", encoding="utf-8", newline="\n")
         if webvtt:
             self.file.write("WEBVTT\n\n")
 
     def __call__(self, events):
-        for event in events:
-            if isinstance(event, Pause):
-                self.finish()
-            elif event.stream == self.tag:
-                self.add(event)
-        self.file.flush()
+        try:
+            for event in events if not self.fault else ():
+                if isinstance(event, Pause):
+                    self.finish()
+                elif event.stream == self.tag:
+                    self.add(event)
+            self.file.flush()
+        except OSError as error:         # a full disk: the captions on the screen go on
+            self.fault = self.fault or self.unwritten(error)
+
+    def unwritten(self, error):
+        return OSError(error.errno, error.strerror, self.file.name)
 
     def add(self, word):
         if self.words and (word.start_s - self.words[-1].end_s >= self.pause
@@ -1296,8 +1303,13 @@ class Subtitles:
         return text.replace(",", ".") if self.webvtt else text
 
     def close(self):
-        with self.file:
-            self.finish()
+        try:
+            with self.file:
+                if not self.fault:
+                    self.finish()
+        except OSError as error:
+            if not self.fault:
+                raise self.unwritten(error) from None
 
 
 def track_paths(path, tags):
@@ -1361,10 +1373,11 @@ def opened_tracks(planned, pause):
 
 @contextmanager
 def uninterrupted():
-    """Ctrl-C within it takes effect at its end, a second one at once; SIGTERM too, where it acts as
-    Ctrl-C does. Other handlers are somebody else's business."""
-    caught = [number for number in (signal.SIGINT, signal.SIGTERM)
-              if signal.getsignal(number) is signal.default_int_handler]
+    """Ctrl-C within it takes effect at its end, a second one at once; SIGTERM and SIGHUP too, where
+    they act as Ctrl-C does. Other handlers are somebody else's business."""
+    stops = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
+    caught = [number for number in stops if number and
+              signal.getsignal(number) is signal.default_int_handler]
     if threading.current_thread() is not threading.main_thread():
         caught = []
     seen = []
@@ -1425,6 +1438,7 @@ def caption(model, tokenizer, options, search, tags):
             show(streamer.flush())
     if streamer.search.capped:
         say(f"frames cut off at {LIMITS[0]} symbols (last: {LIMITS[1]}): {streamer.search.capped}")
+    fault = fault or next((track.fault for track in tracks if track.fault), None)
     if fault:
         raise fault
     if interrupted:
@@ -1768,9 +1782,16 @@ def evaluation(model, tokenizer, options, search, tags):
         if twice := [tag for tag in tags if folders[file_name(tag)] > 1]:
             raise InputError(f"--log {options.log}: {' and '.join(twice)} would share the folder "
                              f"{file_name(twice[0])}")
+        old = Path(options.log, "metrics.json")
+        if Path(options.log, "resume.pt").exists() or (
+                old.is_file() and not old.read_bytes().lstrip().startswith(b"{")):
+            raise InputError(f"--log {options.log}: the folder of a training, whose metrics.json "
+                             "would be lost; name another")
         Path(options.log).mkdir(parents=True, exist_ok=True)
         if not os.access(options.log, os.W_OK):
             raise InputError(f"--log {options.log}: not allowed to write there")
+        for tag in tags:
+            Path(options.log, file_name(tag)).mkdir(exist_ok=True)
     written = [row for row in rows if texts_of(row).keys() & set(tags)]
     if len(written) < len(rows):
         say(f"{options.eval}: {len(rows) - len(written)} of {len(rows)} rows left out: no text in "
@@ -1901,6 +1922,12 @@ def main(argv=None):
         parser.error(f"--{', --'.join(alone)} go with one recording, not with --eval")
     if options.log and not options.eval:
         parser.error("--log goes with --eval")
+    with redirect_stderr(Outlived(sys.stderr)):
+        return told(options)
+
+
+def told(options):
+    """The work, and its exit code; of what goes wrong there is one line."""
     try:
         code = run(options) if options.checkpoint else demonstration()
         sys.stdout.flush()
@@ -1914,13 +1941,39 @@ def main(argv=None):
         except OSError:      # a full disk
             discard_output()
         return 2
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:     # a processor's are of no type
         reason = str(error).partition("\n")[0] or "out of memory"
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocat" not in reason:
+            raise
         say(f"stream.py: {reason} (a smaller --chunk or --beam takes less)")
         return 2
     except KeyboardInterrupt:
         return 130
     return code
+
+
+class Outlived:
+    """A standard stream that the work outlives: what nobody reads any more, or what a full disk
+    does not take, is dropped."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, text):
+        self.outlive(self.file.write, text)
+
+    def flush(self):
+        self.outlive(self.file.flush)
+
+    def outlive(self, act, *what):
+        try:
+            act(*what)
+        except OSError:            # or Python would write the rest, and fail, as it ends
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 def run(options):
@@ -1935,4 +1988,7 @@ def run(options):
 if __name__ == "__main__":
     # A service or `timeout` that stops it gets the last words too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # And a terminal that closes, unless nohup has that ignored.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     sys.exit(main())

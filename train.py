@@ -68,7 +68,7 @@ from rnnt_loss import joint_rnnt_loss, prune_band, runs_on_gpu, simple_rnnt_loss
 from serialize import InputError as TextError
 from serialize import (ASR, SEPARATOR, Row, Tokenizer, check_mode, interleave, mode_of, needs,
                        project_times, read_manifest, serialize, word_by_word, write_manifest)
-from stream import evaluate, read_audio, readable, resample
+from stream import Outlived, evaluate, read_audio, readable, resample
 
 USER_ERRORS = InputError, TextError, align.InputError, OSError, ImportError  # told in one line
 CLIP = 5.0            # largest norm of a step's gradient
@@ -2260,30 +2260,6 @@ def write_corpus(folder, n, options):
 
 
 # ---- The command ---------------------------------------------------------------------------------
-
-class Outlived:
-    """A standard stream that a training outlives: what nobody reads any more, or what a full disk
-    does not take, is dropped."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def write(self, text):
-        self.outlive(self.file.write, text)
-
-    def flush(self):
-        self.outlive(self.file.flush)
-
-    def outlive(self, act, *what):
-        try:
-            act(*what)
-        except OSError:            # or Python would write the rest, and fail, as it ends
-            with suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
-
 
 def tell(message):
     """One line on standard error, above a progress bar."""

@@ -810,7 +810,9 @@ def test_who_says_how_to_align_sees_it_done_beside_times_too(tmp_path, capsys, m
                                       "links": {"en": [(0, 0), (1, 1)]}}])
     monkeypatch.setattr(align, "times_from", lambda path: lambda rows: iter(()))
     command = [str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "--times", "x.pt"]
-    align.main([*command, "--method", "union"])
+    with pytest.raises(align.InputError, match="x.pt: times for none of the 1 rows"):
+        align.main([*command, "--method", "union"])
+    assert (tmp_path / "out.jsonl").exists()                   # the links are kept
     assert "1 rows aligned, 1 keep the links that they had, AER" in capsys.readouterr().err
     monkeypatch.setattr(align, "contextual_links", lambda pairs, name: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -892,6 +894,31 @@ def test_the_commands_error_rate_knows_sure_from_possible(tmp_path, capsys, monk
     align.main([str(tmp_path / "a.pairs"), "--gold", str(tmp_path / "a.gold"), "-o",
                 str(tmp_path / "a.links")])
     assert "AER 40.0\n" in capsys.readouterr().err      # swapped 25.0, sure ones alone 60.0
+
+
+def test_a_ctm_gives_no_time_that_a_manifest_refuses(tmp_path, capsys):
+    (tmp_path / "a.ctm").write_text("u 1 999999999 999999999 das\nu 1 0 1 haus\n")
+    assert align.ctm_times(str(tmp_path / "a.ctm")) == {"u": [("haus", 1.0)]}
+    assert "a.ctm:1: left out" in capsys.readouterr().err
+
+
+def test_links_replace_links_and_nothing_else(tmp_path):
+    (tmp_path / "a.pairs").write_text("a b ||| c d\n")
+    (tmp_path / "talk.txt").write_text("ein wort\n")
+    assert "there already, and no links: it stays" in refused(
+        tmp_path / "a.pairs", "-o", tmp_path / "talk.txt")
+    assert (tmp_path / "talk.txt").read_text() == "ein wort\n"
+    (tmp_path / "gone.links").symlink_to(tmp_path / "none" / "x.links")
+    assert "there is no folder" in refused(tmp_path / "a.pairs", "-o", tmp_path / "gone.links")
+    for _ in range(2):
+        align.main([str(tmp_path / "a.pairs"), "-o", str(tmp_path / "a.links")])
+
+
+def test_the_work_outlives_who_reads_its_messages(tmp_path):
+    manifest(tmp_path / "in.jsonl", [{"id": "u1", "asr": "das haus", "st": {"en": "the house"}}])
+    command = f"{sys.executable} {align.__file__} in.jsonl -o out.jsonl 2>&1 >&- | true"
+    subprocess.run(["bash", "-c", command.replace(" >&-", "")], cwd=tmp_path, check=True)
+    assert "links" in (tmp_path / "out.jsonl").read_text()
 
 
 def test_silence_in_a_ctm_is_no_word(tmp_path):
@@ -1085,9 +1112,21 @@ def test_times_by_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert [one.times for one in read_manifest(out)] == [first.times] * 3
 
     monkeypatch.setattr(align, "LONGEST_TIMED_S", 0.9)         # longer ones would fill the memory
-    align.main([str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "short.jsonl"), "--times",
-                str(tmp_path / "model.pt")])
+    command = [str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "short.jsonl"), "--times"]
+    with pytest.raises(align.InputError, match="model.pt: times for none of the 4 rows"):
+        align.main([*command, str(tmp_path / "model.pt")])
     said = capsys.readouterr().err
+    monkeypatch.setattr(align, "LONGEST_TIMED_S", 300)
+    bad = models.load(tmp_path / "model.pt")[0]
+    with torch.no_grad():
+        bad.encoder.std.fill_(1e-38)                           # finite, above 0, and useless
+    models.save(tmp_path / "bad.pt", bad, tokenizer=tokenizer.to_dict(), mode="align")
+    with pytest.raises(align.InputError, match="computes what is no number"):
+        align.main([*command, str(tmp_path / "bad.pt")])
+    manifest(tmp_path / "in.jsonl", [{"id": "long", **row, "asr": 200 * "das haus "}])
+    with pytest.raises(align.InputError, match="times for none of the 1 rows"):
+        align.main([*command, str(tmp_path / "model.pt")])
+    assert "tokens to write in 1.0 s" in capsys.readouterr().err
     assert "in.jsonl:1: no times: 1 s, and times are found for at most 0.9 s" in said
 
     words = [("<asr>", "das"), ("<st:en>", "the"), ("<asr>", "haus"), ("<st:en>", "house")]

@@ -816,3 +816,19 @@ def test_the_demonstration_prints_the_mask_it_uses():
     assert len(rows) == 16
     for t, row in enumerate(rows):
         assert row == ["#" if 0 <= t // 4 - j // 4 <= 2 else "." for j in range(16)]
+
+
+def test_a_model_that_diverged_replaces_no_good_one(tmp_path):
+    model = m.Transducer(m.PRESETS["tiny"])
+    m.save(tmp_path / "model.pt", model)
+    before = (tmp_path / "model.pt").read_bytes()
+    with torch.no_grad():
+        model.joint.output.bias[3] = float("nan")
+    with pytest.raises(m.InputError, match="not saved: joint.output.bias holds numbers that"):
+        m.save(tmp_path / "model.pt", model)
+    assert (tmp_path / "model.pt").read_bytes() == before
+    with pytest.raises(m.InputError, match="the deviation above 0"):
+        model.encoder.set_statistics(torch.zeros(80).double(), torch.full((80,), 1e-60).double())
+    for kind in (torch.bool, torch.int16, torch.float32):
+        with pytest.raises(m.InputError, match="labels must be whole numbers"):
+            model.label_encoder(torch.ones(1, 2, dtype=kind))

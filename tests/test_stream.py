@@ -733,6 +733,42 @@ def test_an_evaluation_stays_in_its_folder(folder, tmp_path, capsys):
     assert "--allow-outside permits that" in err and "no usable row" in err
 
 
+def test_logs_do_not_replace_a_runs_own_history(folder, tmp_path, capsys):
+    (tmp_path / "metrics.json").write_text('[{"step": 9}]')
+    command = [str(folder / "model.pt"), "--eval", str(folder / "set.jsonl"), "--log"]
+    assert stream.main([*command, str(tmp_path)]) == 2
+    assert "the folder of a training" in capsys.readouterr().err
+    assert (tmp_path / "metrics.json").read_text() == '[{"step": 9}]'
+
+
+def test_a_full_disk_ends_the_subtitles_and_not_the_captions(folder, capsys, monkeypatch, tmp_path):
+    code, whole, _ = captions(folder, capsys, monkeypatch, str(folder / "2.wav"), "--json")
+    real, calls = stream.Subtitles.add, []
+
+    def full(track, word):
+        calls.append(word)
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(stream.Subtitles, "add", full)
+    code, out, err = captions(folder, capsys, monkeypatch, str(folder / "2.wav"), "--json",
+                              "--srt", str(tmp_path / "x.srt"))
+    assert code == 2 and "x.asr.srt" in err and "No space left" in err
+    texts = [[json.loads(line).get("text") for line in said.splitlines()] for said in (whole, out)]
+    assert texts[0] == texts[1] and len(calls) == 2            # one of each stream
+
+
+@pytest.mark.parametrize("error, code", [(MemoryError(), 2), (RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), 2)])
+def test_too_little_memory_is_told(folder, capsys, monkeypatch, error, code):
+    def fails(*args):
+        raise error
+    monkeypatch.setattr(stream, "caption", fails)
+    command = [str(folder / "model.pt"), str(folder / "2.wav")]
+    assert stream.main(command) == code and "takes less" in capsys.readouterr().err
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")       # a mistake in the code
+    with pytest.raises(RuntimeError, match="mat1"):
+        stream.main(command)
+
+
 def test_malformed_output_stands_in_the_figures():
     record = planted_records()[0] | {"invalid": {"<asr>": 2, "<st:en>": 7}, "cut": {"<asr>": 3},
                                      "broken_off": True}
