@@ -1095,7 +1095,9 @@ def check_output(options):
             raise InputError(f"-o {out}: that is {path}, which is read")
     if not options.manifest and os.path.isfile(out):
         with open(out, "rb") as file:
-            if not re.fullmatch(rb"[0-9\s-]*", file.read(4096).partition(b"\n")[0]):
+            begun = file.read(4096)
+            begun = begun if len(begun) < 4096 else begun.rpartition(b"\n")[0]    # whole lines
+            if not re.fullmatch(rb"(\s|\d+-\d+\b)*", begun):
                 raise InputError(f"{out}: there already, and no links: it stays")
 
 
@@ -1130,15 +1132,23 @@ def align_manifest(options, align):
     source = times_from(options.times) if options.times else None
     # Who says how to align wants to see it done, also where all rows have links and lack times.
     told = options.method or options.model or options.train
+    before = [(dict(row.links), row.times, dict(row.st_times)) for row in rows]
+    found = False
     try:
         add_links(rows, align, compare=not options.times or bool(told))
         if source:
             add_times(rows, options.times, source)
+        found = True
     finally:                                    # what was found is kept, whatever else may lack
-        serialize.write_manifest(options.out, rows)
-        links = sum(len(line) for row in rows for line in row.links.values())
-        hint = serialize.outside_hint(options.out, rows)
-        warn(f"{options.out}: {len(rows)} rows, {links} links written{hint}")
+        if found or before != [(row.links, row.times, row.st_times) for row in rows]:
+            write_rows(options, rows, serialize)
+
+
+def write_rows(options, rows, serialize):
+    serialize.write_manifest(options.out, rows)
+    links = sum(len(line) for row in rows for line in row.links.values())
+    hint = serialize.outside_hint(options.out, rows)
+    warn(f"{options.out}: {len(rows)} rows, {links} links written{hint}")
 
 
 def parse_options(argv):
@@ -1229,14 +1239,14 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:      # torch's, of no type on a processor
-        said = str(error).partition("\n")[0] or "out of memory"
-        if not (isinstance(error, MemoryError) or "allocat" in said or "out of memory" in said):
+        said = str(error) or "out of memory"
+        if "can't allocate memory" not in said and "out of memory" not in said:
             raise
-        warn(f"align.py: {said}")
+        warn(f"align.py: {said.splitlines()[0]}")
         sys.exit(2)
     except input_errors() as error:
         named = isinstance(error, OSError) and error.filename
         warn(f"align.py: {error.filename}: {error.strerror}" if named else f"align.py: {error}")
-        if isinstance(error, OSError) and not named:    # or Python would try again as it ends
+        if isinstance(error, OSError) and not named and sys.stdout:    # or Python would try again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)

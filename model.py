@@ -670,9 +670,9 @@ def load(path, map_location="cpu") -> tuple[Transducer, dict]:
         model.load_state_dict(weights)
     except KeyError as error:
         raise InputError(f"{path}: a damaged checkpoint: it lacks {error}") from None
-    except torch.OutOfMemoryError:
-        raise
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        if "memory" in str(error) and isinstance(error, RuntimeError):    # ours, not the file's
+            raise
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: a damaged checkpoint: {reason:.300}") from None
     return model.eval(), content["beside"]
@@ -730,9 +730,9 @@ def _read(path, map_location):
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: refused, it holds more than tensors and plain data: "
                          f"{reason:.300}") from None
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # a reader of damaged archives may fail in any way
+        if isinstance(error, MemoryError) or "memory" in str(error):      # ours, not the file's
+            raise
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: not a checkpoint: {reason:.300}") from None
 

@@ -892,7 +892,6 @@ def readable(rows, strict=False, chunk=None):
     for chunk 0 also those that are too long to be heard in one piece.
 
     Raises InputError at the first bad row if `strict`, and at the end if there was no good one."""
-    from tqdm import tqdm  # its write goes around a progress bar, if there is one
     n_rows = bad = 0
     for row in rows:
         n_rows += 1
@@ -904,14 +903,21 @@ def readable(rows, strict=False, chunk=None):
         except InputError as error:
             if strict:
                 raise InputError(f"{row.where}: {error}") from None
-            tqdm.write(printable(f"{row.where}: skipped: {error}"), file=sys.stderr)
+            tell(f"{row.where}: skipped: {error}")
             bad += 1
             continue
         yield row, samples
     if bad == n_rows:
         raise InputError(f"none of the {n_rows} rows has sound that can be used")
     if bad:
-        tqdm.write(f"{bad} of {n_rows} rows skipped", file=sys.stderr)
+        tell(f"{bad} of {n_rows} rows skipped")
+
+
+def tell(message):
+    """One line on standard error, above a progress bar, if there is one; the work outlives it."""
+    from tqdm import tqdm
+    if sys.stderr is not None:
+        tqdm.write(printable(message), file=Outlived(sys.stderr))
 
 
 # ---- Sound: resampling --------------------------------------------------------------------------
@@ -1941,15 +1947,22 @@ def told(options):
         except OSError:      # a full disk
             discard_output()
         return 2
-    except (MemoryError, RuntimeError) as error:     # a processor's are of no type
-        reason = str(error).partition("\n")[0] or "out of memory"
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocat" not in reason:
+    except (MemoryError, RuntimeError) as error:
+        if not too_little_memory(error):
             raise
+        reason = str(error).partition("\n")[0] or "out of memory"
         say(f"stream.py: {reason} (a smaller --chunk or --beam takes less)")
         return 2
     except KeyboardInterrupt:
         return 130
     return code
+
+
+def too_little_memory(error):
+    """Whether that is it: torch's errors on a processor, and those that a driver gives it, are
+    plain RuntimeErrors."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        sign in str(error) for sign in ("can't allocate memory", "out of memory"))
 
 
 class Outlived:

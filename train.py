@@ -68,7 +68,7 @@ from rnnt_loss import joint_rnnt_loss, prune_band, runs_on_gpu, simple_rnnt_loss
 from serialize import InputError as TextError
 from serialize import (ASR, SEPARATOR, Row, Tokenizer, check_mode, interleave, mode_of, needs,
                        project_times, read_manifest, serialize, word_by_word, write_manifest)
-from stream import Outlived, evaluate, read_audio, readable, resample
+from stream import Outlived, evaluate, read_audio, readable, resample, tell
 
 USER_ERRORS = InputError, TextError, align.InputError, OSError, ImportError  # told in one line
 CLIP = 5.0            # largest norm of a step's gradient
@@ -204,6 +204,7 @@ def parse_options(argv):
 
 
 def options_of(given):
+    """{option: value} of the command line -> Options."""
     for name in ("manifest", "dev", "noise", "resume", "init", "out"):
         # As of a shell's variable that is not set; a run that goes on may do without some.
         if given.get(name) == "" and not (given.get("resume") and name in ("dev", "noise")):
@@ -377,7 +378,8 @@ def learn(run, corpus, dev, options, ranks, folder):
                         else:
                             save_run(run, options, folder, log)
                     except OSError as error:                   # a disk that is full for a while
-                        tell(f"train.py: {error}; the run goes on and tries again")
+                        left_out = f"; step {run.step} is not evaluated" * evaluates
+                        tell(f"train.py: {error}; the run goes on and saves again later{left_out}")
                     saved = time.monotonic()
                 # Ended amid an evaluation, it stays at this step, whose evaluation is owed.
                 if evaluates and ranks.agree(stop.wanted):
@@ -531,7 +533,7 @@ class StopSignal:
     def __enter__(self):
         self.wanted = False
         self.before = {n: signal.signal(n, self.seen) for n in STOPS
-                       if signal.getsignal(n) is not signal.SIG_IGN}
+                       if n in STOPS[:2] or signal.getsignal(n) is not signal.SIG_IGN}
         return self
 
     def seen(self, number, frame):
@@ -1695,10 +1697,13 @@ class Log:
             "waited_s": f"{self.waited - self.waited_before:.3f}",
         }
         if self.first:
+            size = os.path.getsize(self.path)
             try:
                 with open(self.path, "a", newline="") as file:
                     csv.DictWriter(file, self.COLUMNS).writerow(line)
             except OSError as error:           # no reason to lose a run, nor to save it later
+                with suppress(OSError):
+                    os.truncate(self.path, size)               # half a line would spoil the next
                 tell(f"{self.path}: {error.strerror}; the line of step {run.step} is left out")
             self.bar.set_postfix_str(f"{told}  {line['audio_s_per_s']} s/s")
             if self.bar.disable and run.step % (2 * LOG_EVERY) == 0:
@@ -1760,8 +1765,8 @@ def warn_of_unseen(run, dev):
     unseen = sorted({c for text in texts for c in run.tokenizer.unseen(text)})
     if unseen:
         tell(f"warning: {len(unseen)} characters of the development set never occur in "
-                   f"training and are written as bytes: {' '.join(unseen[:40])}"
-                   + " ..." * (len(unseen) > 40))
+             f"training and are written as bytes: {' '.join(unseen[:40])}"
+             + " ..." * (len(unseen) > 40))
 
 
 # ---- Evaluation on the way -----------------------------------------------------------------------
@@ -1829,8 +1834,12 @@ def assess(run, dev, options, folder, blind, stop):
     chrf = [m["chrf"] for m in metrics.values() if m["chrf"] is not None]
     best = len(records) == len(dev) and bool(chrf) and np.mean(chrf) > run.best
     if best:
-        run.best = float(np.mean(chrf))
-        save_model(run, options, folder / "best.pt")
+        before, run.best = run.best, float(np.mean(chrf))
+        try:
+            save_model(run, options, folder / "best.pt")
+        except OSError:                        # then best.pt is still the one before
+            run.best = before
+            raise
     if not blind:
         return metrics
     rng = np.random.default_rng(0)
@@ -2261,11 +2270,6 @@ def write_corpus(folder, n, options):
 
 # ---- The command ---------------------------------------------------------------------------------
 
-def tell(message):
-    """One line on standard error, above a progress bar."""
-    tqdm.write(stream.printable(message), file=sys.stderr)
-
-
 def main(argv=None):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:        # closed: progress bars want one
@@ -2307,12 +2311,11 @@ def command(argv):
         tell(f"train.py: {error}")
         return 2
     except (MemoryError, RuntimeError) as error:               # a processor's are of no type
-        said = str(error).partition("\n")[0] or "out of memory"
-        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocat" in said
-        if not memory and "DataLoader worker" not in said:     # which is told when one was killed
+        said, memory = str(error).partition("\n")[0], stream.too_little_memory(error)
+        if not memory and not said.startswith("DataLoader worker (pid"):      # one was killed
             raise
-        tell(f"train.py: {said}" + " (the same update in less memory: half of --batch-seconds, "
-             "twice --accumulate)" * memory)
+        tell(f"train.py: {said or 'out of memory'}" + " (the same update in less memory: half of "
+             "--batch-seconds, twice --accumulate)" * memory)
         return 2
     except KeyboardInterrupt:
         tell("train.py: stopped")

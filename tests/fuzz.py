@@ -5,9 +5,9 @@
     python tests/fuzz.py opus --seed 7          one kind
 
 A case is a good file with bytes changed, cut, doubled, moved or replaced by what is known to be
-nasty. Its reader must return, or raise what is told to a user in one line (InputError, OSError,
-ModelError); anything else, a case that takes more than ten seconds, and an escape sequence on
-the screen is a finding: it is printed with its seed, and the damaged file is kept.
+nasty. Its reader must return, or raise what is told to a user in one line (InputError, OSError);
+anything else, a case that takes more than ten seconds, and an escape sequence on the screen is a
+finding: it is printed with its seed, and the damaged file is kept.
 """
 import argparse
 import contextlib

@@ -13,16 +13,15 @@ def told(tool):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:
-        try:
-            yield
-        finally:
-            print(end="", flush=True)     # here, where a pipe that nobody reads is caught
+        yield
+        print(end="", flush=True)     # here, where a pipe that nobody reads is caught
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(130)
     except SystemExit as stop:
         if not isinstance(stop.code, str):
+            _flush()
             raise
         _refuse(stop.code)
     except subprocess.CalledProcessError as error:
@@ -37,8 +36,13 @@ def told(tool):
 def _refuse(message):
     """Code 2, as the project's commands have it; sys.exit(message) would be 1."""
     print(message, file=sys.stderr)
+    _flush()
+    sys.exit(2)
+
+
+def _flush():
+    """What a full disk does not take, Python would try again as it ends."""
     try:
         print(end="", flush=True)
-    except OSError:                   # a full disk: Python would try again as it ends
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(2)

@@ -812,7 +812,7 @@ def test_who_says_how_to_align_sees_it_done_beside_times_too(tmp_path, capsys, m
     command = [str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "--times", "x.pt"]
     with pytest.raises(align.InputError, match="x.pt: times for none of the 1 rows"):
         align.main([*command, "--method", "union"])
-    assert (tmp_path / "out.jsonl").exists()                   # the links are kept
+    assert not (tmp_path / "out.jsonl").exists()               # nothing was found
     assert "1 rows aligned, 1 keep the links that they had, AER" in capsys.readouterr().err
     monkeypatch.setattr(align, "contextual_links", lambda pairs, name: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -904,10 +904,10 @@ def test_a_ctm_gives_no_time_that_a_manifest_refuses(tmp_path, capsys):
 
 def test_links_replace_links_and_nothing_else(tmp_path):
     (tmp_path / "a.pairs").write_text("a b ||| c d\n")
-    (tmp_path / "talk.txt").write_text("ein wort\n")
+    (tmp_path / "talk.txt").write_text("\n12 34\nein wort\n")
     assert "there already, and no links: it stays" in refused(
         tmp_path / "a.pairs", "-o", tmp_path / "talk.txt")
-    assert (tmp_path / "talk.txt").read_text() == "ein wort\n"
+    assert (tmp_path / "talk.txt").read_text() == "\n12 34\nein wort\n"
     (tmp_path / "gone.links").symlink_to(tmp_path / "none" / "x.links")
     assert "there is no folder" in refused(tmp_path / "a.pairs", "-o", tmp_path / "gone.links")
     for _ in range(2):
@@ -915,10 +915,23 @@ def test_links_replace_links_and_nothing_else(tmp_path):
 
 
 def test_the_work_outlives_who_reads_its_messages(tmp_path):
+    """The first language's message goes nowhere; the second one's links are found all the same."""
+    manifest(tmp_path / "in.jsonl", [{"id": "u1", "asr": "das haus",
+                                      "st": {"en": "the house", "fr": "la maison"}}])
+    command = f"'{sys.executable}' '{align.__file__}' in.jsonl -o out.jsonl 2>&1 | true"
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    row, = map(json.loads, open(tmp_path / "out.jsonl"))
+    assert set(row["links"]) == {"en", "fr"}
+
+
+def test_what_was_not_found_replaces_nothing(tmp_path):
     manifest(tmp_path / "in.jsonl", [{"id": "u1", "asr": "das haus", "st": {"en": "the house"}}])
-    command = f"{sys.executable} {align.__file__} in.jsonl -o out.jsonl 2>&1 >&- | true"
-    subprocess.run(["bash", "-c", command.replace(" >&-", "")], cwd=tmp_path, check=True)
-    assert "links" in (tmp_path / "out.jsonl").read_text()
+    out = tmp_path / "out.jsonl"
+    align.main([str(tmp_path / "in.jsonl"), "-o", str(out)])
+    links = out.read_bytes()
+    with pytest.raises(Exception):
+        align.main([str(tmp_path / "in.jsonl"), "-o", str(out), "--model", "no/such/model"])
+    assert out.read_bytes() == links
 
 
 def test_silence_in_a_ctm_is_no_word(tmp_path):

@@ -891,8 +891,9 @@ def test_noise_comes_from_a_folder_with_sound_in_it(tmp_path, capsys, small):
     hum = (0.5 * np.sin(np.arange(8000) / 10)).astype(np.float32)
     soundfile.write(tmp_path / "hum.wav", hum, 16000)
     (tmp_path / "broken.wav").write_bytes(b"none")
-    shutil.copy(tmp_path / "hum.wav", os.fsencode(tmp_path) + b"/stra\xdfe.wav")     # no UTF-8
-    os.mkfifo(tmp_path / "pipe.wav")                           # whoever opens it waits for ever
+    if sys.platform == "linux":
+        shutil.copy(tmp_path / "hum.wav", os.fsencode(tmp_path) + b"/stra\xdfe.wav")  # no UTF-8
+        os.mkfifo(tmp_path / "pipe.wav")                       # whoever opens it waits for ever
     options = train.parse_options(["--noise", str(tmp_path), "--device", "cpu", "--join", "1"])
     corpus = train.BuiltIn("de-en", 0)
     source, bad, found = train.Source(options, train.new_run(options, corpus)), [], []
@@ -1838,7 +1839,7 @@ def test_a_disk_that_is_full_for_a_while_ends_no_run(small, tmp_path, capsys, mo
     assert train.main([*SHORT, "--steps", "6", "--eval-every", "2", "--out", str(folder)]) == 0
     said = capsys.readouterr().err
     assert "log.csv: No space left on device; the line of step 1 is left out" in said
-    assert "the run goes on and tries again" in said and failed == [2]
+    assert "the run goes on and saves again later" in said and failed == [2]
     assert load(folder / "resume.pt")[1]["step"] == 6
     assert (folder / "log.csv").read_text().count("\n") == 1
 
@@ -1866,9 +1867,11 @@ def test_too_little_memory_is_told(error, told, capsys, monkeypatch):
         raise error
     monkeypatch.setattr(train, "train", fails)
     assert told in refused(capsys, "--device", "cpu")
-    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")      # a mistake in the code
-    with pytest.raises(RuntimeError, match="mat1"):
-        train.main(["--device", "cpu"])
+    for said in ("mat1 and mat2 shapes cannot be multiplied",              # mistakes in the code
+                 "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback"):
+        error = RuntimeError(said)
+        with pytest.raises(RuntimeError, match=said[:20]):
+            train.main(["--device", "cpu"])
 
 
 def test_links_are_learned_at_the_start_from_few_rows_only(small, tmp_path, capsys, monkeypatch):
