@@ -821,7 +821,7 @@ def table():
     """tests/results/README.md from the result files beside it, and the tables that stand in the
     README between their marks."""
     text = ["# Results", "", "Made by `python tests/reproduce.py table` from the files beside it."]
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in sorted(RESULTS.glob("*.json"), key=lambda path: path.stem):
         text += ["", f"## {path.stem}", "", *table_of(path)]
     for name, (what, command) in PICTURES.items():
         if (ROOT / ".github" / name).exists():
@@ -829,7 +829,7 @@ def table():
     write_whole(RESULTS / "README.md", "\n".join(text) + "\n")
     readme = ROOT / "README.md"
     whole = readme.read_text(encoding="utf-8")
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in sorted(RESULTS.glob("*.json"), key=lambda path: path.stem):
         if f"<!-- {path.stem} -->" in whole:
             whole = between(whole, path.stem, "\n".join(table_of(path)))
     write_whole(readme, whole)
