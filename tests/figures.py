@@ -354,8 +354,10 @@ def tradeoff(options):
                 if "beam 1" not in name:
                     axes.plot(x, y, "x", color=colour, markersize=5)
             for x, y, name in one:
+                last = (x, y, name) == one[-1]                 # its name would leave the picture
                 axes.annotate(name.split(",")[0], (x, y), fontsize=6.5, color=PALE,
-                              xytext=(4, 3), textcoords="offset points")
+                              xytext=(-5 if last else 4, 3), textcoords="offset points",
+                              ha="right" if last else "left")
         axes.set(xlabel="LAAL, seconds", ylabel="WER, %")
         axes.grid(color=RULE, linewidth=0.5)
         axes.legend(frameon=False, fontsize=8)
