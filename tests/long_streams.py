@@ -55,13 +55,18 @@ def compare(model, tokenizer, items, seconds, **how):
     return len(groups), metrics, summarise(parts, how.get("tags") or tokenizer.tags, bootstrap=1000)
 
 
-def main():
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
     parser.add_argument("manifest")
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--chunk", type=int)
     parser.add_argument("--allow-outside", action="store_true")
+    return parser
+
+
+def main():
+    parser = make_parser()
     options = parser.parse_args()
     if not 0 < options.seconds < np.inf:
         parser.error(f"--seconds {options.seconds} must be a positive number")

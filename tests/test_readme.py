@@ -141,6 +141,7 @@ def parse(script, arguments):
     import align_steps
     import bench
     import figures
+    import long_streams
     import reproduce
     known = {
         "train.py": lambda a: train.make_parser().parse_args(a),
@@ -150,6 +151,7 @@ def parse(script, arguments):
         "tests/figures.py": lambda a: a and figures.make_parser().parse_args(a),
         "tests/bench.py": lambda a: a and bench.make_parser().parse_known_args(a),
         "tests/align_steps.py": lambda a: align_steps.make_parser().parse_args(a),
+        "tests/long_streams.py": lambda a: long_streams.make_parser().parse_args(a),
         "tests/reproduce.py": reproduce.parse,
         "tests/exercises.py": lambda a: None,
     }
