@@ -671,7 +671,7 @@ def load(path, map_location="cpu") -> tuple[Transducer, dict]:
     except KeyError as error:
         raise InputError(f"{path}: a damaged checkpoint: it lacks {error}") from None
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        if "memory" in str(error) and isinstance(error, RuntimeError):    # ours, not the file's
+        if too_little_memory(error):                  # ours, not the file's
             raise
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: a damaged checkpoint: {reason:.300}") from None
@@ -731,10 +731,17 @@ def _read(path, map_location):
         raise InputError(f"{path}: refused, it holds more than tensors and plain data: "
                          f"{reason:.300}") from None
     except Exception as error:  # a reader of damaged archives may fail in any way
-        if isinstance(error, MemoryError) or "memory" in str(error):      # ours, not the file's
+        if too_little_memory(error):
             raise
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: not a checkpoint: {reason:.300}") from None
+
+
+def too_little_memory(error):
+    """Whether that is it: torch's errors on a processor, and those that a driver gives it, are
+    plain RuntimeErrors."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        sign in str(error) for sign in ("can't allocate memory", "out of memory"))
 
 
 # ---- Demonstration -----------------------------------------------------------------------------

@@ -48,7 +48,8 @@ import numpy as np
 import torch
 
 try:
-    from model import HOP, PRESETS, SAMPLE_RATE, WINDOW, State, Transducer, load, log_mel
+    from model import (HOP, PRESETS, SAMPLE_RATE, WINDOW, State, Transducer, load, log_mel,
+                       too_little_memory)
     from model import InputError as ModelError
     from serialize import InputError, StreamParser, Tokenizer, join, read_manifest, units
 except ModuleNotFoundError as error:
@@ -903,21 +904,14 @@ def readable(rows, strict=False, chunk=None):
         except InputError as error:
             if strict:
                 raise InputError(f"{row.where}: {error}") from None
-            tell(f"{row.where}: skipped: {error}")
+            say(f"{row.where}: skipped: {error}")
             bad += 1
             continue
         yield row, samples
     if bad == n_rows:
         raise InputError(f"none of the {n_rows} rows has sound that can be used")
     if bad:
-        tell(f"{bad} of {n_rows} rows skipped")
-
-
-def tell(message):
-    """One line on standard error, above a progress bar, if there is one; the work outlives it."""
-    from tqdm import tqdm
-    if sys.stderr is not None:
-        tqdm.write(printable(message), file=Outlived(sys.stderr))
+        say(f"{bad} of {n_rows} rows skipped")
 
 
 # ---- Sound: resampling --------------------------------------------------------------------------
@@ -1175,9 +1169,10 @@ def pieces(text, width):
 
 
 def say(message):
-    """One line for the user, on standard error, unless that is closed."""
+    """One line for the user, on standard error, above a progress bar; the work outlives it."""
+    from tqdm import tqdm
     if sys.stderr is not None:
-        print(printable(message), file=sys.stderr)
+        Outlived(sys.stderr).outlive(lambda: tqdm.write(printable(message), file=sys.stderr))
     Terminal.disturbed = True
 
 
@@ -1958,13 +1953,6 @@ def told(options):
     return code
 
 
-def too_little_memory(error):
-    """Whether that is it: torch's errors on a processor, and those that a driver gives it, are
-    plain RuntimeErrors."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        sign in str(error) for sign in ("can't allocate memory", "out of memory"))
-
-
 class Outlived:
     """A standard stream that the work outlives: what nobody reads any more, or what a full disk
     does not take, is dropped."""
@@ -1976,14 +1964,14 @@ class Outlived:
         return getattr(self.file, name)
 
     def write(self, text):
-        self.outlive(self.file.write, text)
+        self.outlive(lambda: self.file.write(text))
 
     def flush(self):
         self.outlive(self.file.flush)
 
-    def outlive(self, act, *what):
+    def outlive(self, act):
         try:
-            act(*what)
+            act()
         except OSError:            # or Python would write the rest, and fail, as it ends
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())

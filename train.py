@@ -63,12 +63,14 @@ from tqdm import tqdm
 import align
 import stream
 from align import add_links, align_bitext
-from model import HOP, PRESETS, SAMPLE_RATE, InputError, Transducer, features, load, save
+from model import (HOP, PRESETS, SAMPLE_RATE, InputError, Transducer, features, load, save,
+                   too_little_memory)
 from rnnt_loss import joint_rnnt_loss, prune_band, runs_on_gpu, simple_rnnt_loss
 from serialize import InputError as TextError
 from serialize import (ASR, SEPARATOR, Row, Tokenizer, check_mode, interleave, mode_of, needs,
                        project_times, read_manifest, serialize, word_by_word, write_manifest)
-from stream import Outlived, evaluate, read_audio, readable, resample, tell
+from stream import Outlived, evaluate, read_audio, readable, resample
+from stream import say as tell        # `say` speaks a sentence, below
 
 USER_ERRORS = InputError, TextError, align.InputError, OSError, ImportError  # told in one line
 CLIP = 5.0            # largest norm of a step's gradient
@@ -198,13 +200,17 @@ def make_parser():
 def parse_options(argv):
     """-> Options: the defaults, those for real speech, those of the run to go on with, the command
     line; later wins."""
+    return read_arguments(argv)[0]
+
+
+def read_arguments(argv):
+    """-> parse_options(argv), and what --write-corpus was given, [DIR, N], or None."""
     given = vars(make_parser().parse_args(argv))
-    given.pop("write_corpus", None)
-    return options_of(given)
+    folder_and_size = given.pop("write_corpus", None)
+    return options_of(given), folder_and_size
 
 
 def options_of(given):
-    """{option: value} of the command line -> Options."""
     for name in ("manifest", "dev", "noise", "resume", "init", "out"):
         # As of a shell's variable that is not set; a run that goes on may do without some.
         if given.get(name) == "" and not (given.get("resume") and name in ("dev", "noise")):
@@ -2286,9 +2292,7 @@ def main(argv=None):
 def command(argv):
     """The exit code: 0; 2 after one line about what is wrong; 130 if stopped before it began."""
     try:
-        given = vars(make_parser().parse_args(argv))
-        folder_and_size = given.pop("write_corpus", None)
-        options = options_of(given)
+        options, folder_and_size = read_arguments(argv)
         if folder_and_size:
             folder, size = folder_and_size
             if not folder:
@@ -2311,7 +2315,7 @@ def command(argv):
         tell(f"train.py: {error}")
         return 2
     except (MemoryError, RuntimeError) as error:               # a processor's are of no type
-        said, memory = str(error).partition("\n")[0], stream.too_little_memory(error)
+        said, memory = str(error).partition("\n")[0], too_little_memory(error)
         if not memory and not said.startswith("DataLoader worker (pid"):      # one was killed
             raise
         tell(f"train.py: {said or 'out of memory'}" + " (the same update in less memory: half of "

@@ -147,6 +147,14 @@ def write_result(name, result):
     write_whole(RESULTS / f"{name}.json", json.dumps(about | result, indent=1) + "\n")
 
 
+def write_trainings(name, rows):
+    """The result of trainings that differ in their options, and their last scores on the screen."""
+    write_result(name, {"rows": rows})
+    print(HEAD)
+    for row, found in rows.items():
+        show(row, found["step"], found["streams"])
+
+
 def write_whole(path, text):
     """Or, on a full disk, not at all."""
     new = path.with_name(path.name + ".new")
@@ -231,9 +239,7 @@ def further(data):
     run(name, [option.replace("DATA", data) for option in options])
     start = ROOT / "runs" / "reproduce" / folder_name(name)
     row = run(f"{name}, taken on", ["--resume", str(start), *FURTHER])
-    write_result("mboshi-further", {"rows": {f"{name}, taken on": row}})
-    print(HEAD)
-    show(f"{name}, taken on", row["step"], row["streams"])
+    write_trainings("mboshi-further", {f"{name}, taken on": row})
 
 
 def named(kind, options):
@@ -257,10 +263,7 @@ def latency(path):
     name_of_run = named("latency", options)
     rows = {name: run(f"{name_of_run} {mark} {name}", more + given)
             for name, given in trained.items()}
-    write_result(name_of_run, {"rows": rows})
-    print(HEAD)
-    for name, row in rows.items():
-        show(name, row["step"], row["streams"])
+    write_trainings(name_of_run, rows)
 
 
 def as_arguments(options):
@@ -872,10 +875,7 @@ def main(argv):
     data = str(Path(rest[0]).resolve()) if rest else ""
     results = {row: run(row, [option.replace("DATA", data) for option in options])
                for row, options in EXPERIMENTS[name].items()}
-    write_result(name, {"rows": results})
-    print(HEAD)
-    for name, result in results.items():
-        show(name, result["step"], result["streams"])
+    write_trainings(name, results)
 
 
 if __name__ == "__main__":
