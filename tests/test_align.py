@@ -168,6 +168,12 @@ def test_words_that_nobody_says_are_not_linked():
     assert len(said_by_nobody) > 200 and linked < 0.03 * len(said_by_nobody)
 
 
+def test_a_word_more_likely_of_null_than_of_any_word_is_not_linked():
+    recipe, nothing = align.Recipe(method="forward"), np.zeros((2, 1))
+    assert align.choose_links(np.array([[0.3], [0.2]]), nothing, recipe) == []    # NULL: 0.5
+    assert align.choose_links(np.array([[0.6], [0.1]]), nothing, recipe) == [(0, 0)]
+
+
 def test_links_do_not_depend_on_threads_or_case():
     import numba
     pairs, _ = planted(100, extra=1)
@@ -1117,12 +1123,15 @@ def test_times_by_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert not other.st_times and "in.jsonl:4: no times: no text of a stream" in said
 
     monkeypatch.setattr(align, "BATCH_SAMPLES", 17000)         # of one row each
+    sizes, best_path = [], align.best_path
+    monkeypatch.setattr(align, "best_path", lambda model, samples, *rest: sizes.append(
+        len(samples)) or best_path(model, samples, *rest))
     more = [{"id": name, **row} for name in ("u1", "u2", "u3")]
     manifest(tmp_path / "more.jsonl", more)
     align.main([str(tmp_path / "more.jsonl"), "-o", str(out), "--times",
                 str(tmp_path / "model.pt")])
     assert "times for 3 of 3 rows" in capsys.readouterr().err
-    assert [one.times for one in read_manifest(out)] == [first.times] * 3
+    assert [one.times for one in read_manifest(out)] == [first.times] * 3 and sizes == [1, 1, 1]
 
     monkeypatch.setattr(align, "LONGEST_TIMED_S", 0.9)         # longer ones would fill the memory
     command = [str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "short.jsonl"), "--times"]

@@ -645,6 +645,17 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path, bad, told):
     assert m.load(path)[1] == {"step": 1} and os.listdir(tmp_path) == ["model.pt"]
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Or a power cut might leave the new name and nothing behind it."""
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(m.os, name, lambda *args, name=name, real=real: done.append(
+            name) or real(*args))
+    m.save(tmp_path / "model.pt", make())
+    assert done == ["fsync", "replace"]
+
+
 @pytest.mark.parametrize("device", [None, {"cuda:0": "cpu"}, "meta", "nowhere"])
 def test_a_device_has_a_name(tmp_path, device):
     """With map_location=None, torch would leave the weights without numbers."""

@@ -184,7 +184,7 @@ def test_the_shell_makes_a_table_of_recordings_with_a_file_for_each_text(tmp_pat
     for line in lines:
         line = line.strip().replace("python serialize.py", f"{sys.executable} {ROOT}/serialize.py")
         subprocess.run(["sh", "-ec", line], cwd=tmp_path, check=True)
-    rows = read_manifest(tmp_path / "train.jsonl")
+    rows = read_manifest(tmp_path / "all.jsonl")
     assert [(Path(row.audio).name, row.asr, row.st, row.duration) for row in rows] == [
         ("a b.wav", "wa é", {"fr": "il \\ est"}, 0.5), ("c.wav", "bé", {"fr": "oui"}, 0.5)]
 

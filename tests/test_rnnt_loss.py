@@ -560,6 +560,9 @@ def test_only_nodes_kept_are_computed(monkeypatch):
     inside = sum(int(keep[b, :T, :U + 1].sum()) for b, (T, U) in enumerate(zip(*rest[1:])))
     joint_rnnt_loss(*joint_inputs(), *rest, blank=0, keep=keep)
     assert sum(rows) == inside < keep.sum()
+    rows.clear()              # a node takes (2 * 7 classes + 4 * 8 of the joint) * 8 bytes = 368
+    joint_rnnt_loss(*joint_inputs(), *rest, blank=0, tile_bytes=3000)
+    assert max(rows) == 8 and len(rows) > 3
 
 
 def test_joined_sentences_in_blocks_are_the_sentences():

@@ -242,6 +242,9 @@ def test_projected_times_are_the_rising_ones():
     row.st_times, row.times = {}, [None] * 4
     module.project_times(row)
     assert row.st_times == {}
+    row.st_times, row.times = {"en": [0.7, 3.0, 3.1, 3.2]}, [0.5, 1.0, 2.0, 3.0]
+    module.project_times(row)
+    assert row.st_times == {"en": [0.7, 3.0, 3.1, 3.2]}  # measured ones stay
 
 
 def test_modes_of_a_row():
@@ -1069,6 +1072,9 @@ def test_any_table_is_imported(tmp_path):
                              allow_outside=True, on_bad=[].append)
     assert [row.audio for row in rows] == [str(tmp_path / name) for name in (
         "clips/a.wav", "clips/b.wav", "c.wav", "clips/d.wav")]
+    assert command("--from", "tsv", path, "--columns", columns, "--folder", "clips", "-o",
+                   out)[0] == 0
+    assert read_manifest(out)[0].audio == str(tmp_path / "clips" / "a.wav")
     for wrong, message in [("audio=file,ars=fr", "no column 'ars'"), ("asr=fr", "need audio"),
                            ("audio=file,asr", "should be OURS=THEIRS"),
                            ("audio=file,asr=de", "a.tsv:1: no column 'de' in the header")]:

@@ -278,6 +278,17 @@ def test_many_streams_in_one_batch():
         assert streamer.search.score == pytest.approx(score, abs=1e-9)
 
 
+def test_streams_of_two_models_are_computed_by_their_own():
+    models = [lively(seed=seed, dtype=torch.float64) for seed in (0, 2)]
+    alone = [close_to(run(model, noise(N), limits=LIMITS)[0]) for model in models]
+    assert alone[0] != alone[1] and all(alone)
+    streamers = [Streamer(model, TOKENIZER, limits=LIMITS) for model in models]
+    for streamer in streamers:
+        streamer.push(noise(N))
+    words = [mine + streamer.flush() for streamer, mine in zip(streamers, advance(streamers))]
+    assert [close_to(mine) for mine in words] == alone
+
+
 def test_state_keeps_its_shape():
     model = lively()
     streamer = Streamer(model, TOKENIZER)
@@ -1157,6 +1168,9 @@ def test_a_word_is_shown_once_the_best_hypothesis_has_held_it():
     search.hyps = [hypothesis(5, 6), hypothesis(5, 7), hypothesis(7)]
     assert [written.token for written in search.end_call(False)] == [5]
     assert [hyp.tokens for hyp in search.hyps] == [(6,), (7,)]
+    assert (search.leader, search.held_since) == ((6,), [9])   # what stays has not been held longer
+    search.shown_at, search.hyps = 7, [hypothesis(5)]          # written in frame 2
+    assert [written.frame for written in search.end_call(True)] == [7]
     search = stream.Beam(lively(), 3, hold=8)                  # the control: not held so long
     search.done, search.leader, search.held_since = 10, (5, 6), [3, 9]
     search.hyps = [hypothesis(5, 6), hypothesis(5, 7), hypothesis(7)]
@@ -1220,6 +1234,32 @@ def cues(path, words, webvtt=False, pause=1.0):
             track([Word(*(tag or ["<asr>"]), text, 0.0, start, end, 0.0)])
     track.close()
     return path.read_text("utf-8")
+
+
+def test_a_cue_is_in_the_file_as_soon_as_it_is_complete(tmp_path):
+    track = stream.Subtitles(tmp_path / "a", "<asr>", False, 1.0)
+    track([Word("<asr>", "ja", 0.0, 0.0, 0.5, 0.0), stream.Pause(0.0, 0.0, 0.0, 0.0)])
+    assert (tmp_path / "a").read_text("utf-8") == "1\n00:00:00,000 --> 00:00:01,000\nja\n\n"
+    track.close()
+
+
+def test_a_word_wider_than_a_line_goes_over_several(tmp_path):
+    line = "x" * 42
+    assert cues(tmp_path / "a", [("x" * 100, 0.0, 0.5)]) == (
+        f"1\n00:00:00,000 --> 00:00:01,000\n{line}\n{line}\n\n"
+        f"2\n00:00:01,000 --> 00:00:02,000\n{'x' * 16}\n\n")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_json_keeps_its_numbers_and_letters(monkeypatch, encoding):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding, errors="replace"))
+    stream.show_json([Word("<asr>", "été我", 655.0, 0.12, 0.32, 670.51239, 0.8765432),
+                      stream.Pause(1.0, 2.0, 3.0, 4.0)])
+    word, pause = map(json.loads, written.getvalue().splitlines())
+    assert word == {"event": "word", "stream": "<asr>", "text": "été我", "delay_ms": 655.0,
+                    "start_s": 0.12, "end_s": 0.32, "elapsed_ms": 670.5124, "confidence": 0.8765}
+    assert pause["event"] == "end of utterance" and pause["start_s"] == 2.0
 
 
 def test_a_track_has_one_stream(tmp_path):

@@ -409,6 +409,37 @@ def test_a_text_that_no_sound_can_hold_is_left_out(tmp_path, capsys):
     assert "rows.jsonl:2: 603 letters to write in 1.0 s of sound: left out" in said
 
 
+def test_a_text_that_ctc_cannot_fit_into_its_frames_is_none_for_it(tmp_path, capsys):
+    """Its cost would be 0, and its letters counted among those learned."""
+    assert train.if_it_fits([1, 1, 2], 3) == [] and train.if_it_fits([1, 1, 2], 4) == [1, 1, 2]
+    assert train.if_it_fits("aba", 3) == "aba"                 # no two neighbours are equal
+    soundfile.write(tmp_path / "a.wav", np.full(16000, 0.1), 16000)        # 25 frames
+    rows = [{"audio": "a.wav", "asr": "ab" * 20}, {"audio": "a.wav", "asr": "ab"}]
+    train.open_corpus(train.parse_options([str(write_rows(tmp_path, rows)), "--device", "cpu"]))
+    said = capsys.readouterr().err
+    assert "1 of 2 rows have fewer frames of 40 ms than letters" in said
+
+
+def test_the_tokenizer_learns_from_all_over_a_large_manifest(tmp_path, monkeypatch):
+    """Which may be sorted by language."""
+    monkeypatch.setattr(train, "BPE_ROWS", 3)
+    seen, learn = [], train.Tokenizer.train
+    monkeypatch.setattr(train.Tokenizer, "train", lambda texts, *rest: seen.extend(texts) or learn(
+        texts, *rest))
+    soundfile.write(tmp_path / "a.wav", np.full(16000, 0.1), 16000)
+    rows = [{"audio": "a.wav", "asr": f"w{k}"} for k in range(7)]
+    options = train.parse_options([str(write_rows(tmp_path, rows)), "--device", "cpu",
+                                   "--interleave", "asr"])
+    train.new_run(options, train.open_corpus(options)[0])
+    assert seen == ["w0", "w3", "w6"]
+
+
+def test_a_run_finds_its_files_wherever_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = train.parse_options(["m.jsonl", "--dev", "d.jsonl", "--device", "cpu"])
+    assert (options.manifest, options.dev) == (str(tmp_path / "m.jsonl"), str(tmp_path / "d.jsonl"))
+
+
 def test_strict_is_about_sound_too(tmp_path):
     soundfile.write(tmp_path / "good.wav", np.full(16000, 0.1), 16000)
     rows = [{"audio": f"{name}.wav", "asr": "x"} for name in ("good", "gone")]
