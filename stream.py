@@ -17,6 +17,7 @@ network is model.py's, turning tokens into words serialize.py's. `python stream.
 prints captions, `python stream.py MODEL --eval MANIFEST` error rates and latency; alone, it shows
 that packets do not matter.
 """
+import operator
 import os
 
 if __name__ == "__main__":  # numpy, which resamples, has threads of its own beside --threads
@@ -40,7 +41,7 @@ from collections import Counter
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,7 +114,7 @@ class Streamer:
         Raises InputError for an option out of range, a tokenizer of another size than the model's,
         a model in training mode."""
         self.model, self.config = model, model.config
-        self.chunk = self.config.chunks[0] if chunk is None else chunk
+        self.chunk = self.config.chunks[0] if chunk is None else whole("chunk", chunk)
         if not 0 <= self.chunk <= LONGEST_CHUNK_S / self.config.frame_s:
             raise InputError(f"chunk {self.chunk} must be 0, for everything at the end, or up to "
                              f"{LONGEST_CHUNK_S / self.config.frame_s:.0f} frames, a minute")
@@ -277,7 +278,7 @@ def step(streamers, n_frames, final):
     model = streamers[0].model
     samples = np.stack([streamer.take(n_frames) for streamer in streamers])             # (B, N)
     samples = torch.from_numpy(samples).to(model.joint.output.weight)
-    mel = log_mel(samples, model.config.n_mels, model.config.floor)                     # (B, F, 80)
+    mel = log_mel(samples, model.config.n_mels, model.config.floor)                 # (B, F, n_mels)
     state = State.join([streamer.encoder_state for streamer in streamers])
     frames, state = model.encoder(mel, state=state)                                     # (B, T, D)
     for b, streamer in enumerate(streamers):
@@ -298,14 +299,27 @@ def new_search(model, chunk, *, beam=1, limits=LIMITS, hold=HALF_CHUNK, blank_pe
     blank_penalty: taken off the log-probability of blank wherever it is compared with a label's,
         against translations that are too short (HENT-SRT, 2025); never part of a score.
     """
+    beam = whole("beam", beam)
     if not 1 <= beam <= WIDEST_BEAM:
         raise InputError(f"beam {beam} must be from 1 to {WIDEST_BEAM}")
+    try:
+        each, last = map(operator.index, limits)
+    except (TypeError, ValueError):
+        raise InputError(f"limits {limits!r} must be two whole numbers") from None
     if not (isinstance(blank_penalty, (int, float)) and abs(blank_penalty) < 1e6):
         raise InputError(f"blank penalty {blank_penalty!r} must be a number between -1e6 and 1e6")
     if beam == 1:
-        return Greedy(model, limits, blank_penalty)
-    hold = chunk // 2 if hold == HALF_CHUNK else hold
-    return Beam(model, beam, limits, hold=hold, blank_penalty=blank_penalty)
+        return Greedy(model, (each, last), blank_penalty)
+    hold = chunk // 2 if hold == HALF_CHUNK else None if hold is None else whole("hold", hold)
+    return Beam(model, beam, (each, last), hold=hold, blank_penalty=blank_penalty)
+
+
+def whole(name, value):
+    """numpy's integers too, as an int."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{name} {value!r} must be a whole number") from None
 
 
 @dataclass
@@ -427,7 +441,7 @@ def look_ahead(model, frames, labels, rows, at):
 
 @torch.inference_mode()
 def greedy_batch(model, mel, lengths, chunk=None, limits=LIMITS):
-    """mel (B, F, 80) padded, lengths (B,) in mel frames -> (ids, frames) of each, as streaming
+    """mel (B, F, n_mels) padded, lengths (B,) in mel frames -> (ids, frames) of each, as streaming
     gives, but offline."""
     lengths = torch.as_tensor(lengths, device=mel.device)
     out, _ = model.encoder(mel, lengths=lengths, chunk=chunk)
@@ -687,12 +701,27 @@ def audio_blocks(path, start=0.0, duration=None):
 
 
 class RawFile(io.BufferedReader):
-    """The bytes of a file. A damaged header sends libsndfile to impossible places: it stays put."""
+    """The bytes of a file, for libsndfile, which calls back and must see no exception. A damaged
+    header sends it to impossible places: it stays put. What cannot be read is its `fault`."""
+    fault = None
+
     def seek(self, *place):
         try:
             return super().seek(*place)
         except (OSError, OverflowError):
             return self.tell()
+
+    def readinto(self, buffer):
+        try:
+            return super().readinto(buffer)
+        except OSError as error:             # a disk that was pulled out
+            self.fault = error
+            return 0
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        if self.fault:
+            raise self.fault
 
 
 @contextmanager
@@ -1001,6 +1030,7 @@ WITHOUT = (f"arecord -q -f S16_LE -c 1 -r {SAMPLE_RATE} | python stream.py MODEL
            + piped("-f alsa -i default"))
 STALLED_S = 2.0  # of no packets, or of exact zeros, that are worth a message
 LATE_S = 2.0     # of sound that waits to be heard
+TOO_LATE_S = 30.0  # of it, after which live captions go on with what is said now
 UNHEARD_S = 0.5  # of sound that still waits at the end
 
 
@@ -1073,19 +1103,26 @@ def microphone():
 def listen(device, arrived, rate):
     """Packets of a running device; what goes wrong is told on standard error and survived."""
     resampler = Resampler(rate)
-    listening, zeros, late = False, 0, False
+    listening, zeros, late, stalled = False, 0, False, False
     while device.active or not arrived.empty():
         try:
             block, overflow = arrived.get(timeout=STALLED_S)
         except queue.Empty:
-            say(f"mic: nothing has come for {STALLED_S:g} s")
+            if not stalled:
+                say(f"mic: nothing has come for {STALLED_S:g} s")
+            stalled = True
             continue
+        stalled = False
         if not listening:
             say(f"listening at {rate} Hz, until Ctrl-C")
             listening = True
         before, late = late, arrived.qsize() * len(block) > LATE_S * rate
         if late and not before:
             say(f"mic: {LATE_S:g} s of sound wait: the computer is too slow for this model")
+        if arrived.qsize() * len(block) > TOO_LATE_S * rate:
+            left_out = sum(len(arrived.get()[0]) for _ in range(arrived.qsize())) / rate
+            say(f"mic: {left_out:.1f} s of sound left out, to be on time again; times do not count "
+                "them")
         if overflow:
             say("mic: some sound was lost, the computer is too slow")
         before, zeros = zeros, 0 if block.any() else zeros + len(block)
@@ -1135,6 +1172,9 @@ def load_run(path, device="cpu"):
 # ---- Captions: lines, a terminal, JSON, subtitles ------------------------------------------------
 # Each way to show them is called with the new words (and pauses) of a packet.
 
+UNSEEN = "\u00ad\u200b\u200e\u200f\u2060\ufeff"
+
+
 def shows(char):
     """Whether a character may reach a screen: no control, no change of direction, no line break.
     The two invisible joiners are letters to Persian and to Hindi; spaces come in many widths."""
@@ -1142,8 +1182,10 @@ def shows(char):
 
 
 def printable(text):
-    """What a model, a file or its name says, on one line and without escape sequences."""
-    return "".join(char if shows(char) else "\ufffd" for char in str(text))
+    """What a model, a file or its name says, on one line and without escape sequences; marks that
+    nobody sees, as soft hyphens, are left out."""
+    return "".join(char if shows(char) else "\ufffd" for char in str(text)
+                   if char not in UNSEEN)
 
 
 def columns(text):
@@ -1173,7 +1215,7 @@ def say(message):
     from tqdm import tqdm
     if sys.stderr is not None:
         Outlived(sys.stderr).outlive(lambda: tqdm.write(printable(message), file=sys.stderr))
-    Terminal.disturbed = True
+        Terminal.disturbed |= sys.stderr.isatty()
 
 
 def words_of(events):
@@ -1226,7 +1268,8 @@ class Terminal:
         if Terminal.disturbed:
             self.drawn, Terminal.disturbed = 0, False
         up = f"\x1b[{self.drawn}F" if self.drawn else ""  # so many lines
-        rows = [f"\x1b[2K\x1b[2m{printable(tag):{self.margin}}\x1b[0m "
+        names = {tag: printable(tag) for tag in self.lines}
+        rows = [f"\x1b[2K\x1b[2m{names[tag]}{' ' * (self.margin - columns(names[tag]))}\x1b[0m "
                 f"{fit(join(line), width)}\n"
                 for tag, line in self.lines.items()]
         print(up + "".join(rows), end="", flush=True)
@@ -1236,17 +1279,19 @@ class Terminal:
 class Subtitles:
     """One stream as SubRip (.srt) or WebVTT (.vtt): cues of at most two lines of 42 characters.
 
-    A cue begins with its first word and ends with its last. The next one begins where a word does
-    not fit any more, after a pause, or after seven seconds. A cue stays for a second at least, and
-    none begins before the one before has ended: where a whole translation is written at once, its
-    cues follow each other. Each is in the file as soon as it is complete, so the input may be
-    endless.
+    A cue begins with its first word. The next one begins where a word does not fit any more, after
+    a pause, or after seven seconds, but no sooner than a second later, lest the cues fall behind
+    the sound; where a whole translation is written at once, its cues follow each other so. A cue
+    stays until its last word, and, where the next one leaves time for it, as long as it takes to
+    read. It is in the file as soon as the next one begins, so the input may be endless.
     """
     WIDTH, LINES, SHORTEST_S, LONGEST_S = 42, 2, 1.0, 7.0
+    READ = 17.0                          # characters that are read in a second
 
     def __init__(self, path, tag, webvtt, pause):
         self.tag, self.webvtt, self.pause = tag, webvtt, pause
         self.words, self.lines = [], []  # of the cue that is not complete yet; lines: [[text]]
+        self.paused = False              # behind its last word
         self.number, self.free_s = 0, 0.0  # cues written, and the end of the last of them
         self.fault = None                # why no more can be written
         self.file = open(path, "w", encoding="utf-8", newline="\n")
@@ -1257,27 +1302,36 @@ class Subtitles:
         try:
             for event in events if not self.fault else ():
                 if isinstance(event, Pause):
-                    self.finish()
+                    self.paused = True
                 elif event.stream == self.tag:
                     self.add(event)
             self.file.flush()
         except OSError as error:         # a full disk: the captions on the screen go on
-            self.fault = self.fault or self.unwritten(error)
+            if not self.fault:
+                self.fault = self.unwritten(error)
+                say(self.fault)
 
     def unwritten(self, error):
-        return OSError(error.errno, error.strerror, self.file.name)
+        return InputError(f"{self.file.name}: {error.strerror}: the subtitles of {self.tag} end "
+                          "there")
 
     def add(self, word):
-        if self.words and (word.start_s - self.words[-1].end_s >= self.pause
-                           or word.end_s - self.words[0].start_s > self.LONGEST_S):
-            self.finish()
+        if self.words:
+            paused = self.paused or word.start_s - self.words[-1].end_s >= self.pause
+            if (word.end_s - self.start_s() > self.LONGEST_S
+                    or paused and word.start_s - self.start_s() >= self.SHORTEST_S):
+                self.finish(word.start_s)
         for text in pieces(printable(word.text), self.WIDTH):
             lines = self.with_text(text)
             if len(lines) > self.LINES:
-                self.finish()
+                self.finish(word.start_s)
                 lines = [[text]]
             self.lines = lines
             self.words.append(word)
+        self.paused = False
+
+    def start_s(self):
+        return max(self.words[0].start_s, self.free_s)
 
     def with_text(self, text):
         """The lines of the cue with one more text, in the last line if it fits."""
@@ -1285,13 +1339,14 @@ class Subtitles:
         fits = max(len(join(longer)), columns(join(longer))) <= self.WIDTH
         return [*self.lines[:-1], longer] if fits or not self.lines else [*self.lines, [text]]
 
-    def finish(self):
-        """Write the cue, if there is one, and begin the next."""
+    def finish(self, until=math.inf):
+        """Write the cue, if there is one; the word of the next one begins at `until`."""
         if self.words:
-            start_s = max(self.words[0].start_s, self.free_s)
-            self.free_s = max(self.words[-1].end_s, start_s + self.SHORTEST_S)
-            self.number += 1
             text = "\n".join(join(line) for line in self.lines)
+            start_s = self.start_s()
+            self.free_s = max(self.words[-1].end_s, start_s + self.SHORTEST_S,
+                              min(start_s + len(text) / self.READ, until))
+            self.number += 1
             if self.webvtt:
                 text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
             times = f"{self.clock(start_s)} --> {self.clock(self.free_s)}"
@@ -1315,9 +1370,9 @@ class Subtitles:
 
 def track_paths(path, tags):
     """tag -> file: `path` for the only stream, else one for each, talk.srt as talk.st-fr.srt."""
+    if path == "-" or not Path(path).name or path.endswith(("/", os.sep)):
+        raise InputError(f"{path}: not the name of a file for subtitles")
     path = Path(path)
-    if not path.name:
-        raise InputError(f"{path}: not the name of a file")
     if len(tags) == 1:
         return {tags[0]: path}
     return {tag: path.with_name(f"{path.stem}.{file_name(tag)}{path.suffix}") for tag in tags}
@@ -1326,6 +1381,9 @@ def track_paths(path, tags):
 def file_name(tag):
     """<st:fr> -> st-fr, and nothing that could lead out of the folder."""
     return re.sub(r"[^\w-]", "-", tag.strip("<>"))
+
+
+SUBTITLES = re.compile(rb"(\xef\xbb\xbf)?\s*(WEBVTT|\d+\s+[\d:,.]+ -->|$)")   # how they begin
 
 
 def planned_tracks(options, tags):
@@ -1339,8 +1397,10 @@ def planned_tracks(options, tags):
         taken[os.path.realpath(options.audio)] = "the recording"
     for own, tag, _ in planned:
         real = os.path.realpath(own)
-        if options.audio == "-" and is_standard_input(real):
+        if options.audio == "-" and opened_as(0, real):
             taken[real] = "the recording"
+        if opened_as(1, own):
+            taken[real] = "the captions on standard output"
         if real in taken:
             raise InputError(f"{own}: subtitles of {tag} would overwrite {taken[real]}")
         if os.path.isdir(real) or not os.path.isdir(os.path.dirname(real)):
@@ -1348,14 +1408,18 @@ def planned_tracks(options, tags):
         # A pipe that the shell made, >(command), has a name that leads nowhere but can be opened.
         if not os.access(own if os.path.exists(own) else os.path.dirname(real), os.W_OK):
             raise InputError(f"{own}: not allowed to write there")
+        if os.path.isfile(real):
+            with open(real, "rb") as file:
+                if not SUBTITLES.match(file.read(100)):
+                    raise InputError(f"{own}: there already, and no subtitles: it stays as it is")
         taken[real] = f"other subtitles, of {tag}"
     return planned
 
 
-def is_standard_input(path):
-    """Whether this is the file that a shell's < opened."""
+def opened_as(number, path):
+    """Whether this is the file that a shell's < (0) or > (1) opened."""
     try:
-        there, own = os.fstat(0), os.stat(path)
+        there, own = os.fstat(number), os.stat(path)
     except OSError:
         return False
     return stat.S_ISREG(own.st_mode) and os.path.samestat(there, own)
@@ -1375,7 +1439,8 @@ def opened_tracks(planned, pause):
 @contextmanager
 def uninterrupted():
     """Ctrl-C within it takes effect at its end, a second one at once; SIGTERM and SIGHUP too, where
-    they act as Ctrl-C does. Other handlers are somebody else's business."""
+    they act as Ctrl-C does. Other handlers are somebody else's business. Gives the list of the
+    signals that have come."""
     stops = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
     caught = [number for number in stops if number and
               signal.getsignal(number) is signal.default_int_handler]
@@ -1390,7 +1455,7 @@ def uninterrupted():
     for number in caught:
         signal.signal(number, note)
     try:
-        yield
+        yield seen
     finally:
         for number in caught:
             signal.signal(number, signal.default_int_handler)
@@ -1407,6 +1472,8 @@ def caption(model, tokenizer, options, search, tags):
     if sys.stdout.isatty() and not options.json:
         screen = Terminal(tags)
     planned = planned_tracks(options, tags)
+    if len(planned) > 1:         # a file each: what they are called is not what was asked for
+        say(f"subtitles: {', '.join(str(own) for own, *_ in planned)}")
     streamer = Streamer(model, tokenizer, pause=options.pause, **search)
     incoming, fault = packets(options.audio, options.realtime), None
     live = options.audio in ("-", "mic")     # Ctrl-C is their usual end
@@ -1423,10 +1490,12 @@ def caption(model, tokenizer, options, search, tags):
                 track(events)
             try:
                 screen(events)
-            except BrokenPipeError:          # whoever reads the screen has left
+            except OSError as error:         # who reads has left, a terminal closed, a disk is full
                 discard_output()
                 if not tracks:
                     raise
+                if not isinstance(error, BrokenPipeError):
+                    say(f"standard output: {error.strerror}; the subtitles go on")
         try:
             for packet in chain([first], incoming):
                 with uninterrupted():        # or the words of this packet would be lost
@@ -1577,8 +1646,8 @@ class Scores:
         above, below = np.array(above, float), np.array(below, float)
         self.metrics[name] = float(above.sum() / below.sum()) if below.sum() else None
         if self.bootstrap and below.sum():
-            drawn = draws(len(above), self.bootstrap)
-            values = above[drawn].sum(1) / np.maximum(below[drawn].sum(1), 1e-9)
+            values = [above[rows].sum() / max(below[rows].sum(), 1e-9)
+                      for rows in draws(len(above), self.bootstrap)]
             self.metrics[f"{name}_95"] = interval(values)
 
     def add_error_rates(self):
@@ -1737,9 +1806,10 @@ def sacre(hypotheses, references, tokenize, bootstrap):
 
 
 def draws(n, times):
-    """The bootstrap: n of n utterances (times, n), some more than once and others never; the same
-    for every score."""
-    return np.random.default_rng(0).integers(n, size=(times, n))
+    """The bootstrap, `times` draws: n of n utterances (n,), some more than once and others never;
+    the same for every score."""
+    rng = np.random.default_rng(0)
+    return (rng.integers(n, size=n) for _ in range(times))
 
 
 def interval(values):
@@ -1763,7 +1833,7 @@ def write_logs(folder, records, metrics):
 
 
 def log_entry(index, row, tag):
-    words = [word for word in row["words"] if word.stream == tag]
+    words = words_in(row, tag)
     return {"index": index, "prediction": " ".join(word.text for word in words),
             "delays": [word.delay_ms for word in words],
             "elapsed": [word.elapsed_ms for word in words], "prediction_length": len(words),
@@ -1798,17 +1868,21 @@ def evaluation(model, tokenizer, options, search, tags):
         say(f"{options.eval}: {len(rows) - len(written)} of {len(rows)} rows left out: no text in "
             f"a language that the model writes, {' '.join(tags)}")
     items = readable(written, chunk=search["chunk"])
-    metrics, records = evaluate(model, tokenizer, items, tags=tags, batch_size=1,
-                                progress=len(written), bootstrap=1000, **search)
-    try:
-        for tag, figures in metrics.items():
-            print(f"\n{printable(tag)}")
-            for name, value in figures.items():
-                if not isinstance(value, list):
-                    print(figure_line(name, value, figures.get(f"{name}_95")))
-    finally:  # also where whoever reads the figures has seen enough
-        if options.log:
-            write_logs(options.log, records, metrics)
+    with uninterrupted() as stopped:   # what was done in hours is worth its figures
+        until_stopped = takewhile(lambda _: not stopped, items)
+        metrics, records = evaluate(model, tokenizer, until_stopped, tags=tags, batch_size=1,
+                                    progress=len(written), bootstrap=1000, **search)
+        if stopped:
+            say(f"stopped: the figures are those of the first {len(records)} utterances")
+        try:
+            for tag, figures in metrics.items():
+                print(f"\n{printable(tag)}")
+                for name, value in figures.items():
+                    if not isinstance(value, list):
+                        print(figure_line(name, value, figures.get(f"{name}_95")))
+        finally:  # also where whoever reads the figures has seen enough
+            if options.log:
+                write_logs(options.log, records, metrics)
 
 
 def figure_line(name, value, interval):

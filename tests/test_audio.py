@@ -677,7 +677,8 @@ def test_subtitles_do_not_overwrite_what_is_piped_in(folder, tmp_path):
         finally:
             os.dup2(kept, 0)
             os.close(kept)
-    assert planned(options, ["<asr>"]) == [(raw, "<asr>", False)]
+    with pytest.raises(InputError, match="there already, and no subtitles"):
+        planned(options, ["<asr>"])
 
 
 def test_two_streams_do_not_share_a_folder_of_logs(folder, tmp_path, capsys):
@@ -836,6 +837,25 @@ def test_a_model_too_slow_for_the_microphone_is_told(folder, capsys, monkeypatch
         assert err.count("too slow for this model") == times
 
 
+def test_captions_that_come_too_late_go_on_with_what_is_said_now(folder, capsys, monkeypatch):
+    """Of twenty packets of 10 ms that wait, the first is heard, then those after them."""
+    monkeypatch.setattr(stream, "TOO_LATE_S", 0.1)
+    heard, accept = [], Streamer.accept
+    monkeypatch.setattr(Streamer, "accept", lambda self, packet: heard.append(
+        len(packet)) or accept(self, packet))
+    packet = noise(480) * 0.5, False
+    _, _, err = from_microphone(monkeypatch, capsys, folder, sounddevice([[packet] * 21, [packet]]))
+    assert "mic: 0.2 s of sound left out, to be on time again" in err
+    assert 1 <= len([n for n in heard if n]) <= 2 and sum(heard) <= 2 * 160
+
+
+def test_a_microphone_that_gives_nothing_is_told_once(folder, capsys, monkeypatch):
+    packet = noise(480) * 0.5, False
+    script = [[packet], None, None, None, [packet], None, None, [packet]]
+    _, _, err = from_microphone(monkeypatch, capsys, folder, sounddevice(script))
+    assert err.count("nothing has come") == 2
+
+
 def test_sound_that_waits_when_the_microphone_is_stopped_is_told(folder, capsys, monkeypatch):
     """Eight packets of 10 ms come at once, Ctrl-C while the first is computed."""
     monkeypatch.setattr(stream, "UNHEARD_S", 0.05)
@@ -858,3 +878,19 @@ def test_no_microphone(folder, capsys, monkeypatch):
     code, out, err = from_microphone(monkeypatch, capsys, folder, module)
     assert code == 2 and not out and err.count("\n") == 1 and "Error querying device" in err
     assert "0 HDMI (0 in, 8 out);   1 Dock" in err and "arecord" in err
+
+
+def test_a_disk_that_fails_is_told_by_its_own_words(tmp_path, monkeypatch, capfd):
+    """libsndfile reads by calling back, where an exception would be printed and lost."""
+    soundfile.write(tmp_path / "a.wav", noise(160000), 16000)
+    reads = iter(range(1000))
+
+    class Failing(io.FileIO):
+        def readinto(self, buffer):
+            if next(reads) >= 4:
+                raise OSError(5, "Input/output error")
+            return super().readinto(buffer)
+    monkeypatch.setattr(stream.io, "FileIO", Failing)
+    with pytest.raises(stream.AudioError, match="a.wav: Input/output error"):
+        stream.read_audio(tmp_path / "a.wav")
+    assert "Traceback" not in capfd.readouterr().err

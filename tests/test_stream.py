@@ -850,6 +850,7 @@ def test_a_message_amid_the_captions_stays_on_the_screen(monkeypatch, capsys):
     terminal = stream.Terminal(["<asr>", "<st:en>"])
     terminal([Word("<asr>", "a", 0, 0, 0, 0)])
     terminal([Word("<asr>", "b", 0, 0, 0, 0)])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)    # not into a file
     stream.say("mic: some sound was lost")
     capsys.readouterr()
     terminal([Word("<asr>", "c", 0, 0, 0, 0)])
@@ -1063,24 +1064,74 @@ def test_subtitles_survive_whatever_ends_the_captions(folder, capsys, monkeypatc
 
 def test_subtitles_that_cannot_be_written_touch_no_file(folder, capsys, monkeypatch, tmp_path):
     old, sound = tmp_path / "y.asr.srt", tmp_path / "x.st-en.srt"
-    old.write_text("older captions")
+    older = "\ufeff1\n00:00:00,000 --> 00:00:01,000\nolder captions\n\n"
+    old.write_text(older)
+    (tmp_path / "sub").mkdir()
+    other = tmp_path / "b.wav"
+    shutil.copy(folder / "1.wav", other)       # as in: --srt *.wav
+    monkeypatch.setattr(stream, "own_streams", lambda *_: ("<asr>", "<st:en>"))
     shutil.copy(folder / "2.wav", sound)
     for more, message in (
             (("--srt", str(tmp_path / "y.srt"), "--vtt", str(tmp_path / "none" / "y.vtt")),
              "in a folder that is not there"),
-            (("--srt", "."), "not the name of a file"),
+            (("--srt", "."), "not the name of a file"), (("--srt", "-"), "not the name of a file"),
+            (("--vtt", f"{tmp_path}/sub/"), "not the name of a file"),
             (("--srt", str(tmp_path / "x"), "--vtt", str(tmp_path / "x")), "other subtitles"),
             (("--srt", str(tmp_path / "x.srt")), "overwrite the recording")):
         code, lines, err = captions(folder, capsys, monkeypatch, str(sound), *more)
         assert code == 2 and not lines and message in err and len(err.splitlines()) == 1, more
-    assert old.read_text() == "older captions"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.st-en.srt", "y.asr.srt"]
+    monkeypatch.setattr(stream, "own_streams", lambda *_: ("<asr>",))
+    code, lines, err = captions(folder, capsys, monkeypatch, str(sound), "--srt", str(other))
+    assert code == 2 and f"{other}: there already, and no subtitles" in err
+    assert old.read_text() == older and other.read_bytes() == (folder / "1.wav").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "b.wav", "sub", "x.st-en.srt", "y.asr.srt"]
+
+
+@pytest.mark.parametrize("begin, subtitles", [
+    (b"", True), (b"\n", True), (b"WEBVTT\n\n1\n", True), (b"\xef\xbb\xbfWEBVTT - x\n", True),
+    (b"1\r\n00:00:00,000 --> 00:00:01,000\r\n", True), (b"RIFF\x24\x00", False),
+    (b"<!-- a page --><html>", False), (b'{"id": "a"}\n', False), (b"\0" * 100, False)])
+def test_what_begins_as_subtitles_do(begin, subtitles):
+    assert bool(stream.SUBTITLES.match(begin)) == subtitles
+
+
+def test_subtitles_and_captions_do_not_share_a_file(folder, tmp_path):
+    model, sound = folder / "model.pt", folder / "1.wav"
+    with open(tmp_path / "t.asr.srt", "w") as both:
+        done = subprocess.run([sys.executable, Path(stream.__file__), model, sound,
+                               "--srt", tmp_path / "t.srt"], stdout=both, stderr=subprocess.PIPE,
+                              text=True)
+    assert done.returncode == 2 and "would overwrite the captions on standard output" in done.stderr
+    assert not (tmp_path / "t.asr.srt").read_bytes() and not (tmp_path / "t.st-en.srt").exists()
+
+
+@pytest.mark.parametrize("option, told", [
+    ({"chunk": 16.0}, "chunk 16.0 must be a whole"), ({"beam": 2.5}, "beam 2.5 must be a whole"),
+    ({"beam": 2, "hold": "soon"}, "hold 'soon' must be a whole"), ({"limits": 5}, "limits 5 must"),
+    ({"limits": (3, None)}, "limits .3, None. must be two"),
+    ({"limits": (1, 2, 3)}, "limits .1, 2, 3. must be two")])
+def test_an_option_of_another_type_is_told_at_once(option, told):
+    with pytest.raises(stream.InputError, match=told):
+        Streamer(lively(), TOKENIZER, **option)
+
+
+def test_options_may_be_numpys_numbers():
+    given = dict(chunk=np.int64(4), beam=np.int32(2), hold=np.int8(3), limits=np.array([3, 10]))
+    streamer = Streamer(lively(), TOKENIZER, **given)
+    assert type(streamer.chunk) is int and streamer.search.limits == (3, 10)
+
+
+def test_marks_that_nobody_sees_are_not_shown():
+    """Soft hyphens, marks of direction; but what turns the direction round is told."""
+    assert stream.printable("Ver\u00adkehr \u200fשלום\ufeff") == "Verkehr שלום"
+    assert stream.printable("a\u202eb\x1b[2Jc\u200dd") == "a\ufffdb\ufffd[2Jc\u200dd"
 
 
 def test_the_last_cue_of_every_track_is_written(tmp_path, monkeypatch):
     """A disk that is full for the first does not cost the second its words."""
     planned = [(tmp_path / name, "<asr>", False) for name in ("a", "b")]
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(stream.InputError, match="b: the disk is full: the subtitles of <asr> end"):
         with stream.opened_tracks(planned, 1.0) as tracks:
             for track in tracks:
                 track([Word("<asr>", "ja", 0, 0.0, 0.5, 0)])
@@ -1090,6 +1141,35 @@ def test_the_last_cue_of_every_track_is_written(tmp_path, monkeypatch):
             monkeypatch.setattr(tracks[1], "finish", full)     # closed first, as it came last
     assert (tmp_path / "a").read_text() == "1\n00:00:00,000 --> 00:00:01,000\nja\n\n"
     assert all(track.file.closed for track in tracks)
+
+
+def test_an_evaluation_that_is_stopped_tells_what_it_has(folder, capsys, tmp_path, monkeypatch):
+    """Ctrl-C while the second of three utterances is heard: the figures of two."""
+    monkeypatch.setattr(stream, "BABBLE", 1e9)
+    done, real = iter(range(1, 9)), stream.stream_group
+
+    def interrupted(*args):
+        if next(done) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+    monkeypatch.setattr(stream, "stream_group", interrupted)
+    code = stream.main([str(folder / "model.pt"), "--eval", str(folder / "set.jsonl"), "--log",
+                        str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert code == 130 and "stopped: the figures are those of the first 2 utterances" in err
+    assert "wer" in out and json.loads((tmp_path / "metrics.json").read_text())[
+        "<asr>"]["utterances"] == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_logs_have_the_words_that_are_scored(tmp_path):
+    """A unit each, composed: SimulEval's figures are those of metrics.json."""
+    record = {"references": {"<asr>": ["é", "我", "爱"]}, "audio": "a", "duration_ms": 1000.0,
+              "words": [Word("<asr>", "e\u0301", 100.0, 0.0, 0.1, 120.0),
+                        Word("<asr>", "我爱", 200.0, 0.1, 0.2, 220.0)]}
+    entry = stream.log_entry(0, record, "<asr>")
+    assert (entry["prediction"], entry["prediction_length"]) == ("é 我 爱", 3)
+    assert entry["delays"] == [100.0, 200.0, 200.0]
 
 
 def test_where_logs_cannot_go_is_told_before_the_evaluation(folder, capsys, monkeypatch):
@@ -1236,11 +1316,41 @@ def cues(path, words, webvtt=False, pause=1.0):
     return path.read_text("utf-8")
 
 
-def test_a_cue_is_in_the_file_as_soon_as_it_is_complete(tmp_path):
+def test_a_cue_is_in_the_file_as_soon_as_the_next_one_begins(tmp_path):
     track = stream.Subtitles(tmp_path / "a", "<asr>", False, 1.0)
     track([Word("<asr>", "ja", 0.0, 0.0, 0.5, 0.0), stream.Pause(0.0, 0.0, 0.0, 0.0)])
+    assert (tmp_path / "a").read_text("utf-8") == ""           # when it ends is not known yet
+    track([Word("<asr>", "nein", 0.0, 3.0, 3.5, 0.0)])
     assert (tmp_path / "a").read_text("utf-8") == "1\n00:00:00,000 --> 00:00:01,000\nja\n\n"
     track.close()
+
+
+def times_of(text):
+    """[(start, end)] of the cues of a track, in s."""
+    def seconds(clock):
+        hours, minutes, rest = clock.split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + float(rest.replace(",", "."))
+    return [tuple(map(seconds, line.split(" --> "))) for line in text.splitlines() if "-->" in line]
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_cues_do_not_fall_behind_short_pauses(tmp_path, paused):
+    """Two words a second, each after a pause: were each a cue of a second, the last would come 100
+    s late."""
+    words = [("la", 0.5 * k, 0.5 * k + 0.04) for k in range(200)]
+    if paused:
+        words = [event for word in words for event in (word, None)]
+    found = times_of(cues(tmp_path / "a", words, pause=5 if paused else 0.3))
+    assert found == [(k, k + 1) for k in range(100)]
+
+
+def test_a_cue_stays_as_long_as_it_takes_to_read(tmp_path):
+    """17 characters a second, if the next one leaves time for it."""
+    burst = [("x" * 33 + "y", 2.0, 2.04), ("z" * 33 + "!", 2.04, 2.08)]      # and a line break: 69
+    text = cues(tmp_path / "a", burst + [("next", 9.0, 9.1)])
+    assert times_of(text) == [(2, pytest.approx(2 + 69 / 17, abs=1e-3)), (9, 10)]
+    text = cues(tmp_path / "a", burst + [("next", 4.0, 4.1)])
+    assert times_of(text) == [(2, 4), (4, 5)]
 
 
 def test_a_word_wider_than_a_line_goes_over_several(tmp_path):
@@ -1273,15 +1383,17 @@ def test_webvtt_as_its_players_want_it(tmp_path):
 
 
 @pytest.mark.parametrize("words, times", [
-    ([("a", 0, 0.2), None, ("b", 0.4, 0.6)], ["00,000 --> 00:00:01,000",
+    ([("a", 0, 0.2), None, ("b", 1.0, 1.2)], ["00,000 --> 00:00:01,000",
                                               "01,000 --> 00:00:02,000"]),
+    ([("a", 0, 0.2), None, ("b", 0.4, 0.6)], ["00,000 --> 00:00:01,000"]),
     ([("a", 0, 0.2), ("b", 1.3, 1.5)], ["00,000 --> 00:00:01,000", "01,300 --> 00:00:02,300"]),
     ([("a", 0, 0.2), ("b", 1.1, 1.5)], ["00,000 --> 00:00:01,500"]),
     ([("w", k, k + 1) for k in range(8)], ["00,000 --> 00:00:07,000", "07,000 --> 00:00:08,000"]),
     ([("x" * 42, k, k + 1) for k in range(3)], ["00,000 --> 00:00:02,000",
-                                                "02,000 --> 00:00:03,000"])])
+                                                "02,000 --> 00:00:04,471"])])
 def test_where_a_cue_ends_and_none_overlaps(tmp_path, words, times):
-    """After a pause event, a second without a word, seven seconds, and two lines."""
+    """After a pause event, a second without a word, seven seconds, and two lines; not before it
+    has stood for a second."""
     found = [line[6:] for line in cues(tmp_path / "a", words).splitlines() if "-->" in line]
     assert found == times
 
