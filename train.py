@@ -67,8 +67,8 @@ from model import (HOP, PRESETS, SAMPLE_RATE, InputError, Transducer, features, 
                    too_little_memory)
 from rnnt_loss import joint_rnnt_loss, prune_band, runs_on_gpu, simple_rnnt_loss
 from serialize import InputError as TextError
-from serialize import (ASR, SEPARATOR, Row, Tokenizer, check_mode, interleave, mode_of, needs,
-                       project_times, read_manifest, serialize, word_by_word, write_manifest)
+from serialize import (ASR, MOST_TOLD, SEPARATOR, Row, Tokenizer, check_mode, interleave, mode_of,
+                       needs, project_times, read_manifest, serialize, word_by_word, write_manifest)
 from stream import Outlived, evaluate, read_audio, readable, resample
 from stream import say as tell        # `say` speaks a sentence, below
 
@@ -310,6 +310,10 @@ def check(options):
     elif options.corpus != Options.corpus:
         raise InputError(f"--corpus {options.corpus} beside the manifest {options.manifest}: one "
                          "of the two is learned")
+    for name in ("dev", "init"):       # a slip of the pen, before hours of reading
+        path = getattr(options, name)
+        if path and not os.path.exists(path) and not (options.resume and name == "init"):
+            raise InputError(f"{flag(name)} {path}: no such file")
     if options.noise:
         noise_files(options.noise)
         if not options.augment:
@@ -348,13 +352,21 @@ def train(options):
     folder = run_directory(options, ranks)
     with locked(folder, ranks.first):
         with ranks.only_first_speaks():
+            if ranks.first:            # of a run that was killed as it saved
+                for half_written in folder.glob("*.pt.*.tmp"):
+                    half_written.unlink(missing_ok=True)
             run = resume_run(options) if options.resume else None
             corpus, dev = open_corpus(options, ranks.first, run and run.tokenizer)
             run = run or new_run(options, corpus)
             run.streams = learned_streams(corpus, options)
+            if unknown := set().union(*(row.asr or "" for row in corpus.rows(0))) - {*run.letters}:
+                tell("warning: the letters task leaves out what it had not learned with: "
+                     f"{' '.join(sorted(unknown))}")
             ranks.begin_alike(run, corpus)
             warn_of_unseen(run, dev)
         learn(run, corpus, dev, options, ranks, folder)
+    if ranks.world > 1:
+        dist.destroy_process_group()
     owed = ranks.first and evaluation_owed(run.step, options, folder)
     return folder, run.step < options.steps or owed
 
@@ -370,7 +382,8 @@ def learn(run, corpus, dev, options, ranks, folder):
         if ranks.first and left and evaluation_owed(run.step, options, folder):
             milestone(run, dev, options, folder, log, stop)
         left = left and not ranks.agree(stop.wanted)
-        with Batches(source, corpus, run, options, ranks) as batches:
+        with (Batches(source, corpus, run, options, ranks) as batches,
+              saved_whatever_ends_it(run, options, folder, log, ranks)):
             for group in batches if left else ():              # those of one step on this process
                 numbers = train_step(run, group, options, ranks)
                 log.add(run, group, numbers, batches.waited)
@@ -390,11 +403,37 @@ def learn(run, corpus, dev, options, ranks, folder):
                 # Ended amid an evaluation, it stays at this step, whose evaluation is owed.
                 if evaluates and ranks.agree(stop.wanted):
                     break
-        log.close(run)
-        if ranks.first and run.step == options.steps:
-            milestone(run, dev, options, folder, log, stop)
-        elif ranks.first:
+            # Before the batches end, for which a batch system that stops the run may not wait.
+            log.close(run)
+            if ranks.first and run.step == options.steps:
+                milestone(run, dev, options, folder, log, stop)
+            elif ranks.first:
+                save_run(run, options, folder, log)
+
+
+@contextmanager
+def saved_whatever_ends_it(run, options, folder, log, ranks):
+    """Around the steps: what ends a run amid one, as a bad row with --strict or too little memory,
+    does not cost it the steps before."""
+    began = run.step
+    try:
+        yield
+    except Exception as error:
+        if ranks.first and run.step > began and not isinstance(error, (NothingLearned, OSError)):
             save_run(run, options, folder, log)
+            tell(f"train.py: saved after step {run.step}; to go on: {resuming(folder)}")
+        raise
+
+
+class NothingLearned(InputError):
+    """The GIVE_UPth step in a row: the weights may be spoiled."""
+
+
+def resuming(folder):
+    """The command that goes on with a run, by as many processes."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    program = f"torchrun --nproc_per_node={here}" if here > 1 else "python"
+    return f"{program} train.py --resume {folder}"
 
 
 def train_step(run, batches, options, ranks):
@@ -468,6 +507,9 @@ class Ranks:
                 # The others wait while the first evaluates.
                 dist.init_process_group(backend, store=store, rank=rank, world_size=world,
                                         timeout=timedelta(days=1))
+                # GPUs find each other in the first sum, for which the store waits MEET_S: now, not
+                # while one process still reads the development set.
+                dist.all_reduce(torch.zeros(1, device=device))
             except (ValueError, RuntimeError) as error:
                 raise InputError(f"these {world} processes do not find each other: {error}"
                                  .partition("\n")[0]) from None
@@ -507,11 +549,15 @@ class Ranks:
         if self.world > 1:
             ids = [row.id for row in corpus.rows(0)]
             seen = [None] * self.world
-            dist.all_gather_object(seen, (len(ids), seed_of(*ids)))
-            if len(set(seen)) > 1:
+            dist.all_gather_object(seen, (len(ids), seed_of(*ids), run.step, run.position))
+            if len({own[:2] for own in seen}) > 1:
                 raise InputError("the processes do not have the same rows to learn from, but "
-                                 f"{', '.join(str(n) for n, _ in seen)} of them: can every machine "
-                                 "read every file?")
+                                 f"{', '.join(str(own[0]) for own in seen)} of them: can every "
+                                 "machine read every file?")
+            if len(set(seen)) > 1:
+                raise InputError("the processes do not go on from the same step, but from "
+                                 f"{', '.join(str(own[2]) for own in seen)}: has every machine the "
+                                 "same resume.pt?")
             for tensor in run.model.state_dict().values():
                 dist.broadcast(tensor, 0)
 
@@ -955,14 +1001,13 @@ class Source(torch.utils.data.Dataset):
         words = [" ".join(word for _, word in own) if mode == "st" else row.asr
                  for row, mode, own in zip(s.rows, modes, pairs)]
         n_frames = len(mel) // self.config.subsampling
-        example = dict(
+        return dict(
             mel=mel,
             targets=targets,
             words=if_it_fits(self.tokenizer.encode(" ".join(words)), n_frames),
             letters=if_it_fits([self.letter[c] for c in spoken if c in self.letter], n_frames),
             chance=torch.from_numpy(rng.random(len(targets), np.float32)),
             keep=self.lattice(s, pairs, starts, n_frames, len(targets)))
-        return example
 
     def sound_of(self, row, keep=True):
         """The samples of a row. Those of the first files are kept, up to KEPT_S: a small corpus is
@@ -1382,6 +1427,10 @@ def open_corpus(options, evaluates=True, tokenizer=None):
         dev = Unseen([row for row, _ in found], chunk)
     if dev:
         compare(set(learned_streams(Corpus(rows), options)), dev.rows, options.dev)
+        learned = {(row.audio, row.start) for row in rows}
+        if known := sum((row.audio, row.start) in learned for row in dev.rows):
+            tell(f"warning: {known} of {len(dev.rows)} rows of {options.dev} are learned from too: "
+                 "its scores will be too good")
     if options.restrict:
         untimed = sum(None in map(known_times(row).get, streams_of(row, options)) for row in rows)
         told = f"{untimed} of {len(rows)} rows lack times of their words (or links to them)"
@@ -1459,12 +1508,14 @@ def usable(rows, options, tokenizer=None):
             message = str(error) if row.where in str(error) else f"{row.where}: {error}"
             if options.strict:
                 raise InputError(message) from None
-            tell(f"{message}: left out")
             left_out += 1
+            if left_out <= MOST_TOLD:
+                tell(f"{message}: left out")
             continue
         yield row
     if left_out:
-        tell(f"{left_out} of {len(rows)} rows left out")
+        unnamed = f"; {left_out - MOST_TOLD} of them are not named" * (left_out > MOST_TOLD)
+        tell(f"{left_out} of {len(rows)} rows left out{unnamed}")
     if left_out == len(rows):
         raise InputError(f"{options.manifest}: none of the {len(rows)} rows can be used")
 
@@ -1565,6 +1616,13 @@ def resume_run(options):
     if options.steps < step or options.steps == step and not owed:
         raise InputError(f"--steps is {options.steps}, but {path} has done {step}: to go on, give "
                          "more")
+    before = beside.get("options", {})
+    other = [flag(name) if name != "manifest" else name
+             for name in ("manifest", "batch_seconds", "join", "max_seconds")
+             if before.get(name) != getattr(options, name)]
+    if batch and other:
+        tell(f"{' and '.join(other)} changed: the run goes on with the next epoch, {epoch + 1}")
+        epoch, batch = epoch + 1, 0
     if options.chunks or options.dropout is not None:
         dropout = model.config.dropout if options.dropout is None else options.dropout
         config = replace(model.config, chunks=options.chunks or model.config.chunks,
@@ -1683,8 +1741,8 @@ class Log:
             if any(batch["mel_frames"] for batch in group):
                 why = ("whose gradient is not finite; a lower --lr?" if norm else
                        "with nothing to learn: no text that fits its sound.")
-            raise InputError(f"step {run.step}: the {GIVE_UP}th in a row {why} What was saved "
-                             f"before stays as it is. Rows of this step: {rows}")
+            raise NothingLearned(f"step {run.step}: the {GIVE_UP}th in a row {why} What was saved "
+                                 f"before stays as it is. Rows of this step: {rows}")
 
     def flush(self, run):
         if not self.steps:
@@ -1703,12 +1761,15 @@ class Log:
             "waited_s": f"{self.waited - self.waited_before:.3f}",
         }
         if self.first:
-            size = os.path.getsize(self.path)
+            size = None
             try:
                 with open(self.path, "a", newline="") as file:
-                    csv.DictWriter(file, self.COLUMNS).writerow(line)
+                    size, writer = file.tell(), csv.DictWriter(file, self.COLUMNS)
+                    if not size:                               # somebody took it away
+                        writer.writeheader()
+                    writer.writerow(line)
             except OSError as error:           # no reason to lose a run, nor to save it later
-                with suppress(OSError):
+                with suppress(OSError, TypeError):
                     os.truncate(self.path, size)               # half a line would spoil the next
                 tell(f"{self.path}: {error.strerror}; the line of step {run.step} is left out")
             self.bar.set_postfix_str(f"{told}  {line['audio_s_per_s']} s/s")
@@ -2306,7 +2367,7 @@ def command(argv):
         if int(os.environ.get("RANK", 0)):                     # the first process tells the rest
             return 0
         if stopped:
-            print(f"stopped; go on with: python train.py --resume {folder}")
+            print(f"stopped; go on with: {resuming(folder)}")
             return 0
         example = "FILE" if options.manifest else live_captions(folder, options)
         print(f"\nthe model is {folder / 'model.pt'}; stream a file with it:\n"

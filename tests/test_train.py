@@ -436,6 +436,7 @@ def test_the_tokenizer_learns_from_all_over_a_large_manifest(tmp_path, monkeypat
 
 def test_a_run_finds_its_files_wherever_one_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.jsonl").touch()
     options = train.parse_options(["m.jsonl", "--dev", "d.jsonl", "--device", "cpu"])
     assert (options.manifest, options.dev) == (str(tmp_path / "m.jsonl"), str(tmp_path / "d.jsonl"))
 
@@ -1875,6 +1876,138 @@ def test_a_disk_that_is_full_for_a_while_ends_no_run(small, tmp_path, capsys, mo
     assert (folder / "log.csv").read_text().count("\n") == 1
 
 
+def test_a_log_that_was_taken_away_ends_no_run(small, tmp_path, monkeypatch):
+    real = train.train_step
+
+    def step(run, *rest):
+        if run.step == 3:
+            (tmp_path / "run" / "log.csv").unlink()
+        return real(run, *rest)
+    monkeypatch.setattr(train, "train_step", step)
+    folder = run(tmp_path / "run", "--steps", "6")
+    with open(folder / "log.csv") as file:                     # with names of its columns
+        assert [line["step"] for line in csv.DictReader(file)] == ["4", "6"]
+
+
+@pytest.mark.parametrize("error", [train.InputError("a bad row"), MemoryError(),
+                                   RuntimeError("DataLoader worker (pid 7) is killed")])
+def test_what_ends_a_run_amid_a_step_does_not_cost_it_those_before(
+        small, tmp_path, monkeypatch, capsys, error):
+    real = train.train_step
+
+    def step(run, *rest):
+        if run.step == 4:
+            raise error
+        return real(run, *rest)
+    monkeypatch.setattr(train, "train_step", step)
+    folder = tmp_path / "run"
+    assert train.main([*SHORT, "--steps", "6", "--out", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert f"saved after step 4; to go on: python train.py --resume {folder}" in said
+    assert load(folder / "resume.pt")[1]["step"] == 4
+    assert [line["step"] for line in csv.DictReader(open(folder / "log.csv"))] == ["2", "4"]
+
+
+def test_a_run_is_saved_before_its_workers_end(small, tmp_path, monkeypatch):
+    """A batch system kills what has not ended soon, and they may be amid a long batch."""
+    order, real = [], train.save_run
+    monkeypatch.setattr(train, "save_run", lambda *args: order.append("saved") or real(*args))
+    monkeypatch.setattr(train.Batches, "__exit__", lambda self, *error: order.append("ended"))
+    stopped_at(2, lambda: run(tmp_path / "run", "--steps", "6"))
+    assert order == ["saved", "ended"]
+
+
+def test_half_written_checkpoints_of_a_killed_run_are_cleared_away(small, tmp_path):
+    folder = run(tmp_path / "run", "--steps", "5")
+    for name in ("resume.pt.17.abcd.tmp", "best.pt.17.abcd.tmp", "notes.tmp"):
+        (folder / name).write_bytes(b"half")
+    assert train.main(["--resume", str(folder), "--steps", "6"]) == 0
+    assert [path.name for path in folder.glob("*.tmp")] == ["notes.tmp"]
+
+
+def test_the_command_that_goes_on_is_that_of_as_many_processes(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert train.resuming("r") == "python train.py --resume r"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert train.resuming("r") == "torchrun --nproc_per_node=4 train.py --resume r"
+
+
+def test_a_run_that_goes_on_with_other_batches_begins_an_epoch(small, tmp_path, capsys):
+    """The number of a batch means nothing among batches of another size."""
+    folder = tmp_path / "run"
+    stopped_at(2, lambda: run(folder, "--steps", "6"))
+    epoch, batch = load(folder / "resume.pt")[1]["position"]
+    assert batch > 0
+
+    def goes_on(*more):
+        run = train.resume_run(train.parse_options(["--resume", str(folder), *more]))
+        return run.position, capsys.readouterr().err
+    assert goes_on() == ((epoch, batch), "")                   # the control
+    assert goes_on("--lr", "0.01") == ((epoch, batch), "")
+    position, said = goes_on("--batch-seconds", "9", "--join", "2")
+    assert position == (epoch + 1, 0)
+    assert "--batch-seconds and --join changed: the run goes on with the next epoch" in said
+
+
+def test_processes_begin_at_the_same_step(small, tmp_path, monkeypatch):
+    folder = run(tmp_path / "run", "--steps", "5")
+    options = train.parse_options(["--resume", str(folder), "--steps", "8"])
+    own, corpus = train.resume_run(options), train.open_corpus(options)[0]
+    ranks = train.Ranks(0, 2)
+    monkeypatch.setattr(train.dist, "broadcast", lambda *_: None)
+
+    def gathered(change):
+        def gather(seen, mine):
+            seen[:] = [mine, change(*mine)]
+        monkeypatch.setattr(train.dist, "all_gather_object", gather)
+        ranks.begin_alike(own, corpus)
+    gathered(lambda *mine: mine)
+    with pytest.raises(train.InputError, match="not go on from the same step, but from 5, 7: "):
+        gathered(lambda n, ids, step, position: (n, ids, 7, position))
+    with pytest.raises(train.InputError, match="not have the same rows to learn from, but 16, 9 "):
+        gathered(lambda n, ids, step, position: (9, ids, step, position))
+
+
+def test_rows_to_evaluate_on_that_are_learned_from_are_told(tmp_path, capsys):
+    assert train.main(["--write-corpus", str(tmp_path), "3"]) == 0
+    manifest = str(tmp_path / "manifest.jsonl")
+    capsys.readouterr()
+    train.open_corpus(train.parse_options([manifest, "--dev", manifest, "--device", "cpu"]))
+    assert "warning: 3 of 3 rows of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["dev", "init"])
+def test_a_file_that_is_not_there_is_told_before_anything_is_read(name, tmp_path, capsys):
+    (tmp_path / "m.jsonl").write_text("no row\n")
+    assert f"--{name} {tmp_path}/typo: no such file" in refused(
+        capsys, str(tmp_path / "m.jsonl"), f"--{name}", str(tmp_path / "typo"))
+
+
+def test_letters_that_a_run_did_not_begin_with_are_told(small, tmp_path, capsys):
+    assert train.main(["--write-corpus", str(tmp_path / "c"), "3"]) == 0
+    manifest = tmp_path / "c" / "manifest.jsonl"
+    folder = run(tmp_path / "run", str(manifest), "--steps", "4", "--warm-steps", "1")
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    (tmp_path / "c" / "other.jsonl").write_text("".join(
+        json.dumps(row | {"asr": row["asr"].replace("e", "ж")}) + "\n" for row in rows))
+    capsys.readouterr()
+    assert train.main(["--resume", str(folder), "--steps", "5"]) == 0
+    assert "the letters task" not in capsys.readouterr().err   # the control
+    assert train.main(["--resume", str(folder), str(tmp_path / "c" / "other.jsonl"), "--steps",
+                       "6"]) == 0
+    assert "the letters task leaves out what it had not learned with: ж" in capsys.readouterr().err
+
+
+def test_of_many_bad_rows_the_first_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "MOST_TOLD", 2)
+    soundfile.write(tmp_path / "a.wav", np.full(16000, 0.1), 16000)
+    rows = [{"audio": "a.wav", "asr": "a"}] + [{"audio": "a.wav", "asr": "a" * 600}] * 5
+    train.open_corpus(train.parse_options([str(write_rows(tmp_path, rows)), "--device", "cpu"]))
+    said = capsys.readouterr().err
+    assert said.count("letters to write") == 2
+    assert "5 of 6 rows left out; 3 of them are not named" in said
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
 def test_a_terminal_that_closes_stops_a_run_unless_nohup_says_otherwise():
     before = signal.getsignal(signal.SIGHUP)
@@ -2530,7 +2663,8 @@ def test_a_development_set_in_other_streams_is_told(small, tmp_path, capsys):
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
 
     def said(**texts):
-        dev.write_text("".join(json.dumps({"audio": row["audio"]} | texts) + "\n" for row in rows))
+        dev.write_text("".join(json.dumps({"audio": row["audio"], "start": 0.1} | texts) + "\n"
+                               for row in rows))       # other pieces than those learned from
         capsys.readouterr()
         train.open_corpus(train.parse_options([str(manifest), "--dev", str(dev), "--device",
                                                "cpu"]))
