@@ -758,7 +758,7 @@ def textgrid_times(folder):
     -> {path without its suffix: [(word, end in s)]}, and by its last parts alone (speaker/name,
     name) where no other path ends so."""
     found = {}
-    for file in sorted(Path(folder).rglob("*")):
+    for file in files_under(folder):
         if file.suffix.lower() == ".textgrid":
             try:
                 words = read_textgrid(file)
@@ -772,6 +772,16 @@ def textgrid_times(folder):
     ends = {key: endings(key) for key in found}
     count = Counter(end for own in ends.values() for end in own)
     return found | {end: found[key] for key, own in ends.items() for end in own if count[end] == 1}
+
+
+def files_under(folder):
+    """In a folder and the folders in it, also those that are links, each once."""
+    seen, files = set(), []
+    for at, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(at))
+        folders[:] = [name for name in folders if os.path.realpath(Path(at, name)) not in seen]
+        files += [Path(at, name) for name in names]
+    return sorted(files)
 
 
 def endings(key):
@@ -867,7 +877,10 @@ def annotated_times(rows, found, path):
             continue
         spoken = [(word, end) for word, end in words if word.lower() not in SILENCES]
         ends = match_words(own, words) or match_words(own, spoken)  # `sil` is a word in Turkish
-        if ends is None:
+        if ends and row.duration and ends[-1] > row.duration + 0.5:
+            warn(f"{row.where}: no times: those in {path} end at {ends[-1]:.1f} s of "
+                 f"{row.duration:.1f} s: do they count from the start of a longer file?")
+        elif ends is None:
             warn(f"{row.where}: no times: {len(spoken)} words of {row.id!r} in {path} are not "
                  f"those of {row.asr!r}")
         else:
@@ -995,6 +1008,9 @@ def read_pairs(path):
     if lines and not any("|||" in line for line in lines):
         raise InputError(f"{path}:1: no line has the separator |||: {lines[0][:80]!r}")
     pairs = []
+    if other := sum(len(line.split()) > len(re.findall(r"[^ \t\r]+", line)) for line in lines):
+        warn(f"{path}: {other} lines have other white space than blanks, as no-break spaces, which "
+             "ends a word here; it may not where their links were counted")
     for n, line in enumerate(lines, 1):
         source, separator, target = line.partition("|||")
         if line.strip() and (not separator or "|||" in target):
@@ -1096,8 +1112,8 @@ def check_output(options):
     if not options.manifest and os.path.isfile(out):
         with open(out, "rb") as file:
             begun = file.read(4096)
-            begun = begun if len(begun) < 4096 else begun.rpartition(b"\n")[0]    # whole lines
-            if not re.fullmatch(rb"(\s|\d+-\d+\b)*", begun):
+            cut = rb"(\d+-?)?" * (len(begun) == 4096)     # where a link may end in its middle
+            if not re.fullmatch(rb"(\s|\d+-\d+\b)*" + cut, begun):
                 raise InputError(f"{out}: there already, and no links: it stays")
 
 

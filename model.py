@@ -14,12 +14,12 @@ the field's:
     chunk mask       chunked attention (arXiv 2010.11395; U2, arXiv 2012.05481)
 
 The encoder hears in chunks of C frames. A frame sees all of its own chunk and the `left` chunks
-before it, in every layer, so the look-ahead is at most C - 1 frames however deep the network is.
-What a chunk needs of the past is bounded too: the keys and values of the last left * C frames, and
-the last inputs of the convolutions. Training and offline use give the whole recording in one call,
-where a mask says who sees whom; streaming gives one chunk per call together with the state of the
-call before. Both run the same lines of code (`Stack.forward`), and a test holds their outputs
-against each other.
+before it, in every layer, so the look-ahead is at most C - 1 frames however deep the network is
+(for C = 0 the chunk is the whole recording). The memory that the past takes is bounded too: the
+keys and values of the last left * C frames, and the last inputs of the convolutions. Training and
+offline use give the whole recording in one call, where a mask says who sees whom; streaming gives
+one chunk per call together with the state of the call before. Both run the same lines of code
+(`Stack.forward`), and a test holds their outputs against each other.
 
 What this file does not do: losses (rnnt_loss.py), search and audio files (stream.py), text
 (serialize.py).
@@ -171,16 +171,18 @@ def log_mel(samples: Tensor, n_mels: int = 80, floor: float = FLOOR) -> Tensor:
     Frame k is made of samples [160 k, 160 k + 400) and nothing else: no centring, no padding, no
     statistics of the utterance; any of those would let a frame see the future. Powers below
     `floor` count as `floor`, so that digital silence is like a quiet room and not like nothing
-    that was ever recorded. Raises InputError for samples that are no floating-point numbers.
+    that was ever recorded. Computed in the samples' type, under autocast too. Raises InputError for
+    samples that are not float32 or float64.
     """
-    if not samples.is_floating_point():
-        raise InputError(f"samples must be floating-point numbers in -1..1, not {samples.dtype}")
+    if samples.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"samples must be float32 or float64 in -1..1, not {samples.dtype}")
     window, bands = _window_and_bands(n_mels, samples.dtype, samples.device)
     if samples.shape[-1] < WINDOW:
         return samples.new_zeros(*samples.shape[:-1], 0, n_mels)
     spectrum = torch.fft.rfft(samples.unfold(-1, WINDOW, HOP) * window, n=FFT)
     power = spectrum.real.square() + spectrum.imag.square()
-    return (power @ bands).clamp(min=floor).log()
+    with torch.autocast(samples.device.type, enabled=False):   # bfloat16 would be too coarse
+        return (power @ bands).clamp(min=floor).log()
 
 
 def pad_samples(samples: Tensor, subsampling: int) -> Tensor:
@@ -227,7 +229,7 @@ class StackState(State):
     keys: Tensor           # (B, layers, H, past, D / H)
     values: Tensor         # (B, layers, H, past, D / H)
     filled: Tensor         # (B,) how many of the past frames are real, the last ones
-    bias: Tensor           # (B, H, C, past + C) of a whole chunk: see Stack.bias
+    bias: Tensor           # (B, H, C, past + C) of a whole chunk, as the stream began: Stack.bias
     inputs: Tensor | None  # (B, layers, kernel - 1, D) the last inputs of the convolutions
 
     def layer(self, i):
@@ -362,8 +364,8 @@ class Stack(nn.Module):
         Q, past = x.shape[1], 0 if state is None else state.keys.shape[3]
         chunk, real = chunk or Q, None
         position = torch.arange(-past, Q, device=x.device)
-        if state is not None and Q <= state.bias.shape[2]:
-            bias = state.bias[:, :, :Q, :past + Q]
+        if state is not None and Q <= state.bias.shape[2] and not torch.is_grad_enabled():
+            bias = state.bias[:, :, :Q, :past + Q]   # (else it must have a gradient)
         else:
             bias = self.bias(Q, past, chunk, left)[None]
         if state is not None:
@@ -451,9 +453,9 @@ class Encoder(nn.Module):
         """InputError for what would be computed all the same, by broadcasting, and be wrong.
         -> the lengths as a tensor."""
         s, n_mels = self.config.subsampling, self.config.n_mels
-        if mel.dim() != 3 or mel.shape[2] != n_mels or mel.shape[1] % s or not mel.shape[1]:
-            raise InputError(f"mel must be (B, F, {n_mels}) with F a positive multiple of {s}, as "
-                             f"pad_samples makes it, not {tuple(mel.shape)}")
+        if mel.dim() != 3 or mel.shape[2] != n_mels or mel.shape[1] % s or 0 in mel.shape[:2]:
+            raise InputError(f"mel must be (B, F, {n_mels}), B above 0, F a positive multiple of "
+                             f"{s}, as pad_samples makes it, not {tuple(mel.shape)}")
         if state is not None and (len(state.filled) != len(mel) or state.chunk != chunk):
             raise InputError(f"mel of {len(mel)} streams in chunks of {chunk} frames, but a state "
                              f"of {len(state.filled)} in chunks of {state.chunk}")
@@ -463,9 +465,11 @@ class Encoder(nn.Module):
         if lengths is None:
             return None
         lengths = torch.as_tensor(lengths)
+        if not lengths.is_floating_point() and lengths.dtype != torch.bool:
+            lengths = lengths.long()           # sums with narrow ones would wrap
         # On a GPU a look at the numbers would wait for it.
         legal = lengths.device.type != "cpu" or ((lengths > 0) & (lengths <= mel.shape[1])).all()
-        if lengths.shape != mel.shape[:1] or lengths.is_floating_point() or not legal:
+        if lengths.shape != mel.shape[:1] or lengths.dtype != torch.long or not legal:
             raise InputError(f"lengths must be {len(mel)} whole numbers from 1 to {mel.shape[1]}, "
                              f"not {lengths.tolist()}")
         return lengths
@@ -473,11 +477,12 @@ class Encoder(nn.Module):
     def forward(self, mel, lengths=None, state=None, chunk=None):
         """mel (B, F, n_mels) -> frames (B, T, D), state.
 
-        Offline: state None, whole utterances, `lengths` (B,) their mel frames; `chunk` in frames
-        (0: the whole utterance, None: the first of the config's); the state returned is None.
+        Offline: state None, whole utterances, `lengths` (B,) their mel frames, of which each gives
+        ceil(length / subsampling) frames, the loss's logit_lengths; `chunk` in frames (0: the whole
+        utterance, None: the first of the config's); the state returned is None.
         Streaming: `state` from initial_state or the call before, one chunk of mel frames, of the
-        state's size. Only the last may be short, and with chunk 0 there is one call: that is up to
-        the caller. Raises InputError for what does not fit.
+        state's size. Only the last may be short, by `lengths` too, for padding is remembered as if
+        it had been heard, and with chunk 0 there is one call: that is up to the caller. Raises InputError for what does not fit.
         """
         s = self.config.subsampling
         if state is not None and chunk is None:
@@ -501,7 +506,7 @@ class Encoder(nn.Module):
 class LabelEncoder(nn.Module):
     """Reads the labels written so far (the field's prediction network). Position u of its output
     has read labels 1 .. u and the start symbol (blank). To the Transformer a label is a chunk of
-    one frame: it sees itself and label_context - 1 labels before it.
+    one frame: it sees itself and label_context - 1 labels before it, in every layer.
 
     The label V, one more than can be written, means "forgotten": training hides labels behind it.
     """
@@ -521,13 +526,19 @@ class LabelEncoder(nn.Module):
 
     def forward(self, labels, state=None):
         """labels (B, U) -> (B, U + 1, D) from the start, or (B, U, D) after the labels that `state`
-        has read; and the state after them. Raises InputError for another shape or type."""
-        if labels.dim() != 2 or labels.dtype not in (torch.int32, torch.int64):
+        has read; and the state after them. Padding must be labels too, 0 will do. Raises InputError
+        for another shape or type and, on a CPU, for a number that is no label."""
+        if (labels.dim() != 2 or labels.dtype not in (torch.int32, torch.int64)
+                or state is not None and not labels.shape[1]):
             raise InputError("labels must be whole numbers (B, U), not "
                              f"{labels.dtype} {tuple(labels.shape)}")
         if state is None:
             labels = F.pad(labels, (1, 0))  # blank is 0
-        x = self.dropout(self.embedding(labels))
+        try:
+            x = self.dropout(self.embedding(labels))
+        except IndexError:
+            raise InputError(f"labels must be from 0 to {self.config.vocab}, not from "
+                             f"{labels.min()} to {labels.max()}") from None
         if self.config.label_encoder == "lstm":
             return self.run_lstm(x, state)
         return self.run_transformer(x, state)
@@ -589,6 +600,8 @@ class Transducer(nn.Module):
         when frame t is heard and the first u labels are written, blank (0) to go on to frame
         t + 1. Training computes the same in pieces, never all logits at once.
         """
+        if len(mel) != len(labels):
+            raise InputError(f"mel of {len(mel)} utterances, but labels of {len(labels)}")
         frames, _ = self.encoder(mel, lengths, chunk=chunk)
         label_out, _ = self.label_encoder(labels)
         return self.joint(frames, label_out)

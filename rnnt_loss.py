@@ -81,8 +81,9 @@ except RuntimeError as error:
                       f"that can be written ({error})") from None
 
 # The two arcs of a node, in arrays (...,2); `blank` in lower case is the class among the V logits.
-# Such an array is used again and again: log-probabilities before `lattice`, shares (see
-# `plain_lattice`) after its forward pass, posteriors, -dcost/darc, after its backward pass.
+# Such an array holds a number for each arc and is used again and again: log-probabilities before
+# `lattice`, shares (see `plain_lattice`) after its forward pass, and after its backward pass
+# posteriors, which are -dcost/darc.
 BLANK, LABEL = 0, 1
 # y[b,t,u] is the label that node (t,u) may write. Two values mean that there is none: all labels
 # are written (u = U); the node lies outside its utterance.
@@ -91,8 +92,9 @@ NO_LABEL, PADDING = -1, -2
 # fused: logits need a log-softmax; fastemit, delay: as given; gpu: which kernels; arc_dtype: of the
 # arcs; factor: what the sum of the costs is multiplied by, 0 for reduction="none".
 Batch = namedtuple("Batch", "y frames counts blank fused fastemit delay gpu arc_dtype factor")
-SLAB_BYTES = 4 << 20          # of half-precision logits that become float32 at a time, on a CPU;
-                              # and of the nodes that simple_rnnt_loss sums directly
+FLOATS = torch.float32, torch.float64, torch.float16, torch.bfloat16
+SLAB_BYTES = 4 << 20          # about as many are converted at a time (half precision, on a CPU), or
+                              # summed directly (simple_rnnt_loss)
 TILE_BYTES = 48 << 20         # of about this size are the tiles of the fused joint
 
 
@@ -100,8 +102,8 @@ TILE_BYTES = 48 << 20         # of about this size are the tiles of the fused jo
 
 def rnnt_loss_reference(logits, targets, logit_lengths, target_lengths, *, blank,
                         fused_log_softmax=True, delay_penalty=0.0):
-    """Costs (B,) in float64, one node at a time; autograd gives the gradient. Arguments as
-    rnnt_loss's."""
+    """Costs (B,) in float64, one node at a time; autograd gives the gradient, where each node can
+    be reached. The arguments are rnnt_loss's, and are not checked."""
     costs = []
     for b in range(len(logits)):
         T, U = int(logit_lengths[b]), int(target_lengths[b])
@@ -143,8 +145,9 @@ def plain_lattice(arcs):
 
       share(arc) = exp(alpha(where it starts) + arc - alpha(where it leads)),
 
-    so that the shares of the two arcs into a node add up to 1. Backward, a path that goes through a
-    node came in over one of the two, in proportion to their shares:
+    so that the shares of the two arcs into a node add up to 1 (at the edges there is one arc; 0
+    where no path comes). Backward, a path that goes through a node came in over one of the two, in
+    proportion to their shares:
 
       posterior(arc) = share(arc) * posterior(the node it leads to)
       posterior(node) = the sum of the posteriors of its two outgoing arcs
@@ -205,11 +208,12 @@ def rnnt_loss(logits, targets, logit_lengths, target_lengths, blank=-1, clamp=-1
 
     logits (B,T,U1,V), float32, float64 (CPU only), float16 or bfloat16; targets (B,U) and both
     lengths (B,), integers in tensors, arrays or lists. clamp > 0 bounds each |dcost/dlogit|
-    of an utterance's own cost.
-    fastemit_lambda scales the label arcs' part of the gradient by 1 + lambda, not the cost
-    (FastEmit, arXiv 2010.11148). delay_penalty adds delay_penalty ((T-1)/2 - t), T the utterance's
-    own, to a label's log-probability at frame t, in cost and gradient (arXiv 2211.00490). "mean" is
-    over utterances. Costs are float32, or float64 for such logits.
+    of an utterance's own cost, before the mean's 1/B and what is multiplied afterwards.
+    fastemit_lambda scales the label arcs' part of the gradient by 1 + lambda, not the cost, whose
+    derivative the gradient then is not (FastEmit, arXiv 2010.11148). delay_penalty adds
+    delay_penalty ((T-1)/2 - t), T the utterance's own, to a label's log-probability at frame t, in
+    cost and gradient: late ones cost, early ones gain, so a cost may be below 0 (arXiv 2211.00490).
+    "mean" is over utterances. Costs are float32, or float64 for such logits.
 
     Raises ValueError for what does not fit, a target that is the blank included. With logits on a
     GPU, the values of targets, and of lengths that lie there, are checked only if validate, since
@@ -279,7 +283,7 @@ def joint_rnnt_loss(encoder_out, label_out, weight, bias, targets, logit_lengths
     keep, where they lie on a GPU, are fetched, each a wait; nothing else waits. A tile, a slice of
     the nodes, takes about tile_bytes. If the longest utterance fits a tile, loss and gradient take
     three matrix products of size n J V (logits, and the gradients of hidden vectors and weight);
-    else four, as logits are overwritten and computed again once the lattice has run.
+    else up to four, as logits are overwritten and computed again once the lattice has run.
     reduction="none" runs one utterance at a time and keeps a weight gradient for each.
 
     keep (B,T,U1), bool: a node outside it has no arcs (log-probability -inf), no logits and no
@@ -299,6 +303,9 @@ def joint_rnnt_loss(encoder_out, label_out, weight, bias, targets, logit_lengths
         need_grad = torch.is_grad_enabled() and any(a.requires_grad for a in inputs)
         return _JointLoss.apply(joint, need_grad, *inputs) * joint.batch.factor
     del joint                                         # it has checked the arguments
+    # Fetched once, not for each utterance.
+    logit_lengths, target_lengths, keep = (
+        a if a is None else torch.as_tensor(a).cpu() for a in (logit_lengths, target_lengths, keep))
     alone = partial(joint_rnnt_loss, weight=weight, bias=bias, blank=blank, reduction="sum",
                     fastemit_lambda=fastemit_lambda, delay_penalty=delay_penalty,
                     tile_bytes=tile_bytes)
@@ -314,26 +321,27 @@ def joint_rnnt_loss(encoder_out, label_out, weight, bias, targets, logit_lengths
 class _JointLoss(Function):
     """The sum of the costs. The gradient is formed in forward, tile by tile, and backward only
     multiplies it. A group is the utterances whose lattices run before any of their gradients is
-    formed (`_plan_tiles`): if one tile holds it, its logits are still in the buffer then, else they
-    are computed again."""
+    formed (`_plan_tiles`): if one tile holds the whole group, the logits are still in the buffer
+    when the gradient is due, else they are computed again."""
 
     @staticmethod
     def forward(ctx, joint, need_grad, *inputs):
         sum_dtype = joint.norms.dtype                 # half precision adds up in float32
-        ctx.grads = [torch.zeros(a.shape, dtype=sum_dtype, device=a.device)
-                     for a in inputs if need_grad]    # of encoder_out, label_out, weight, bias
+        grads = [torch.zeros(a.shape, dtype=sum_dtype, device=a.device)
+                 for a in inputs if need_grad]        # of encoder_out, label_out, weight, bias
         total = joint.norms.new_zeros((), dtype=torch.float64)
         for utterances, tiles in joint.groups:
             total += joint.costs_of(utterances, tiles, need_grad=need_grad).sum()
             if need_grad:
                 for tile in tiles:
-                    _add_tile_gradient(joint, tile, *ctx.grads)
+                    _add_tile_gradient(joint, tile, *grads)
+        ctx.save_for_backward(*grads)                 # which backward lets go of
         return total.to(sum_dtype)
 
     @staticmethod
     def backward(ctx, upstream):
         _first_derivative_only()
-        return None, None, *(grad * upstream for grad in ctx.grads)
+        return None, None, *(grad * upstream for grad in ctx.saved_tensors)
 
 
 def _add_tile_gradient(joint, tile, d_encoder, d_label, d_weight, d_bias):
@@ -362,8 +370,8 @@ class _Joint:
     node, and stay there until the next tile's overwrite them.
 
       nodes     a a a a a a b b b c c c c c d d       of the utterances a, b, c, d
-      tiles    [a a a a a a b b b][c c c c c d d]     room for 12, twice the longest: two groups,
-                                                      (a,b) and (c,d), a tile each
+      tiles    [a a a a a a b b b][c c c c c d d]     room for 12, twice the longest: groups of
+                                                      two, (a,b) and (c,d), a tile each
                [a a a a][a a b b][b c c c][c c d d]   room for 4: one group of many tiles
 
     `places` are the nodes' places in the padded (B,T,U1), where the lattice wants their arcs;
@@ -394,8 +402,8 @@ class _Joint:
         self.encoder_rows, self.label_rows = b * T + t, b * U1 + u
         self.places = self.encoder_rows * U1 + u
         self.y = self.batch.y.flatten()[self.places]
-        # What no tile fills: padding, which the lattice never reads, and nodes that are not kept,
-        # out of which there is no way.
+        # What no tile fills: without `keep` padding alone, which the lattice never reads; with it
+        # also nodes that are not kept, out of which there is no way.
         unfilled = 0.0 if keep is None else -math.inf
         self.arcs = torch.full((B * T * U1, 2), unfilled, dtype=self.batch.arc_dtype, device=device)
         self.norms = torch.empty(len(u), 2, dtype=torch.promote_types(dtype, torch.float32),
@@ -443,8 +451,8 @@ def _joint_sizes(encoder_out, label_out, weight, bias):
 
 def _nodes_in_use(T, U1, frames, counts, keep):
     """bool (B,T,U1), on the CPU: inside the utterance, and in `keep`."""
-    in_frames = torch.arange(T) < frames[:, None]                                     # (B,T)
-    in_labels = torch.arange(U1) <= counts[:, None]                                   # (B,U1)
+    in_frames = torch.arange(T, device="cpu") < frames[:, None]                       # (B,T)
+    in_labels = torch.arange(U1, device="cpu") <= counts[:, None]                     # (B,U1)
     inside = in_frames[:, :, None] & in_labels[:, None]
     if keep is None:
         return inside
@@ -490,10 +498,11 @@ def simple_rnnt_loss(am, lm, targets, logit_lengths, target_lengths, *, blank, r
 
     am (B,T,V) says what frame t sounds like, lm (B,U1,V) what may follow u labels; the rest as
     rnnt_loss's. The cost is differentiable in am and lm. A node's posterior is the probability that
-    the path goes through it, for prune_band. All is in float32 at least, under autocast too. Nodes
-    whose product of exponentials underflows (in float32, where for every class the distances below
-    the peak of am and the peak of lm add up to more than some 60 nats) are summed directly; on a
-    GPU, finding them is a wait. Raises ValueError for what does not fit; on a GPU, a target out of
+    the path goes through it, for prune_band. All is in float32 at least, under autocast too (on a
+    GPU where TF32 is allowed, the product of the exponentials is TF32). Nodes whose product of
+    exponentials underflows (in float32, where for every class the distances below the peak of am
+    and the peak of lm add up to more than 71 - log V nats) are summed directly; on a GPU, finding
+    them is a wait. Raises ValueError for what does not fit; on a GPU, a target out of
     range makes the cost NaN instead.
     """
     _tensors(am=am, lm=lm)
@@ -529,8 +538,8 @@ def _log_sum_exp_of_sums(am, lm):
     """log sum_k exp(am[b,t,k] + lm[b,u,k]) as (B,T,U1), where no am or lm is above 0."""
     sums = am.exp() @ lm.exp().mT
     info = torch.finfo(am.dtype)
-    # The terms that underflowed add up to at most V tiny; where a sum is below this, they are
-    # more than a rounding error of it.
+    # The terms that underflowed add up to at most V tiny. Of a sum below V tiny / eps that is more
+    # than a rounding error.
     lost = sums < am.shape[-1] * info.tiny / info.eps
     result = sums.masked_fill(lost, 1).log()
     b, t, u = lost.nonzero(as_tuple=True)             # none, but where am and lm exclude each other
@@ -576,7 +585,8 @@ def prune_band(posteriors, logit_lengths, target_lengths, width):
     posteriors (B,T,U1) as simple_rnnt_loss gives them; both lengths (B,). A frame's rows are its
     window. To have paths, the window of the first frame begins at row 0, that of the last frame
     ends at row U, and none begins below the one before or more than width - 1 rows above it, so
-    that neighbours share a row. Where the heaviest rows break these rules, the lower row wins:
+    that neighbours share a row. Where the heaviest rows break these rules, the window that begins
+    lower wins:
     labels then move to later frames, which have heard more. Only the rule for the last frame moves
     rows up, and labels to earlier frames.
 
@@ -672,8 +682,8 @@ def _emitted(arcs):
 
 # ---- The three steps as kernels: the lattice, one text for CPU and GPU ---------------------------
 # alpha is float64: in long audio a float32 would lose the digits that tell two ways into a node
-# apart. Their difference is rounded to `arc_dtype`, for exp and log, as are the arcs: float64 on a
-# CPU; on a GPU float32, which is much faster there.
+# apart. Arcs and shares are kept, and exp and log taken, in `arc_dtype`: float64 on a CPU; on a GPU
+# float32, which is much faster there.
 
 def _make_join(arc_dtype):
     def join(a, b, viterbi):
@@ -682,7 +692,7 @@ def _make_join(arc_dtype):
             return a, arc_dtype(0), arc_dtype(0)      # nothing comes here: no NaN from inf - inf
         top = a if a >= b else b
         of_a, of_b = math.exp(arc_dtype(a - top)), math.exp(arc_dtype(b - top))   # one of them is 1
-        if viterbi:                                   # all to the larger one, or of two NaN to one
+        if viterbi:                                   # all to the larger one, to a of equal ones
             of_a, of_b = arc_dtype(a >= b), arc_dtype(not a >= b)
         return top + math.log(of_a + of_b), of_a / (of_a + of_b), of_b / (of_a + of_b)
     return join
@@ -719,8 +729,8 @@ def _make_lattice(join, barrier):
                 t = d - u
                 if t < T - 1:
                     arcs[t, u, BLANK] *= arcs[t + 1, u, BLANK] + arcs[t + 1, u, LABEL]
-                else:                                 # the last blank is on every path, if there is
-                    arcs[t, u, BLANK] = 1 if u == U and logp != -math.inf else 0      # one at all
+                else:                                 # every path, if any, ends with the last blank
+                    arcs[t, u, BLANK] = 1 if u == U and logp != -math.inf else 0
                 if u < U:
                     arcs[t, u, LABEL] *= arcs[t, u + 1, BLANK] + arcs[t, u + 1, LABEL]
                 else:
@@ -896,7 +906,7 @@ def _cpu_gradient64(blank, fused, x, y, norms, arc_grads, out):
 # block holds ROWS rows. numba has no bfloat16: such logits come as their bits, int16, with `brain`
 # true. Sums are float32.
 ROWS = 8
-LATTICE_THREADS = 1024                # of a block of the lattice, at most
+LATTICE_THREADS = 512                # of a block of the lattice, at most
 
 
 @cuda.jit(device=True)
@@ -982,9 +992,9 @@ def log_probs(x, y, batch):
 
 
 def lattice(arcs, batch, utterances=slice(None), need_grad=True, viterbi=False):
-    """Costs (B,) of some utterances. Their arcs (B,T,U1,2) are overwritten: if need_grad, by
-    posteriors, of labels times 1 + fastemit, or with viterbi by 1 on the best path and 0 off it;
-    else by what is of no use."""
+    """Costs (B,) of some utterances. Their arcs (B,T,U1,2) are overwritten, if need_grad: by
+    posteriors, those of labels times 1 + fastemit; with viterbi too: by 1 on the best path and 0
+    off it. Without need_grad, by what is of no use."""
     (B, T, U1, _), frames, counts = arcs.shape, batch.frames[utterances], batch.counts[utterances]
     if batch.delay:
         t = torch.arange(T, device=arcs.device)       # a late label costs, an early one gains
@@ -1095,7 +1105,7 @@ def check_arguments(logits, targets, logit_lengths, target_lengths, blank, *, re
     an utterance out of range gets no frames, and its cost is NaN.
     """
     shape, dtype, device = logits.shape, logits.dtype, logits.device
-    if len(shape) != 4 or 0 in shape[2:] or not dtype.is_floating_point:
+    if len(shape) != 4 or 0 in shape[2:] or dtype not in FLOATS:
         raise ValueError(f"logits must be (B,T,U+1,V) floats, not {dtype} of shape {tuple(shape)}")
     B, T, U1, V = shape
     factors = {"none": 0.0, "sum": 1.0, "mean": 1 / max(1, B)}    # an empty batch costs 0
@@ -1114,7 +1124,8 @@ def check_arguments(logits, targets, logit_lengths, target_lengths, blank, *, re
     U = min(U1 - 1, targets.shape[1])
 
     def there(a):                                     # without waiting for the GPU
-        return a.to(device, non_blocking=device.type != "cpu")  # what a CPU would read too soon
+        # A copy to the CPU must be waited for, or it is read before it has arrived.
+        return a.to(device, non_blocking=device.type != "cpu")
     frames, counts = there(logit_lengths), there(target_lengths)
     labels = torch.nn.functional.pad(there(targets[:, :U]), (0, U1 - U))              # (B,U1)
     written = torch.arange(U1, device=device) < counts[:, None]                       # (B,U1)
@@ -1126,7 +1137,7 @@ def check_arguments(logits, targets, logit_lengths, target_lengths, blank, *, re
             ("logit_lengths", logit_lengths, bad_T, f"1..{T}"),
             ("target_lengths", target_lengths, bad_U, f"0..{U}"),
             ("targets", labels, bad_labels, f"0..{V - 1} without the blank, {blank}")):
-        if validate or values.device.type == "cpu":   # a GPU is waited for
+        if validate or "cpu" in (device.type, values.device.type):   # a GPU is waited for
             _refuse(name, values, bad, allowed)
     bad = there(bad_T) | there(bad_U) | bad_labels.any(1)
     frames, counts = frames.masked_fill(bad, 0), counts.masked_fill(bad, 0)
@@ -1152,9 +1163,13 @@ def _whole(name, value):
 
 def _number(name, value):
     """A float that is finite: one that is not would make the costs NaN, without a word."""
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number, not {value!r}")
-    return value
+    return number
 
 
 def _tensors(**named):
@@ -1173,7 +1188,7 @@ def _refuse(name, values, bad, allowed):
 def _integers(name, value, dims, B):
     """An int64 tensor, of a tensor, array or list."""
     try:
-        a = torch.as_tensor(value)
+        a = value if torch.is_tensor(value) else torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be integers in a tensor, array or list: {error}") from None
     if a is not value and a.numel() == 0:             # an empty list has no type, and one dimension

@@ -460,6 +460,7 @@ def make_row(record, path, number, allow_outside=False):
     if half := re.search("[\ud800-\udfff]", json.dumps(record, ensure_ascii=False)):
         raise InputError(f"half a character, {half[0]!r}")
     given = {key: record[key] for key in KINDS if record.get(key) is not None}
+    given |= {key: str(given[key]) for key in ("id", "speaker") if type(given.get(key)) is int}
     for key, value in given.items():
         if not _fits(value, KINDS[key]):
             raise InputError(f"{key} cannot be {value!r:.60}")
@@ -623,24 +624,33 @@ class Intake:
             earlier.id = earlier.where
             self.ids[earlier.id] = earlier
             self.named.remove(row.id)
-        begun = self.sounds.setdefault((row.audio, row.start), [])
+        begun = self.begun_with(row) if self.by_sound else []
         same = [other for other in begun if about_equal(other.duration, row.duration)]
-        if self.by_sound and same:
+        if same:
             join_texts(same[0], row)
         elif row.id in self.ids:
             raise InputError(f"id {row.id!r} stands at {self.ids[row.id].where} already")
         else:
-            self.counts["apart"] += self.by_sound and bool(begun)
+            self.counts["apart"] += bool(begun)
             self.ids[row.id] = row
             if not record.get("id"):
                 self.named.add(row.id)
             self.rows.append(row)
-            begun.append(row)
+            if self.by_sound:
+                self.sounds.setdefault((row.audio, round(10 * row.start)), []).append(row)
         self.counts["good"] += 1
         texts = [record.get("asr") or "", *(record.get("st") or {}).values()]
         normal = all(unicodedata.is_normalized("NFC", text) for text in texts)
         self.counts["composed"] += not normal
         self.counts["unspaced"] += any(UNSPACED.search(text) is not None for text in texts)
+
+
+    def begun_with(self, row):
+        """The rows of the same sound from the same place on, but for rounding."""
+        tenth = round(10 * row.start)
+        near = [other for key in (tenth - 1, tenth, tenth + 1)
+                for other in self.sounds.get((row.audio, key), [])]
+        return [other for other in near if about_equal(other.start, row.start)]
 
 
 def read_manifest(path, strict=False, *, allow_outside=False, on_bad=None):
@@ -777,7 +787,8 @@ def delays(row, pairs):
 
 
 def project_times(row):
-    """Missing times of translations: a word could be said when the last word linked to it has been.
+    """Times of translations without any: a word could be said when the last word linked to it has
+    been.
 
     A stand-in for times found by a trained translation transducer (align.py --times). For one
     translation, mode `time` then differs from `align` in two things only: first words without a
@@ -816,12 +827,13 @@ def cost_of(rows, mode, tokenizer):
             words.append(max(0, n))
             if not math.isnan(s):
                 seconds.append(max(0.0, s))
-    ids = [token for _, pairs in usable for token in serialize(pairs, tokenizer)]
-    n_tags = sum(token < tokenizer.first_byte for token in ids)
+    streams = [serialize(pairs, tokenizer) for _, pairs in usable]
+    n_tags = sum(token < tokenizer.first_byte for ids in streams for token in ids)
     n_words = sum(len(pairs) for _, pairs in usable) or math.nan
-    sound = sum(row.duration or math.nan for row, _ in usable) or math.nan
+    timed = [(len(ids), row.duration) for (row, _), ids in zip(usable, streams) if row.duration]
+    rate = sum(n for n, _ in timed) / sum(s for _, s in timed) if timed else math.nan
     percentile = sorted(seconds)[math.ceil(0.9 * len(seconds)) - 1] if seconds else math.nan
-    return len(usable), [len(ids) / sound, n_tags / n_words, 100 * _mean(guessed), _mean(words),
+    return len(usable), [rate, n_tags / n_words, 100 * _mean(guessed), _mean(words),
                          _mean(seconds), percentile]
 
 
@@ -850,11 +862,11 @@ def import_covost(*paths, strict=False, on_bad=None):
     """
     intake = Intake(strict, on_bad, by_sound=True)
     for path in paths:
-        languages = re.search(r"\.([A-Za-z-]+)_([A-Za-z-]+)\.", Path(path).name)
+        languages = re.findall(r"\.([A-Za-z-]+)_([A-Za-z-]+)(?=\.)", Path(path).name)
         if not languages:
             raise InputError(f"{path}: the name should tell the languages, "
                              "as covost_v2.fr_en.train.tsv does")
-        source, target = languages.groups()
+        source, target = languages[-1]
         columns = {"audio": "path", "asr": "sentence", f"st.{target}": "translation"}
         optional = {"speaker": "client_id"}
         with intake.file(path):
@@ -919,7 +931,9 @@ def tsv_records(path, intake, columns, optional):
         with intake.line(path, number):
             cells = _next_cells(reader)
             if cells and len(cells) != len(header):
-                raise InputError(f"{len(cells)} cells where the header has {len(header)}")
+                joined = (f"; lines {number} to {reader.line_num} are one, as a backslash ends the "
+                          "line before") * (reader.line_num > number)
+                raise InputError(f"{len(cells)} cells where the header has {len(header)}{joined}")
             if cells:
                 record = _tsv_record(dict(zip(header, cells)), columns)
                 yield number, record
@@ -979,9 +993,10 @@ def _under(folder, name):
 
 
 def import_mustc(*paths, strict=False, on_bad=None):
-    """MuST-C: txt/dev.yaml with one mapping per line, its sound in wav/ beside txt/.
+    """MuST-C, and mTEDx: txt/dev.yaml with one mapping per line, its sound in wav/ beside txt/.
 
-    Beside it dev.en and the translations, dev.de and so on, with one text per line.
+    Beside it dev.en and the translations, dev.de and so on, with one text per line. What is spoken
+    tells the folder's name, es-en; without one, it is English.
     """
     intake = Intake(strict, on_bad, by_sound=True)
     for path in map(Path, paths):
@@ -989,7 +1004,10 @@ def import_mustc(*paths, strict=False, on_bad=None):
             mappings = read_lines(path)
             while mappings and not mappings[-1][1].strip():
                 mappings.pop()
-            texts = _mustc_texts(path, len(mappings))
+            pairs = [part for part in path.absolute().parts
+                     if re.fullmatch("[a-z]{2}-[a-z]{2}", part)]
+            spoken = pairs[-1][:2] if pairs else "en"
+            texts = _mustc_texts(path, len(mappings), spoken)
             for number, line in mappings:
                 with intake.line(path, number):
                     record = _mustc_record(decode(line), number)
@@ -997,12 +1015,12 @@ def import_mustc(*paths, strict=False, on_bad=None):
                         record["id"] = None
                     said = {lang: _decode_line(lines[number - 1], path.with_suffix(f".{lang}"))
                             for lang, lines in texts.items()}
-                    record |= {"asr": said.pop("en"), "st": said}
+                    record |= {"lang": spoken, "asr": said.pop(spoken), "st": said}
                     intake.add(record, path, number, allow_outside=True)
     return with_durations(intake)
 
 
-def _mustc_texts(path, n_lines):
+def _mustc_texts(path, n_lines, spoken):
     """{language: [(number, line)]} of the files beside the YAML."""
     files = {file.suffix[1:]: file for file in sorted(path.parent.iterdir())
              if file.stem == path.stem and re.fullmatch(r"\.[a-z]{2}", file.suffix)}
@@ -1011,11 +1029,12 @@ def _mustc_texts(path, n_lines):
         while len(lines) > n_lines and not lines[-1][1].strip():
             lines.pop()
         if len(lines) != n_lines:
-            hint = "; an empty last line needs its end, too" * (len(lines) == n_lines - 1)
-            raise InputError(f"{path} has {n_lines} lines, but {files[lang].name} {len(lines)}"
+            hint = ("an empty last line needs its end, too" if len(lines) == n_lines - 1 else
+                    f"is it a text in {lang!r}?")
+            raise InputError(f"{path} has {n_lines} lines, but {files[lang].name} {len(lines)}; "
                              f"{hint}")
-    if "en" not in texts:
-        raise InputError(f"{path}: no {path.stem}.en beside it")
+    if spoken not in texts:
+        raise InputError(f"{path}: no {path.stem}.{spoken} beside it")
     return texts
 
 
@@ -1023,13 +1042,14 @@ def _mustc_record(line, number):
     mapping = re.fullmatch(r"\s*-\s*\{(.*)\}\s*", line)
     if not mapping:
         raise InputError(f"not a mapping, as - {{duration: 3.5, ...}}: {line!r:.60}")
-    pairs = re.findall(r"""(\w+):\s*('[^']*'|"[^"]*"|[^,]*)""", mapping[1])
-    cells = {key: value.strip(" '\"") for key, value in pairs}
+    pairs = re.findall(r"""(\w+):\s*('(?:[^']|'')*'|"[^"]*"|[^,]*)""", mapping[1])
+    cells = {key: value[1:-1].replace("''", "'") if value[:1] == "'" else value.strip(' "')
+             for key, value in pairs}
     if missing := {"wav", "offset", "duration"} - cells.keys():
         raise InputError(f"no {', '.join(sorted(missing))}")
     return {"id": f"{Path(cells['wav']).stem}_{number}", "audio": _under("../wav", cells["wav"]),
             "start": _number(cells["offset"]), "duration": _number(cells["duration"]),
-            "lang": "en", "speaker": cells.get("speaker_id")}
+            "speaker": cells.get("speaker_id")}
 
 
 def _decode_line(numbered, path):
@@ -1043,8 +1063,9 @@ def _decode_line(numbered, path):
 def import_nemo(*paths, strict=False, on_bad=None):
     """NeMo and Canary, JSON lines: one per sound and text.
 
-    `text` is a transcription or, where target_lang is not source_lang, the translation. The sound
-    may lie anywhere, for these files name it by absolute paths.
+    `text` is a transcription or, where target_lang is not source_lang, the translation; with an
+    `answer` that differs, as in Granary, that is the translation and `text` what was said. The
+    sound may lie anywhere, for these files name it by absolute paths.
     """
     intake = Intake(strict, on_bad, by_sound=True)
     for path in paths:
@@ -1070,12 +1091,15 @@ def _nemo_record(cells):
                          "or a translation?")
     used = {"audio_filepath", "offset", "source_lang", "target_lang", "text", "answer", *KINDS}
     record = {key: value for key, value in cells.items() if key not in used}
-    text = cells.get("text")
-    if text is None and cells.get("answer") != "na":  # Canary's mark of an answer to be found
-        text = cells.get("answer")
-    record |= {"asr": text} if target == source else {"st": {target: text}}
-    names = {key: str(cells[key]) if type(cells.get(key)) is int else cells.get(key)
-             for key in ("id", "speaker")}          # often numbers
+    text, answer = cells.get("text"), cells.get("answer")
+    answer = None if answer == "na" else answer     # Canary's mark of an answer to be found
+    if target == source:
+        record["asr"] = answer if text is None else text
+    elif text and answer and text != answer:
+        record |= {"asr": text, "st": {target: answer}}
+    else:
+        record["st"] = {target: answer if text is None else text}
+    names = {key: cells.get(key) for key in ("id", "speaker")}
     return record | names | {"audio": cells["audio_filepath"], "lang": source,
                              "start": cells.get("offset"), "duration": cells.get("duration")}
 
@@ -1084,7 +1108,7 @@ IMPORTERS = {"covost": import_covost, "mustc": import_mustc, "nemo": import_nemo
 
 
 def about_equal(one_s, other_s):
-    """Whether two durations, or None, are the same but for rounding."""
+    """Whether two times or durations, or None, are the same but for rounding."""
     return one_s == other_s or None not in (one_s, other_s) and abs(one_s - other_s) < 0.05
 
 
@@ -1197,7 +1221,7 @@ def read_arguments(arguments):
     parser.add_argument("--size", type=int,
                         help="size of the vocabulary for the table (1000)")
     parser.add_argument("--project", action="store_true",
-                        help="missing times of translations: through the links")
+                        help="times of translations that have none: through the links")
     parser.add_argument("--strict", action="store_true",
                         help="stop at the first bad line instead of skipping it")
     options = parser.parse_args(arguments)

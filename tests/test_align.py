@@ -918,6 +918,42 @@ def test_links_replace_links_and_nothing_else(tmp_path):
     assert "there is no folder" in refused(tmp_path / "a.pairs", "-o", tmp_path / "gone.links")
     for _ in range(2):
         align.main([str(tmp_path / "a.pairs"), "-o", str(tmp_path / "a.links")])
+    page = "x" * 5000                                          # without a line's end
+    for begin in ("", "\n", "12-3 "):
+        (tmp_path / "talk.txt").write_text(begin + page)
+        assert "no links: it stays" in refused(tmp_path / "a.pairs", "-o", tmp_path / "talk.txt")
+    for cut in range(5):                                       # links cut by what is looked at
+        (tmp_path / "long.links").write_text(" " * cut + "12-34 " * 1000)
+        align.main([str(tmp_path / "a.pairs"), "-o", str(tmp_path / "long.links")])
+
+
+def test_times_beyond_a_rows_end_are_none(tmp_path):
+    """As Kaldi's, which count from the start of the recording."""
+    from serialize import read_manifest
+    row = {"asr": "das haus", "duration": 2.0}
+    manifest(tmp_path / "in.jsonl", [{"id": "u1", **row}, {"id": "u2", **row, "start": 100}])
+    (tmp_path / "a.ctm").write_text("u1 1 0.1 0.3 das\nu1 1 0.5 1.7 haus\n"
+                                    "u2 1 100.1 0.3 das\nu2 1 100.5 1.0 haus\n")
+    out = tmp_path / "out.jsonl"
+    _, said = run(tmp_path / "in.jsonl", "-o", out, "--times", tmp_path / "a.ctm")
+    assert [one.times for one in read_manifest(out)] == [[0.4, 2.2], None]
+    assert "in.jsonl:2: no times: those in" in said and "end at 101.5 s of 2.0 s" in said
+
+
+def test_textgrids_in_folders_that_are_links_are_read_once(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "u1.TextGrid").write_text(LONG)
+    (tmp_path / "disk" / "round").symlink_to(tmp_path / "disk")
+    (tmp_path / "mfa").mkdir()
+    (tmp_path / "mfa" / "anna").symlink_to(tmp_path / "disk")
+    found = align.textgrid_times(tmp_path / "mfa")
+    assert sorted(found) == ["anna/u1", "u1"]
+
+
+def test_other_white_space_in_pairs_is_told(tmp_path, capsys):
+    (tmp_path / "a.pairs").write_text("10\u00a0000 euros ||| 10,000 euros\r\na  b\t||| c\n")
+    assert [len(a) for a, _ in align.read_pairs(tmp_path / "a.pairs")] == [3, 2]
+    assert "a.pairs: 1 lines have other white space than blanks" in capsys.readouterr().err
 
 
 def test_the_work_outlives_who_reads_its_messages(tmp_path):

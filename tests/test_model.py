@@ -633,6 +633,69 @@ def test_checkpoint_round_trip(tmp_path, config):
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
 
 
+def test_features_do_not_depend_on_autocast(tmp_path):
+    """bfloat16 has three digits: errors of 0.03 in the logarithm."""
+    samples = torch.randn(8000, generator=torch.Generator().manual_seed(0)) * 0.1
+    with torch.autocast("cpu", torch.bfloat16):
+        mel = m.log_mel(samples)
+    assert mel.dtype == torch.float32 and torch.equal(mel, m.log_mel(samples))
+    with pytest.raises(m.InputError, match="float32 or float64 in -1..1, not torch.bfloat16"):
+        m.log_mel(samples.bfloat16())
+
+
+def test_streaming_gives_the_distance_bias_its_gradient():
+    """In chunks as offline; the bias that a stream keeps has none, and may be old."""
+    model = make(dtype=torch.float64)
+    mel = mel_of(model.config, 16000)[None]
+    step = model.config.chunks[0] * model.config.subsampling
+    grads = []
+    for chunks in (mel,), mel.split(step, 1):
+        model.zero_grad()
+        state = model.encoder.initial_state(1) if len(chunks) > 1 else None
+        total = 0
+        for chunk in chunks:
+            frames, state = model.encoder(chunk, state=state)
+            total = total + frames.square().sum()
+        total.backward()
+        grads.append(model.encoder.stack.distance_bias.grad.clone())
+    assert len(mel.split(step, 1)) > 2 and grads[0].abs().max() > 1e-6
+    assert (grads[0] - grads[1]).abs().max() < 1e-9 * grads[0].abs().max() + 1e-12
+
+
+@pytest.mark.parametrize("padding", [-1, -100, 10 ** 6])
+def test_padding_that_is_no_label_is_named(padding):
+    model = make()
+    mel = mel_of(model.config, 8000, torch.float32)[None]
+    labels = torch.tensor([[1, 2, padding]])
+    with pytest.raises(m.InputError, match=f"labels must be from 0 to .*{padding}"):
+        model(mel, labels)
+
+
+def test_sizes_that_would_broadcast_are_refused():
+    model = make()
+    mel = mel_of(model.config, 8000, torch.float32)[None]
+    labels = torch.ones(1, 2, dtype=torch.long)
+    with pytest.raises(m.InputError, match="mel of 3 utterances, but labels of 1"):
+        model(mel.expand(3, -1, -1), labels)
+    with pytest.raises(m.InputError, match="B above 0"):
+        model.encoder(mel[:0])
+    _, state = model.label_encoder(labels)
+    with pytest.raises(m.InputError, match="labels must be whole numbers"):
+        model.label_encoder(labels[:, :0], state)
+
+
+def test_lengths_of_narrow_types_do_not_wrap():
+    model = make()
+    mel = mel_of(model.config, 48000, torch.float32)[None].expand(2, -1, -1)
+    n, s = mel.shape[1], model.config.subsampling
+    assert n > 255 - s
+    whole = model.encoder(mel, [253, 150])[0]
+    for dtype in (torch.uint8, torch.int16):
+        assert torch.equal(whole, model.encoder(mel, torch.tensor([253, 150], dtype=dtype))[0])
+    with pytest.raises(m.InputError, match="lengths must be 2 whole numbers"):
+        model.encoder(mel, torch.tensor([True, True]))
+
+
 @pytest.mark.parametrize("bad, told", [
     ({"bad": lambda: None}, "bad is <function"), ({"step": np.int64(3)}, "step is .*int64"),
     ({"where": {"x": [1, Path("a")]}}, r"where\.x\.1 is .*Path"), ({"d": {(1, 2.5): {3}}}, "a set"),

@@ -565,6 +565,45 @@ def test_only_nodes_kept_are_computed(monkeypatch):
     assert max(rows) == 8 and len(rows) > 3
 
 
+def test_the_default_device_is_nobodys_business():
+    """Lists of lengths, and what is made on the way, lie where they are wanted."""
+    _, targets, frames, counts = batch()
+    inputs = joint_inputs()
+    rest = targets, frames.tolist(), counts.tolist()
+    want = joint_rnnt_loss(*inputs, *rest, blank=0)
+    with torch.device("meta"):
+        assert torch.equal(joint_rnnt_loss(*inputs, *rest, blank=0), want)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), torch.tensor(0.5), np.int64(1)])
+def test_a_number_may_be_numpys_or_torchs(number):
+    logits, *rest = batch()
+    want = rnnt_loss(logits, *rest, blank=0, delay_penalty=float(number))
+    assert torch.equal(rnnt_loss(logits, *rest, blank=0, delay_penalty=number), want)
+    with pytest.raises(ValueError, match="delay_penalty must be a finite number, not '0.5'"):
+        rnnt_loss(logits, *rest, blank=0, delay_penalty="0.5")
+
+
+def test_backward_lets_go_of_what_it_used():
+    """A list of losses, kept for their mean, holds no gradients."""
+    _, *rest = batch()
+    inputs = [a.requires_grad_() for a in joint_inputs()]
+    loss = joint_rnnt_loss(*inputs, *rest, blank=0)
+    node = loss.grad_fn
+    while not hasattr(node, "saved_tensors") or len(node.saved_tensors) < 4:
+        node = node.next_functions[0][0]
+    assert [tuple(a.shape) for a in node.saved_tensors] == [tuple(a.shape) for a in inputs]
+    loss.backward()
+    with pytest.raises(RuntimeError, match="already been freed"):
+        node.saved_tensors
+
+
+def test_other_floats_are_refused_by_name():
+    logits, *rest = batch()
+    with pytest.raises(ValueError, match="not torch.float8_e4m3fn"):
+        rnnt_loss(logits.to(torch.float8_e4m3fn), *rest, blank=0)
+
+
 def test_joined_sentences_in_blocks_are_the_sentences():
     """Two utterances joined in time, keep their two blocks: one path crosses, by the first one's
     last blank. So the cost is the sum of the two costs, where the label encoder says the same to

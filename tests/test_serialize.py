@@ -500,7 +500,7 @@ WRONG_VALUES = {
     "audio": ["/etc/passwd", "../a.wav", "x/../../a.wav", "a\0.wav", "", 7],
     "asr": [7, ["a"], "only two"],
     "st": ["x", {"fr": 7}, ["x"], {"de": "x"}],
-    "id": [{}], "speaker": [7], "lang": [[]],
+    "id": [{}, True], "speaker": [7.5], "lang": [[]],
     "start": [-1, "1", 10 ** 400],
     "duration": [float("nan"), float("inf")],
     "links": ["0-0", {"de": "0-0"}, {"fr": "0-0 3-1"}, {"fr": "0-2"}, {"fr": "0"}, {"fr": "a-b"},
@@ -1157,6 +1157,89 @@ def test_nemo_texts_are_what_they_say(tmp_path):
     assert [row.asr for row in rows] == ["ja"]
     assert "n.json:1: skipped: no text" in told[0]
     assert "n.json:3: skipped: target_lang 'en' without source_lang" in told[1]
+
+
+def test_numbers_may_be_ids(tmp_path):
+    path = manifest(tmp_path, {"audio": "a.wav", "asr": "a", "id": 17, "speaker": 1034})
+    row, = read_manifest(path, strict=True)
+    assert (row.id, row.speaker) == ("17", "1034")
+
+
+def test_a_line_of_granary_has_both_texts(tmp_path):
+    line = {"audio_filepath": "/x.wav", "duration": 1.0, "source_lang": "en", "target_lang": "it"}
+    path = manifest(tmp_path, {**line, "text": "hello", "answer": "ciao"},
+                    {**line, "offset": 1, "text": "ciao", "answer": "ciao"},
+                    {**line, "offset": 2, "text": "ciao", "answer": "na"}, name="n.json")
+    rows = module.import_nemo(path)
+    assert [(row.asr, row.st, row.lang) for row in rows] == [
+        ("hello", {"it": "ciao"}, "en"), (None, {"it": "ciao"}, "en"), (None, {"it": "ciao"}, "en")]
+
+
+def test_places_in_a_sound_are_joined_if_only_rounded(tmp_path):
+    """At a border of the tenths they are kept by, too."""
+    line = {"audio_filepath": "/x.wav", "duration": 1.0, "source_lang": "de"}
+    path = manifest(tmp_path, {**line, "offset": 12.34, "text": "ja"},
+                    {**line, "offset": 20.049, "text": "da"}, {**line, "offset": 30, "text": "so"},
+                    name="n.json")
+    more = manifest(tmp_path, *({**line, "target_lang": "en", "offset": offset, "text": text}
+                                for offset, text in [(12.340000000000002, "yes"), (20.051, "there"),
+                                                     (30.06, "thus")]), name="m.json")
+    rows = module.import_nemo(path, more)
+    assert [(row.asr, row.st) for row in rows] == [
+        ("ja", {"en": "yes"}), ("da", {"en": "there"}), ("so", {}), (None, {"en": "thus"})]
+
+
+def test_many_rows_of_one_sound_are_read_in_time_that_grows_with_their_number(
+        tmp_path, monkeypatch):
+    """A bitext may name one file of silence for all its rows."""
+    calls, real = [], module.about_equal
+    monkeypatch.setattr(module, "about_equal", lambda *two: calls.append(two) or real(*two))
+    read_manifest(manifest(tmp_path, *[{"audio": "a.wav", "asr": "a"}] * 100), strict=True)
+    assert not calls
+
+
+def test_rows_without_a_duration_do_not_hide_the_others_tokens_a_second(tmp_path):
+    rows = [Row(str(k), "a", asr="ja da", duration=duration) for k, duration in
+            enumerate((2.0, None, 1.0))]
+    tokenizer = Tokenizer.train(["ja da"], 259, [ASR])
+    counted, numbers = module.cost_of(rows, "asr", tokenizer)
+    per_row = len(serialize(interleave(rows[0], "asr"), tokenizer))
+    assert counted == 3 and numbers[0] == pytest.approx(2 * per_row / 3.0)
+
+
+@pytest.mark.parametrize("pair, source, target", [("es-en", "es", "en"), ("en-de", "en", "de"),
+                                                  ("data", "en", "de")])
+def test_what_is_spoken_stands_in_the_folders_name(tmp_path, pair, source, target):
+    """As in mTEDx. A quote within quotes is doubled, as YAML does."""
+    folder = tmp_path / "xx-yy" / pair / "data" / "dev" / "txt"
+    if pair == "data":
+        folder = tmp_path / pair / "txt"
+    folder.mkdir(parents=True)
+    (folder / "dev.yaml").write_text("- {duration: 2.0, offset: 0, wav: 'it''s.wav'}\n")
+    (folder / f"dev.{source}").write_text("said\n")
+    (folder / f"dev.{target}").write_text("translated\n")
+    row, = module.import_mustc(folder / "dev.yaml")
+    assert (row.lang, row.asr, row.st) == (source, "said", {target: "translated"})
+    assert Path(row.audio).name == "it's.wav" and row.id == "it's_1"
+    (folder / "dev.gz").write_text("no\ntranslation\nof it\n")
+    with pytest.raises(InputError, match="has 1 lines, but dev.gz 3; is it a text in 'gz'"):
+        module.import_mustc(folder / "dev.yaml")
+
+
+def test_the_last_pair_of_languages_in_a_name_counts(tmp_path):
+    path = tsv(tmp_path / "cv.clean_set.fr_en.train.tsv", ["path", "sentence", "translation"],
+               ["a.mp3", "oui", "yes"])
+    row, = module.import_covost(path)
+    assert (row.lang, row.st) == ("fr", {"en": "yes"})
+
+
+def test_lines_that_a_backslash_joins_are_named(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("file\tfr\na.wav\tC:\\clips\\\nb.wav\tdeux\nc.wav\ttrois\n")
+    told = []
+    rows = module.import_tsv(path, columns={"audio": "file", "asr": "fr"}, on_bad=told.append)
+    assert [row.asr for row in rows] == ["trois"]
+    assert "a.tsv:2: skipped: 3 cells where the header has 2; lines 2 to 3 are one" in told[0]
 
 
 def test_a_row_takes_from_both_lines_about_its_sound(tmp_path):
