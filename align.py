@@ -66,7 +66,8 @@ WIDTH = 8          # jumps of this length and longer have one weight, each of th
 STEM = 4           # letters
 CELLS = 250_000    # of 500 words beside 500; a longer pair is aligned in windows of that size
 LONGEST_TIMED_S = 300  # of sound whose words' times are found in one piece
-BATCH_SAMPLES = 120 * 16000  # of sound with its padding that go through a model together
+SAMPLE_RATE = 16000   # model.py's
+BATCH_SAMPLES = 120 * SAMPLE_RATE  # of sound with its padding that go through a model together
 # What forced aligners write where nothing is said.
 SILENCES = "", "sil", "sp", "<eps>", "<sil>", "<silence>"
 METHODS = "posterior", "grow-diag-final-and", "intersection", "union", "forward", "backward"
@@ -669,11 +670,12 @@ def viterbi_times(rows, run):
             if not pairs:
                 raise InputError("no text of a stream that the model writes")
             ids = serialize.serialize(pairs, tokenizer)
-            if len(samples) > LONGEST_TIMED_S * 16000:    # memory grows with its square
-                raise InputError(f"{len(samples) / 16000:.0f} s, and times are found for at most "
+            heard_s = len(samples) / SAMPLE_RATE
+            if heard_s > LONGEST_TIMED_S:             # memory grows with its square
+                raise InputError(f"{heard_s:.0f} s, and times are found for at most "
                                  f"{LONGEST_TIMED_S} s: cut it into utterances")
-            if len(ids) > stream.BABBLE * (1 + len(row.st)) * (1 + len(samples) / 16000):
-                raise InputError(f"{len(ids)} tokens to write in {len(samples) / 16000:.1f} s")
+            if len(ids) > stream.BABBLE * (1 + len(row.st)) * (1 + heard_s):
+                raise InputError(f"{len(ids)} tokens to write in {heard_s:.1f} s")
         except ValueError as error:
             warn(f"{row.where}: no times: {str(error).removeprefix(f'{row.where}: ')}")
             continue
@@ -689,7 +691,7 @@ def viterbi_times(rows, run):
 def batch_times(model, tokenizer, serialize, ready, tail):
     """ready: [(row, samples, (tag, word) pairs, token ids)]; see viterbi_times. As a search does,
     the model hears `tail` seconds of silence behind each recording; no time lies in it."""
-    silence = np.zeros(round(tail * 16000), np.float32)
+    silence = np.zeros(round(tail * SAMPLE_RATE), np.float32)
     heard = [np.concatenate([samples, silence]) for _, samples, _, _ in ready]
     frames = best_path(model, heard, [ids for *_, ids in ready])
     for (row, samples, pairs, ids), written in zip(ready, frames):
@@ -703,7 +705,7 @@ def batch_times(model, tokenizer, serialize, ready, tail):
         streams = {}
         ends = word_times(written, word_of_token, model.config.frame_s)
         for (tag, _), end in zip(pairs, ends, strict=True):
-            streams.setdefault(tag, []).append(min(end, len(samples) / 16000))
+            streams.setdefault(tag, []).append(min(end, len(samples) / SAMPLE_RATE))
         yield row, streams
 
 

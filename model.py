@@ -482,7 +482,8 @@ class Encoder(nn.Module):
         utterance, None: the first of the config's); the state returned is None.
         Streaming: `state` from initial_state or the call before, one chunk of mel frames, of the
         state's size. Only the last may be short, by `lengths` too, for padding is remembered as if
-        it had been heard, and with chunk 0 there is one call: that is up to the caller. Raises InputError for what does not fit.
+        it had been heard, and with chunk 0 there is one call: that is up to the caller. Raises
+        InputError for what does not fit.
         """
         s = self.config.subsampling
         if state is not None and chunk is None:

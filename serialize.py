@@ -644,7 +644,6 @@ class Intake:
         self.counts["composed"] += not normal
         self.counts["unspaced"] += any(UNSPACED.search(text) is not None for text in texts)
 
-
     def begun_with(self, row):
         """The rows of the same sound from the same place on, but for rounding."""
         tenth = round(10 * row.start)

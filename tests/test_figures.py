@@ -199,3 +199,35 @@ def test_the_page_shows_what_was_out_by_then(page, at, version):
         words = re.findall(r'<span class="word[^"]*">(.*?)</span>', caption, re.S)
         assert [html.unescape(word) for word in words] == wanted.get(stream, [])
     assert at == 0 or wanted                                   # else nothing was compared
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium here")
+def test_the_switch_and_the_words_of_the_page_work(page, tmp_path):
+    """Opened at 3 s with the first chunk size, switched to the second; then a click on a word."""
+    acting = """<script>sound.play = () => {};    // it would wait for a person
+    setTimeout(() => {
+        const pick = document.getElementById("chunk"), kept = document.body.dataset;
+        pick.value = 1;
+        pick.onchange({target: pick});
+        kept.delay = document.getElementById("delay").textContent;
+        kept.out = document.querySelectorAll(".bar.out").length;
+        [...document.querySelectorAll(".word")].find(word => word.textContent === "DATA").click();
+        kept.at = sound.currentTime;
+    }, 1500)</script></body>"""
+    copy = tmp_path / "page.html"
+    text = page.read_text(encoding="utf-8")
+    assert text.count("</body>") == 1
+    copy.write_text(text.replace("</body>", acting), encoding="utf-8")
+    dom, console = in_chromium(copy, "t=3&chunk=0")
+    assert not console, console
+    found = dict(re.findall(r'data-(\w+)="(.*?)"', re.search(r"<body.*?>", dom)[0]))
+    words = sorted(data_of(page)["versions"][1]["words"], key=lambda word: word["shown"])
+    lags = []
+    for stream in (0, 1):
+        own = [word for word in words if word["stream"] == stream]
+        lags += [word["shown"] - k * 4 / len(own) for k, word in enumerate(own)
+                 if word["shown"] <= 3.001]
+    assert found["out"] == str(len(lags)) and len(lags) > 4
+    assert found["delay"] == f"{np.mean(lags):.2f} s"
+    clicked, = [word for word in words if word["text"] == "DATA"]
+    assert float(found["at"]) == pytest.approx(clicked["start"] - 0.3, abs=1e-3)

@@ -5,6 +5,7 @@ import io
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections import OrderedDict
@@ -882,9 +883,11 @@ def test_a_stream_keeps_its_position_bias():
     assert torch.equal(later[seen], state.bias[seen] + 1) and seen.any()
 
 
-def test_the_demonstration_prints_the_mask_it_uses():
-    command = [sys.executable, ROOT / "model.py"]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_the_demonstration_prints_the_mask_it_uses(tmp_path):
+    """Of the file alone, in an empty folder."""
+    shutil.copy(ROOT / "model.py", tmp_path)
+    command = [sys.executable, "model.py"]
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert all(name in out for name in m.PRESETS) and "320 (280) ms" in out
     rows = [line.split() for line in out.splitlines() if line.strip() and set(line) <= set(" .#")]
     assert len(rows) == 16

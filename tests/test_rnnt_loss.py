@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -1195,6 +1196,16 @@ def test_plain_posteriors_are_those_of_the_enumerated_paths():
     for row, u in zip(drawn[0:7:2], (3, 2, 1, 0)):                       # rows of labels, top down
         percent = [int(word) for word in row[10:].replace("-->", "").split("--")]
         assert percent == [round(100 * float(found[t, u])) for t in range(4)]
+
+
+def test_the_file_alone_in_an_empty_folder(tmp_path):
+    shutil.copy(ROOT / "rnnt_loss.py", tmp_path)
+    code = ("import torch, rnnt_loss as m; print(round(float(m.rnnt_loss_reference("
+            "torch.zeros(1, 2, 2, 3), torch.tensor([[1]]), [2], [1], blank=0)), 4), m.__file__)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True)
+    # Two paths of three arcs, each of probability 1/3: 3 ln 3 - ln 2.
+    assert done.stdout.split() == ["2.6027", str(tmp_path / "rnnt_loss.py")], done.stderr
 
 
 def test_every_version_shows_the_same_numbers():
