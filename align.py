@@ -780,9 +780,11 @@ def files_under(folder):
     """In a folder and the folders in it, also those that are links, each once."""
     seen, files = set(), []
     for at, folders, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(at))
-        folders[:] = [name for name in folders if os.path.realpath(Path(at, name)) not in seen]
-        files += [Path(at, name) for name in names]
+        if (real := os.path.realpath(at)) in seen:
+            folders.clear()
+        else:
+            seen.add(real)
+            files += [Path(at, name) for name in names]
     return sorted(files)
 
 

@@ -93,8 +93,8 @@ NO_LABEL, PADDING = -1, -2
 # arcs; factor: what the sum of the costs is multiplied by, 0 for reduction="none".
 Batch = namedtuple("Batch", "y frames counts blank fused fastemit delay gpu arc_dtype factor")
 FLOATS = torch.float32, torch.float64, torch.float16, torch.bfloat16
-SLAB_BYTES = 4 << 20          # about as many are converted at a time (half precision, on a CPU), or
-                              # summed directly (simple_rnnt_loss)
+SLAB_BYTES = 4 << 20          # of logits that are converted at a time (half precision, on a CPU)
+                              # or summed directly (simple_rnnt_loss), about
 TILE_BYTES = 48 << 20         # of about this size are the tiles of the fused joint
 
 
@@ -305,7 +305,8 @@ def joint_rnnt_loss(encoder_out, label_out, weight, bias, targets, logit_lengths
     del joint                                         # it has checked the arguments
     # Fetched once, not for each utterance.
     logit_lengths, target_lengths, keep = (
-        a if a is None else torch.as_tensor(a).cpu() for a in (logit_lengths, target_lengths, keep))
+        a if a is None else torch.as_tensor(a, device="cpu")
+        for a in (logit_lengths, target_lengths, keep))
     alone = partial(joint_rnnt_loss, weight=weight, bias=bias, blank=blank, reduction="sum",
                     fastemit_lambda=fastemit_lambda, delay_penalty=delay_penalty,
                     tile_bytes=tile_bytes)
@@ -906,7 +907,8 @@ def _cpu_gradient64(blank, fused, x, y, norms, arc_grads, out):
 # block holds ROWS rows. numba has no bfloat16: such logits come as their bits, int16, with `brain`
 # true. Sums are float32.
 ROWS = 8
-LATTICE_THREADS = 512                # of a block of the lattice, at most
+LATTICE_THREADS = 512                # of a block of the lattice, at most: 1024 would have to do
+                                     # with 64 registers each, or not start
 
 
 @cuda.jit(device=True)

@@ -571,7 +571,7 @@ class Intake:
     """The rows of one or more files as they are read: bad ones are told and skipped, or raise.
 
     No two rows may have one id. With `by_sound`, rows about the same stretch of the same file
-    become one row with several texts; lengths that differ by less than 50 ms are rounded ones.
+    become one row with several texts; starts and lengths less than 50 ms apart are rounded ones.
     """
 
     def __init__(self, strict=False, on_bad=None, by_sound=False):
@@ -617,7 +617,8 @@ class Intake:
     def add(self, record, path, number, allow_outside=False):
         """A line's object becomes a row, or joins the one that has its sound."""
         row = make_row(record, path, number, allow_outside)
-        if row.id in self.ids and not record.get("id"):
+        has_id = record.get("id") not in (None, "")
+        if row.id in self.ids and not has_id:
             row.id = row.where
         elif row.id in self.named:
             earlier = self.ids.pop(row.id)
@@ -633,7 +634,7 @@ class Intake:
         else:
             self.counts["apart"] += bool(begun)
             self.ids[row.id] = row
-            if not record.get("id"):
+            if not has_id:
                 self.named.add(row.id)
             self.rows.append(row)
             if self.by_sound:
@@ -861,7 +862,8 @@ def import_covost(*paths, strict=False, on_bad=None):
     """
     intake = Intake(strict, on_bad, by_sound=True)
     for path in paths:
-        languages = re.findall(r"\.([A-Za-z-]+)_([A-Za-z-]+)(?=\.)", Path(path).name)
+        code = "([a-z]{2,3}(?:-[A-Za-z]+)?)"             # fr, sv-SE
+        languages = re.findall(rf"\.{code}_{code}(?=\.)", Path(path).name)
         if not languages:
             raise InputError(f"{path}: the name should tell the languages, "
                              "as covost_v2.fr_en.train.tsv does")
@@ -1010,6 +1012,10 @@ def import_mustc(*paths, strict=False, on_bad=None):
             for number, line in mappings:
                 with intake.line(path, number):
                     record = _mustc_record(decode(line), number)
+                    flac = os.path.splitext(record["audio"])[0] + ".flac"    # as mTEDx's sound is
+                    if not (path.parent / record["audio"]).exists():
+                        if (path.parent / flac).exists():
+                            record["audio"] = flac
                     if record["id"] in intake.ids:  # as in another pair's folder
                         record["id"] = None
                     said = {lang: _decode_line(lines[number - 1], path.with_suffix(f".{lang}"))

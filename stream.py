@@ -17,7 +17,6 @@ network is model.py's, turning tokens into words serialize.py's. `python stream.
 prints captions, `python stream.py MODEL --eval MANIFEST` error rates and latency; alone, it shows
 that packets do not matter.
 """
-import operator
 import os
 
 if __name__ == "__main__":  # numpy, which resamples, has threads of its own beside --threads
@@ -27,6 +26,7 @@ import argparse
 import io
 import json
 import math
+import operator
 import queue
 import re
 import shlex
@@ -66,6 +66,8 @@ HALF_CHUNK = "half a chunk"
 LONGEST_CHUNK_S = 60.0
 LONGEST_WHOLE_S = 300  # of sound in one piece, with chunk 0: memory grows with its square
 WIDEST_BEAM = 256   # hypotheses
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+BABBLE = 100.0      # tokens per second of sound; letters of quick speech with translation are 40
 LOUDEST = 16.0      # float samples beyond -1..1 by so much are of another scale
 PER_MS = SAMPLE_RATE / 1000  # samples in a millisecond
 
@@ -718,9 +720,9 @@ class RawFile(io.BufferedReader):
             self.fault = error
             return 0
 
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        if self.fault:
+    def __exit__(self, kind, *error):
+        super().__exit__(kind, *error)
+        if self.fault and (kind is None or issubclass(kind, Exception)):     # not Ctrl-C
             raise self.fault
 
 
@@ -845,15 +847,14 @@ def stored_blocks(path, start, duration, file, promised, left):
                             f"({error.error_string})") from None
     if not at:
         raise refusal(path, "no samples, as its header says")
-    short = at <= first or duration is not None and at < end - rate // 20  # manifests may round
     if at < end:  # the file ended first
-        unread_s = 0 if file.format in CHUNKED else left() * at / rate
         if promised and at < promised - rate // 20:
             raise refusal(path, f"cut off, {at / rate:.2f} s of {promised / rate:.2f} are there")
+        unread_s = 0 if file.format in CHUNKED else left() * at / rate
         if unread_s > 0.25:
             raise refusal(path, f"goes on after {at / rate:.2f} s for about {unread_s:.2f} s that "
                                 "libsndfile does not reach")
-    if short:
+    if at <= first or duration is not None and at < end - rate // 20:      # manifests may round
         wanted = "more" if duration is None else f"{duration} s"
         raise AudioError(f"{path}: {at / rate:.2f} s long, not {wanted} from {start} s on")
 
@@ -862,23 +863,20 @@ def one_channel(path, rate, blocks):
     """Blocks (N, C) -> (N,): the mean of the channels, or their sum, or the loudest alone.
 
     This is decided once, by the first ten seconds with sound."""
-    weights, head, failure = None, [], None
+    head, failure = [], None
     try:
         for block in blocks:
-            if weights is not None:
-                yield block @ weights
-            elif block.shape[1] == 1 or not head and not block.any():
+            if block.shape[1] == 1 or not head and not block.any():
                 yield block[:, 0]  # the only one, or silence in all of them
             else:
                 head.append(block)
-            if weights is None and sum(map(len, head)) >= 10 * rate:
-                weights = mixing_weights(path, np.concatenate(head))
-                yield from (block @ weights for block in head)
+            if sum(map(len, head)) >= 10 * rate:
+                break
     except AudioError as error:  # what was there before it is still to be heard
         failure = error
-    if weights is None and head:
+    if head:
         weights = mixing_weights(path, np.concatenate(head))
-        yield from (block @ weights for block in head)
+        yield from (block @ weights for block in chain(head, blocks))
     if failure:
         raise failure
 
@@ -1055,17 +1053,19 @@ def standard_input():
         raise AudioError("standard input is closed")
     if sys.stdin.buffer.isatty():
         raise AudioError(f"standard input is the keyboard, not sound: {WITHOUT}")
-    waiting, received, heard, known = b"", 0, False, False
-    while (data := sys.stdin.buffer.read1(4096)) or not known:
-        waiting += data
-        enough = 4096 if waiting[:1] == b"\xff" else 64  # two frames of MP3 or AAC; a file's head
-        if data and len(waiting) < enough and not known:
-            continue  # they may be on their way
-        if not known and (kind := kind_of(waiting, MAGIC) or framed(waiting)):
-            raise AudioError(f"standard input: {kind}, not 16-bit PCM; into: {piped('-i -')}")
-        whole = len(waiting) // 2 * 2  # half a sample waits for its other half
-        samples = np.frombuffer(waiting[:whole], "<i2").astype(np.float32) / 32768
-        waiting, known = waiting[whole:], True
+    arriving, head = iter(lambda: sys.stdin.buffer.read1(4096), b""), b""
+    for data in arriving:
+        head += data
+        # Two frames of MP3 or AAC; the head of another file.
+        if len(head) >= (4096 if head[:1] == b"\xff" else 64):
+            break
+    if kind := kind_of(head, MAGIC) or framed(head):
+        raise AudioError(f"standard input: {kind}, not 16-bit PCM; into: {piped('-i -')}")
+    received, heard, odd = 0, False, b""
+    for data in chain([head], arriving):
+        data = odd + data
+        even = len(data) // 2 * 2        # half a sample waits for its other half
+        odd, samples = data[even:], np.frombuffer(data[:even], "<i2").astype(np.float32) / 32768
         received, heard = received + len(samples), heard or samples.any()
         yield samples
     if not heard:
@@ -1158,9 +1158,6 @@ def load_run(path, device="cpu"):
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: a damaged checkpoint, no usable tokenizer ({reason})") from None
-    if len(tokenizer) != model.config.vocab:
-        raise InputError(f"{path}: a damaged checkpoint, its tokenizer has {len(tokenizer)} "
-                         f"tokens, its model {model.config.vocab}")
     try:
         Streamer(model, tokenizer, **own_search(beside))
         own_streams(beside, tokenizer)
@@ -1437,21 +1434,21 @@ def opened_tracks(planned, pause):
 
 
 @contextmanager
-def uninterrupted():
+def uninterrupted(message=""):
     """Ctrl-C within it takes effect at its end, a second one at once; SIGTERM and SIGHUP too, where
-    they act as Ctrl-C does. Other handlers are somebody else's business. Gives the list of the
-    signals that have come."""
-    stops = (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP"))
-    caught = [number for number in stops if number and
-              signal.getsignal(number) is signal.default_int_handler]
-    if threading.current_thread() is not threading.main_thread():
-        caught = []
+    they act as Ctrl-C does. Other handlers are somebody else's business. The message tells the user
+    so. Gives the list of the signals that have come."""
+    main = threading.current_thread() is threading.main_thread()
+    caught = [number for number in STOPS
+              if main and signal.getsignal(number) is signal.default_int_handler]
     seen = []
 
     def note(number, frame):
         if seen:
             raise KeyboardInterrupt
         seen.append(number)
+        if message:
+            say(message)
     for number in caught:
         signal.signal(number, note)
     try:
@@ -1483,19 +1480,21 @@ def caption(model, tokenizer, options, search, tags):
         if live:
             return
         raise
-    interrupted = False
+    interrupted = unshown = False
     with opened_tracks(planned, options.pause) as tracks:
         def show(events):
+            nonlocal unshown
             for track in tracks:
                 track(events)
             try:
                 screen(events)
             except OSError as error:         # who reads has left, a terminal closed, a disk is full
-                discard_output()
+                discard(sys.stdout)
                 if not tracks:
                     raise
                 if not isinstance(error, BrokenPipeError):
                     say(f"standard output: {error.strerror}; the subtitles go on")
+                    unshown = True
         try:
             for packet in chain([first], incoming):
                 with uninterrupted():        # or the words of this packet would be lost
@@ -1508,35 +1507,26 @@ def caption(model, tokenizer, options, search, tags):
             show(streamer.flush())
     if streamer.search.capped:
         say(f"frames cut off at {LIMITS[0]} symbols (last: {LIMITS[1]}): {streamer.search.capped}")
-    fault = fault or next((track.fault for track in tracks if track.fault), None)
     if fault:
         raise fault
     if interrupted:
         raise KeyboardInterrupt
-
-
-def discard_output():
-    """Nothing more can be written to standard output; nor will Python try again as it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 2 if unshown or any(track.fault for track in tracks) else 0    # they were told before
 
 
 # ---- Evaluation: stream a set, then compare words and delays with the references -----------------
 
-BABBLE = 100.0  # tokens per second of sound; letters of quick speech and its translation are 40
-
-
 def evaluate(model, tokenizer, items, *, tags=None, batch_size=16, progress=0, bootstrap=0,
-             babble=BABBLE, **how):
+             **how):
     """items: (row, samples) of each utterance, a list or made one after the other -> (metrics by
     stream, one record by utterance).
 
     `batch_size` utterances are streamed in step; that changes words only where two scores agree to
     rounding, but computation-aware figures become those of a server with as many. Nothing holds the
     sound of more than a batch. tags: of the streams that are scored, by default all that the
-    tokenizer has. progress: how many there will be, for a bar. babble: tokens per second of
-    sound; a batch that writes more is broken off, and the evaluation too, saying so, where that
-    is so of all utterances together, 16 or more, as untrained models do. how: the options of a
-    Streamer.
+    tokenizer has. progress: how many there will be, for a bar. how: the options of a Streamer.
+    A batch that writes more than BABBLE tokens a second of sound is broken off, and the evaluation
+    too, saying so, where that is so of all utterances together, 16 or more, as untrained models do.
     """
     if progress:
         from tqdm import tqdm
@@ -1546,21 +1536,21 @@ def evaluate(model, tokenizer, items, *, tags=None, batch_size=16, progress=0, b
     model.eval()
     try:
         while not babbles and (group := list(islice(source, batch_size))):
-            own, more_tokens, more_seconds = stream_group(model, tokenizer, group, babble, how)
+            own, more_tokens, more_seconds = stream_group(model, tokenizer, group, how)
             records += own
             tokens, seconds = tokens + more_tokens, seconds + more_seconds
-            babbles = tokens > babble * seconds and len(records) >= 16
+            babbles = tokens > BABBLE * seconds and len(records) >= 16
     finally:
         model.train(training)
         if progress:
             items.close()
     if babbles:
         say(f"the evaluation breaks off after {len(records)} utterances: {tokens / seconds:.0f} "
-            f"tokens a second of sound, more than {babble:g}: the model babbles")
+            f"tokens a second of sound, more than {BABBLE:g}: the model babbles")
     return summarise(records, tags or tokenizer.tags, bootstrap), records
 
 
-def stream_group(model, tokenizer, group, babble, how):
+def stream_group(model, tokenizer, group, how):
     """Utterances side by side, a second of sound after the other, until the end or until they
     babble -> their records, and over all of them the tokens that count and the seconds."""
     began = time.perf_counter()
@@ -1581,7 +1571,7 @@ def stream_group(model, tokenizer, group, babble, how):
         # the end, are free.
         tokens = sum(max(0, streamer.n_tokens - LIMITS[1]) for streamer in streamers)
         heard_s = sum(1 + streamer.received / SAMPLE_RATE for streamer in streamers)
-        if tokens > babble * heard_s:
+        if tokens > BABBLE * heard_s:
             break
     seconds = (time.perf_counter() - began) / len(group)
     records = [record_of(row, samples, streamer, words_of(own), seconds)
@@ -1841,6 +1831,24 @@ def log_entry(index, row, tag):
             "source_length": row["duration_ms"]}
 
 
+def check_log(folder, tags):
+    """Before hours of work: can the logs be written there, and would nothing be lost?"""
+    folders = Counter(map(file_name, tags))
+    if twice := [tag for tag in tags if folders[file_name(tag)] > 1]:
+        raise InputError(f"--log {folder}: {' and '.join(twice)} would share the folder "
+                         f"{file_name(twice[0])}")
+    old = Path(folder, "metrics.json")
+    if Path(folder, "resume.pt").exists() or (
+            old.is_file() and not old.read_bytes().lstrip().startswith(b"{")):
+        raise InputError(f"--log {folder}: the folder of a training, whose metrics.json "
+                         "would be lost; name another")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--log {folder}: not allowed to write there")
+    for tag in tags:
+        Path(folder, file_name(tag)).mkdir(exist_ok=True)
+
+
 def evaluation(model, tokenizer, options, search, tags):
     """Stream all of a manifest; print figures by stream, and write logs."""
     rows = read_manifest(options.eval, allow_outside=options.allow_outside, on_bad=say)
@@ -1848,27 +1856,15 @@ def evaluation(model, tokenizer, options, search, tags):
     if not has & set(tags):
         raise InputError(f"{options.eval}: it has {' '.join(sorted(has))}, and the model writes "
                          f"{' '.join(tags)}: nothing to compare")
-    if options.log:  # not after hours
-        folders = Counter(map(file_name, tags))
-        if twice := [tag for tag in tags if folders[file_name(tag)] > 1]:
-            raise InputError(f"--log {options.log}: {' and '.join(twice)} would share the folder "
-                             f"{file_name(twice[0])}")
-        old = Path(options.log, "metrics.json")
-        if Path(options.log, "resume.pt").exists() or (
-                old.is_file() and not old.read_bytes().lstrip().startswith(b"{")):
-            raise InputError(f"--log {options.log}: the folder of a training, whose metrics.json "
-                             "would be lost; name another")
-        Path(options.log).mkdir(parents=True, exist_ok=True)
-        if not os.access(options.log, os.W_OK):
-            raise InputError(f"--log {options.log}: not allowed to write there")
-        for tag in tags:
-            Path(options.log, file_name(tag)).mkdir(exist_ok=True)
+    if options.log:
+        check_log(options.log, tags)
     written = [row for row in rows if texts_of(row).keys() & set(tags)]
     if len(written) < len(rows):
         say(f"{options.eval}: {len(rows) - len(written)} of {len(rows)} rows left out: no text in "
             f"a language that the model writes, {' '.join(tags)}")
     items = readable(written, chunk=search["chunk"])
-    with uninterrupted() as stopped:   # what was done in hours is worth its figures
+    older = options.log and Path(options.log, "metrics.json").exists()
+    with uninterrupted("stopping after this utterance; a second time: at once") as stopped:
         until_stopped = takewhile(lambda _: not stopped, items)
         metrics, records = evaluate(model, tokenizer, until_stopped, tags=tags, batch_size=1,
                                     progress=len(written), bootstrap=1000, **search)
@@ -1881,7 +1877,9 @@ def evaluation(model, tokenizer, options, search, tags):
                     if not isinstance(value, list):
                         print(figure_line(name, value, figures.get(f"{name}_95")))
         finally:  # also where whoever reads the figures has seen enough
-            if options.log:
+            if stopped and older:
+                say(f"{options.log}: its logs stay as they are")
+            elif options.log and records:
                 write_logs(options.log, records, metrics)
 
 
@@ -1938,7 +1936,7 @@ def arguments():
         help="taken off the log-probability of writing nothing: more words (default: the model's)")
     add("--pause", type=at_least(0.04, float), default=1.0, metavar="SECONDS",
         help="without a token, they end an utterance (default 1): an event of --json, and the cue "
-        "of a subtitle")
+        "of a subtitle that has stood for a second")
     add("--json", action="store_true", help="one line of JSON for each word and pause")
     add("--srt", metavar="FILE", help="write SubRip subtitles too, one file for each stream")
     add("--vtt", metavar="FILE", help="the same as WebVTT")
@@ -2007,14 +2005,11 @@ def told(options):
         code = run(options) if options.checkpoint else demonstration()
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads our output has seen enough
-        discard_output()
+        discard(sys.stdout)
         return 0
     except (InputError, ModelError, OSError, ImportError) as error:
         say(f"stream.py: {error}")
-        try:
-            sys.stdout.flush()
-        except OSError:      # a full disk
-            discard_output()
+        Outlived(sys.stdout).flush()     # a full disk is no second error
         return 2
     except (MemoryError, RuntimeError) as error:
         if not too_little_memory(error):
@@ -2025,6 +2020,12 @@ def told(options):
     except KeyboardInterrupt:
         return 130
     return code
+
+
+def discard(file):
+    """Nothing more can be written there; nor will Python try again as it ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 class Outlived:
@@ -2046,18 +2047,16 @@ class Outlived:
     def outlive(self, act):
         try:
             act()
-        except OSError:            # or Python would write the rest, and fail, as it ends
-            with suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+        except OSError:
+            discard(self.file)
 
 
 def run(options):
     torch.set_num_threads(min(options.threads, os.cpu_count() or 1))
     model, tokenizer, beside = load_run(options.checkpoint, options.device)
     do = evaluation if options.eval else caption
-    do(model, tokenizer, options, search_of(options, model, beside),
-       own_streams(beside, tokenizer))
-    return 0
+    return do(model, tokenizer, options, search_of(options, model, beside),
+              own_streams(beside, tokenizer)) or 0
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ that it needs.
     torchrun --nproc_per_node=4 train.py ...       the same on four GPUs, or on more machines
 
 Read `learn` and `train_step` first: the loop and one step of it. Then come the tasks and their
-losses, Muon, what the model hears, where a run is kept, and as the last chapter the built-in
-corpus.
+losses, Muon, what the model hears, where a run is kept, several processes, the built-in corpus, and
+at the end the command line.
 
 A transducer on a small grammar falls into a trap: its label encoder knows the grammar long before
 its encoder can hear, so it learns to write everything in the first frame, guessed, and the sound is
@@ -45,11 +45,12 @@ import shlex
 import sys
 import time
 import zlib
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,7 +70,7 @@ from rnnt_loss import joint_rnnt_loss, prune_band, runs_on_gpu, simple_rnnt_loss
 from serialize import InputError as TextError
 from serialize import (ASR, MOST_TOLD, SEPARATOR, Row, Tokenizer, check_mode, interleave, mode_of,
                        needs, project_times, read_manifest, serialize, word_by_word, write_manifest)
-from stream import Outlived, evaluate, read_audio, readable, resample
+from stream import STOPS, Outlived, evaluate, read_audio, readable, resample
 from stream import say as tell        # `say` speaks a sentence, below
 
 USER_ERRORS = InputError, TextError, align.InputError, OSError, ImportError  # told in one line
@@ -89,7 +90,6 @@ KEPT_S = 18_000       # seconds of decoded sound that are kept in memory: 1.2 GB
 LINKS_HERE = 50_000   # rows that are still aligned at the start of a run, where links lack
 BPE_ROWS = 50_000     # rows that the tokenizer learns from, at most
 TEST_SIZE = 200       # built-in utterances to evaluate on
-STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 TASKS = ("transducer", "simple", "letters", "words", "next_label")
 
 
@@ -164,169 +164,6 @@ KEPT = "resume.pt", "model.pt", "best.pt", "metrics.json"   # of a run, in its f
 FIXED = "corpus", "preset", "interleave", "init", "seed", "merges"   # what a checkpoint decides
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
-def numbers_of(text):
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between "
-                                         "them") from None
-
-
-def make_parser():
-    parser = argparse.ArgumentParser(description="\n\n".join(__doc__.split("\n\n")[:2]),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS)
-    for f in fields(Options):
-        kind, text = f.metadata["kind"], f.metadata["text"]
-        if f.default not in (None, "", ()) and kind is not bool:
-            real = f", with a manifest {REAL[f.name]}" if f.name in REAL else ""
-            text += f" (default {f.default}{real})"
-        if f.name == "manifest":
-            parser.add_argument("manifest", nargs="?", help=text)
-        elif kind is bool:
-            parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=text)
-        else:
-            parser.add_argument(flag(f.name), type=numbers_of if kind is tuple else kind, help=text,
-                                choices=f.metadata["choices"])
-    parser.add_argument("--write-corpus", nargs=2, metavar=("DIR", "N"),
-                        help="write N built-in utterances as a manifest, and stop")
-    return parser
-
-
-def parse_options(argv):
-    """-> Options: the defaults, those for real speech, those of the run to go on with, the command
-    line; later wins."""
-    return read_arguments(argv)[0]
-
-
-def read_arguments(argv):
-    """-> parse_options(argv), and what --write-corpus was given, [DIR, N], or None."""
-    given = vars(make_parser().parse_args(argv))
-    folder_and_size = given.pop("write_corpus", None)
-    return options_of(given), folder_and_size
-
-
-def options_of(given):
-    for name in ("manifest", "dev", "noise", "resume", "init", "out"):
-        # As of a shell's variable that is not set; a run that goes on may do without some.
-        if given.get(name) == "" and not (given.get("resume") and name in ("dev", "noise")):
-            raise InputError(f"{name if name == 'manifest' else flag(name)} is empty")
-    for name in ("manifest", "dev", "noise", "init", "resume"):
-        if given.get(name):
-            given[name] = os.path.abspath(given[name])  # a run goes on wherever one stands
-    if given.get("resume"):
-        return resumed_options(given)
-    options = replace(Options(), **(REAL if given.get("manifest") else {}))
-    if given.get("restrict") or given.get("interleave", "align") not in ("align", "time"):
-        options = replace(options, prune=0)   # a band's steep end pulls bursts before their sound
-    return check(replace(options, **given))
-
-
-def resumed_options(given):
-    folder = run_folder(given["resume"])
-    saved = load(folder / "resume.pt")[1].get("options")
-    if not isinstance(saved, dict) or not saved.keys() <= {f.name for f in fields(Options)}:
-        raise InputError(f"{folder / 'resume.pt'}: its options are not those of this train.py: "
-                         f"{saved!r:.80}")
-    if Path(given.get("out", folder)).resolve() != folder.resolve():
-        raise InputError(f"--out {given['out']}: a run goes on in its own folder, {folder}")
-    for name in FIXED:
-        if name in given and given[name] != saved.get(name):
-            raise InputError(f"{flag(name)} {given[name]}: the checkpoint in {folder} was made "
-                             f"with {saved.get(name)}, which cannot be changed on the way")
-    device = given.pop("device", "")
-    here = {"resume": str(folder), "out": str(folder), "device": device}
-    with undamaged(folder / "resume.pt"):
-        saved = saved | {"chunks": tuple(saved.get("chunks", ()))}
-        for f in fields(Options):
-            value, kind = saved.get(f.name, f.default), f.metadata["kind"]
-            if value is not f.default and type(value) not in (kind, int if kind is float else kind):
-                raise ValueError(f"its option {f.name} is {value!r:.60}")
-        return check(Options(**(saved | given | here)))
-
-
-@contextmanager
-def undamaged(path):
-    """Around what a checkpoint may hold and none of ours does."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: a damaged checkpoint, or one of another version of train.py: "
-                         f"{error}") from None
-
-
-def run_folder(path):
-    """The folder of a run, given it or one of its files."""
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    if not (folder / "resume.pt").is_file():
-        raise InputError(f"{path}: nothing to go on with, {folder / 'resume.pt'} is not there")
-    return folder
-
-
-def whole_number(name, text):
-    if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"{name} wants a positive whole number, not {text!r}")
-    return int(text)
-
-
-def check(options):
-    """The same options, complete, or an InputError that names the flag and its value."""
-    for f in fields(Options):
-        value, low, high = getattr(options, f.name), f.metadata["low"], f.metadata["high"]
-        if value is None or low is None and high is None:
-            continue
-        most = 2 ** 31 - 1 if high is None else high
-        if value > most or value < low or not math.isfinite(value):
-            allowed = f"{low} or more" if high is None and value < low else f"from {low} to {most}"
-            raise InputError(f"{flag(f.name)} is {value}, not {allowed}")
-    if options.warm_steps >= options.steps:
-        raise InputError(f"--warm-steps is {options.warm_steps} of --steps {options.steps}: the "
-                         "transducer would never start")
-    try:
-        check_mode(options.interleave)
-    except TextError as error:
-        raise InputError(f"--interleave: {error}") from None
-    longest = round(stream.LONGEST_CHUNK_S / PRESETS[options.preset].frame_s)
-    if too_long := [chunk for chunk in options.chunks if chunk > longest]:
-        raise InputError(f"--chunks has {too_long[0]}, but stream.py takes chunks of at most "
-                         f"{longest} frames, a minute (0: the whole utterance)")
-    if options.prune == 1:
-        raise InputError("--prune is 1, not 0 or at least 2: a band of one row never rises")
-    if options.restrict and options.prune:
-        raise InputError(f"--restrict is {options.restrict}, but --prune {options.prune} chooses "
-                         "the lattice already: give --prune 0 too")
-    if options.dev and not options.manifest:
-        raise InputError(f"--dev {options.dev}: without a manifest the built-in corpus is learned, "
-                         "which has unseen utterances of its own")
-    if not options.manifest:
-        BuiltIn(options.corpus, options.seed)
-    elif options.corpus != Options.corpus:
-        raise InputError(f"--corpus {options.corpus} beside the manifest {options.manifest}: one "
-                         "of the two is learned")
-    for name in ("dev", "init"):       # a slip of the pen, before hours of reading
-        path = getattr(options, name)
-        if path and not os.path.exists(path) and not (options.resume and name == "init"):
-            raise InputError(f"{flag(name)} {path}: no such file")
-    if options.noise:
-        noise_files(options.noise)
-        if not options.augment:
-            raise InputError(f"--noise {options.noise} is never heard with --augment 0")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"--device is {options.device!r}, not cpu or cuda (of several GPUs, "
-                         "CUDA_VISIBLE_DEVICES picks one)")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device is {device}, but torch {torch.__version__} sees no GPU here")
-    return replace(options, device=device)
-
-
 # ---- The loop ------------------------------------------------------------------------------------
 
 @dataclass
@@ -347,6 +184,10 @@ def train(options):
     last evaluation included."""
     ranks = Ranks.here(options.device)
     options = replace(options, device=ranks.device)
+    for name, read in {"dev": ranks.first, "init": not options.resume}.items():
+        path = getattr(options, name)
+        if read and path and not os.path.exists(path):         # told before hours of reading
+            raise InputError(f"{flag(name)} {path}: no such file")
     # What the loss needs on a GPU, it says now.
     runs_on_gpu(torch.device(options.device), torch.float32)
     folder = run_directory(options, ranks)
@@ -361,7 +202,7 @@ def train(options):
             run.streams = learned_streams(corpus, options)
             if unknown := set().union(*(row.asr or "" for row in corpus.rows(0))) - {*run.letters}:
                 tell("warning: the letters task leaves out what it had not learned with: "
-                     f"{' '.join(sorted(unknown))}")
+                     f"{listed(unknown)}")
             ranks.begin_alike(run, corpus)
             warn_of_unseen(run, dev)
         learn(run, corpus, dev, options, ranks, folder)
@@ -411,31 +252,6 @@ def learn(run, corpus, dev, options, ranks, folder):
                 save_run(run, options, folder, log)
 
 
-@contextmanager
-def saved_whatever_ends_it(run, options, folder, log, ranks):
-    """Around the steps: what ends a run amid one, as a bad row with --strict or too little memory,
-    does not cost it the steps before."""
-    began = run.step
-    try:
-        yield
-    except Exception as error:
-        if ranks.first and run.step > began and not isinstance(error, (NothingLearned, OSError)):
-            save_run(run, options, folder, log)
-            tell(f"train.py: saved after step {run.step}; to go on: {resuming(folder)}")
-        raise
-
-
-class NothingLearned(InputError):
-    """The GIVE_UPth step in a row: the weights may be spoiled."""
-
-
-def resuming(folder):
-    """The command that goes on with a run, by as many processes."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    program = f"torchrun --nproc_per_node={here}" if here > 1 else "python"
-    return f"{program} train.py --resume {folder}"
-
-
 def train_step(run, batches, options, ranks):
     """One update of run, of which `batches` are this process's part -> numbers on the device, by
     name.
@@ -449,7 +265,7 @@ def train_step(run, batches, options, ranks):
     # Dropout is a function of the step, so that a resumed run is exact (on a CPU: a GPU adds up
     # some gradients in an order of its own).
     torch.manual_seed(seed_of(*shared, ranks.rank))
-    chunk = int(random_state(*shared, "chunk").choice(model.config.chunks))
+    chunk = int(generator(*shared, "chunk").choice(model.config.chunks))
     set_learning_rates(run.optimizers, run.step, options)
     symbols = [sum(batch["symbols"][task] for batch in batches) for task in TASKS]
     counts = dict(zip(TASKS, ranks.add_numbers(symbols)))
@@ -464,138 +280,14 @@ def train_step(run, batches, options, ranks):
     # A wait for the GPU; others are in the band of --prune. A step that overflows is dropped,
     # and so is one that heard nothing.
     learned = bool(torch.isfinite(norm) & (norm > 0))
-    if learned:
-        for optimizer in run.optimizers:
-            optimizer.step()
-    for optimizer in run.optimizers:
-        optimizer.zero_grad(set_to_none=True)
     run.step, run.position = run.step + 1, batches[-1]["after"]
+    for optimizer in run.optimizers:
+        if learned:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     sums = dict(zip(weights, ranks.add(sums)))
     return {task: total / max(1, counts[task]) for task, total in sums.items()} | {
         "gradient_norm": norm, "learned": learned}
-
-
-class Ranks:
-    """The processes that train together, one a GPU, as torchrun starts them; without it, this one
-    alone."""
-
-    def __init__(self, rank=0, world=1, device="cpu"):
-        self.rank, self.world, self.device, self.first = rank, world, device, rank == 0
-
-    @classmethod
-    def here(cls, device):
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        given = {name: os.environ.get(name, value) for name, value in alone.items()}
-        if (not all(n.isdecimal() for n in given.values())
-                or int(given["RANK"]) >= int(given["WORLD_SIZE"])):
-            told = ", ".join(f"{name} {value!r}" for name, value in given.items())
-            raise InputError(f"{told}: processes that train together are started by torchrun")
-        rank, world, local = map(int, given.values())
-        if device == "cuda":
-            there = torch.cuda.device_count()
-            if local >= there:
-                raise InputError(f"process {local} of this machine has no GPU: there are {there}; "
-                                 f"--nproc_per_node={there}")
-            device = f"cuda:{local}"
-            torch.cuda.set_device(device)
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        if world > 1 and not dist.is_initialized():
-            backend = "nccl" if "cuda" in device else "gloo"
-            try:
-                meeting = dist.rendezvous("env://", timeout=timedelta(seconds=MEET_S))
-                store, rank, world = next(meeting)
-                # The others wait while the first evaluates.
-                dist.init_process_group(backend, store=store, rank=rank, world_size=world,
-                                        timeout=timedelta(days=1))
-                # GPUs find each other in the first sum, for which the store waits MEET_S: now, not
-                # while one process still reads the development set.
-                dist.all_reduce(torch.zeros(1, device=device))
-            except (ValueError, RuntimeError) as error:
-                raise InputError(f"these {world} processes do not find each other: {error}"
-                                 .partition("\n")[0]) from None
-        return cls(rank, world, device)
-
-    def add(self, tensor):
-        """The sum over all processes, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def add_numbers(self, numbers):
-        """The sums of a list of plain numbers; on one process nothing waits for its device."""
-        if self.world == 1:
-            return numbers
-        return self.add(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
-
-    def add_gradients(self, model):
-        """One message for all. DistributedDataParallel would not do: it averages, where tasks are
-        divided by their counts already, and it wants a gradient for every parameter, which a phase
-        with one task does not give. A process whose batch had no sound that can be used adds 0."""
-        if self.world > 1:
-            params = list(model.parameters())
-            has = [p.grad is not None for p in params]
-            anywhere = self.add(torch.tensor(has, dtype=torch.float32, device=self.device)).tolist()
-            given = [p for p, count in zip(params, anywhere) if count]
-            for p in given:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            flat = [p.grad.flatten() for p in given]
-            total = self.add(torch.cat(flat)) if flat else torch.zeros(0)
-            for p, grad in zip(given, total.split([p.numel() for p in given])):
-                p.grad.copy_(grad.view_as(p))
-
-    def begin_alike(self, run, corpus):
-        """All processes learn from the same rows and begin with the first one's network: on other
-        processors the statistics of the features differ in their last bits."""
-        if self.world > 1:
-            ids = [row.id for row in corpus.rows(0)]
-            seen = [None] * self.world
-            dist.all_gather_object(seen, (len(ids), seed_of(*ids), run.step, run.position))
-            if len({own[:2] for own in seen}) > 1:
-                raise InputError("the processes do not have the same rows to learn from, but "
-                                 f"{', '.join(str(own[0]) for own in seen)} of them: can every "
-                                 "machine read every file?")
-            if len(set(seen)) > 1:
-                raise InputError("the processes do not go on from the same step, but from "
-                                 f"{', '.join(str(own[2]) for own in seen)}: has every machine the "
-                                 "same resume.pt?")
-            for tensor in run.model.state_dict().values():
-                dist.broadcast(tensor, 0)
-
-    def only_first_speaks(self):
-        """Within it, what is told to the user is told once, not by every process."""
-        nowhere = io.StringIO()
-        quiet = ExitStack()
-        if not self.first:
-            quiet.enter_context(redirect_stdout(nowhere))
-            quiet.enter_context(redirect_stderr(nowhere))
-        return quiet
-
-    def agree(self, wish):
-        """True where any process says so."""
-        if self.world == 1:
-            return wish
-        return bool(self.add(torch.tensor(float(wish), device=self.device)))
-
-
-class StopSignal:
-    """Within it, Ctrl-C, SIGTERM or a terminal that closes (SIGHUP, unless nohup has it ignored)
-    let the step in progress end, then the run is saved; a second Ctrl-C ends it at once. (A second
-    SIGTERM is none: a batch system sends one to every process, and torchrun passes its own on.)"""
-
-    def __enter__(self):
-        self.wanted = False
-        self.before = {n: signal.signal(n, self.seen) for n in STOPS
-                       if n in STOPS[:2] or signal.getsignal(n) is not signal.SIG_IGN}
-        return self
-
-    def seen(self, number, frame):
-        if self.wanted and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.wanted = True
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 # ---- The tasks of a step -------------------------------------------------------------------------
@@ -812,7 +504,7 @@ def learning_rate(step, steps):
 ALONE = 0.4           # share of streams that have one utterance; the others draw 1 to --join
 BEFORE = 0.1          # share of streams with silence, up to PAUSE, before the first word
 PAUSE = 5.0           # seconds of silence between two utterances, at most; most are far shorter
-BABBLE = 0.15         # share of disturbed streams with other speakers in the background
+VOICES = 0.15         # share of disturbed streams with other speakers in the background
 SPEAKERS = 5          # how many
 SPEEDS = 0.9, 1.0, 1.1   # of recorded speech (Ko et al., Interspeech 2015)
 
@@ -837,7 +529,7 @@ class Request:
                                 # nothing from noise
 
 
-def random_state(*key):
+def generator(*key):
     return np.random.default_rng([zlib.crc32(str(k).encode()) for k in key])
 
 
@@ -848,31 +540,23 @@ def seed_of(*key):
 def epoch_streams(corpus, epoch, options):
     """The rows of one epoch, joined: those that share a file in their order, others as they
     come."""
-    rows, rng = corpus.rows(epoch), random_state(options.seed, epoch, "streams")
-    used, following = np.zeros(len(rows), bool), neighbours(rows)
-    stack = list(rng.permutation(len(rows)))
-    while (k := top_unused(stack, used)) is not None:
+    rows, rng = corpus.rows(epoch), generator(options.seed, epoch, "streams")
+    following = neighbours(rows)
+    unused = OrderedDict.fromkeys(rng.permutation(len(rows)).tolist())
+    while unused:
         wanted = 1 if rng.random() < ALONE else rng.integers(1, options.join + 1)
-        chosen, seconds = [], 0.0
-        while len(chosen) < wanted and k is not None:
+        chosen, seconds, k = [], 0.0, None
+        while unused and len(chosen) < wanted:
+            k = following.get(k)                               # the next one of the same file
+            if k not in unused:
+                k = next(reversed(unused))
             more = corpus.seconds(rows[k])
             if chosen and seconds + more > options.max_seconds:
                 break
+            del unused[k]
             seconds += more
-            used[k] = True
             chosen.append(rows[k])
-            k = following.get(k)
-            if k is None or used[k]:
-                k = top_unused(stack, used)
         yield draw_stream(chosen, seconds, rows, rng, options)
-
-
-def top_unused(stack, used):
-    """The last entry of the stack that is not used, where it stays; used ones above it are taken
-    off."""
-    while stack and used[stack[-1]]:
-        stack.pop()
-    return stack[-1] if stack else None
 
 
 def neighbours(rows):
@@ -884,7 +568,7 @@ def neighbours(rows):
     following = {}
     for same in files.values():
         same.sort(key=lambda k: rows[k].start)
-        following.update(zip(same, same[1:]))
+        following.update(pairwise(same))
     return following
 
 
@@ -892,7 +576,7 @@ def draw_stream(chosen, seconds, rows, rng, options):
     pauses = [PAUSE * x ** 6 for x in rng.random(len(chosen)).tolist()]      # 0.7 s on average
     augmented = options.augment > 0
     pauses[0] = PAUSE * rng.random() if augmented and rng.random() < BEFORE else 0
-    loud = augmented and rng.random() < BABBLE
+    loud = augmented and rng.random() < VOICES
     others = [rows[k] for k in rng.integers(len(rows), size=SPEAKERS)] if loud else []
     speed = float(rng.choice(SPEEDS)) if augmented and chosen[0].audio else 1.0
     return Stream(chosen, pauses, others, speed, (seconds + sum(pauses)) / speed)
@@ -901,7 +585,7 @@ def draw_stream(chosen, seconds, rows, rng, options):
 def epoch_batches(corpus, epoch, options):
     """Streams of about equal length together, --batch-seconds of them with their padding; batches
     in random order."""
-    rng = random_state(options.seed, epoch, "batches")
+    rng = generator(options.seed, epoch, "batches")
     streams = list(epoch_streams(corpus, epoch, options))
     streams.sort(key=lambda s: s.seconds)
     batches = [[]]
@@ -928,14 +612,14 @@ def requests(corpus, run, options, ranks):
         epoch, first = epoch + 1, max(0, first - len(batches))
 
 
-SOUND = ".wav .flac .ogg .oga .opus .mp3 .aif .aiff .caf .au .rf64".split()
+SUFFIXES = ".wav .flac .ogg .oga .opus .mp3 .aif .aiff .caf .au .rf64".split()
 
 
 def noise_files(folder):
     files = sorted(str(path) for path in Path(folder).rglob("*")
-                   if path.suffix.lower() in SOUND and path.is_file())      # no pipe: it would wait
+                   if path.suffix.lower() in SUFFIXES and path.is_file())  # no pipe: it would wait
     if not files:
-        raise InputError(f"--noise {folder}: no file called {', '.join(SOUND)} in this folder")
+        raise InputError(f"--noise {folder}: no file called {', '.join(SUFFIXES)} in this folder")
     return files
 
 
@@ -982,7 +666,7 @@ class Source(torch.utils.data.Dataset):
         words, the transcription alone (the translation, where that is all there is to write);
         letters, the transcription as classes of the CTC head; chance, what decides whether a label
         is hidden; keep, see `lattice`."""
-        options, rng = self.options, random_state(self.options.seed, request.epoch, s.rows[0].id)
+        options, rng = self.options, generator(self.options.seed, request.epoch, s.rows[0].id)
         samples, starts = joined(s, sounds)
         disturbed = not request.easy and rng.random() < options.augment
         if disturbed:
@@ -1149,14 +833,11 @@ def mel_of(samples, config):
     return features(torch.from_numpy(np.asarray(samples, np.float32)), config)            # (F,80)
 
 
-def repeats(symbols):
-    """CTC needs a blank, and so a frame more, between two equal neighbours."""
-    return sum(a == b for a, b in zip(symbols, symbols[1:]))
-
-
 def if_it_fits(symbols, n_frames):
-    """A target for CTC; none where it has no path for so many."""
-    return symbols if len(symbols) + repeats(symbols) <= n_frames else []
+    """A target for CTC; none where it has no path for so many: between two equal neighbours it
+    needs a blank, and so a frame more."""
+    repeats = sum(a == b for a, b in pairwise(symbols))
+    return symbols if len(symbols) + repeats <= n_frames else []
 
 
 def collate(examples):
@@ -1336,15 +1017,17 @@ def run_directory(options, ranks):
     """The folder to write to: the resumed one, the one asked for, or a new one under runs/."""
     if options.resume:
         return Path(options.resume)
-    name = Path(options.manifest).parent.name or "run" if options.manifest else options.corpus
-    folder, number = Path(options.out or f"runs/{name}"), 1
-    held = [name for name in KEPT if (folder / name).exists()]
-    if options.out and held:
-        raise InputError(f"--out {folder} holds a run already ({', '.join(held)}): " + (
-            f"go on with --resume {folder}, or " * ("resume.pt" in held)) + "choose another")
-    while not options.out and any((folder / name).exists() for name in (*KEPT, "log.csv", "lock")):
-        number += 1
-        folder = Path(f"runs/{name}-{number}")
+    if options.out:
+        folder = Path(options.out)
+        if held := [name for name in KEPT if (folder / name).exists()]:
+            raise InputError(f"--out {folder} holds a run already ({', '.join(held)}): " + (
+                f"go on with --resume {folder}, or " * ("resume.pt" in held)) + "choose another")
+    else:
+        name = Path(options.manifest).parent.name or "run" if options.manifest else options.corpus
+        folder, number = Path(f"runs/{name}"), 1
+        while any((folder / part).exists() for part in (*KEPT, "log.csv", "lock")):
+            number += 1
+            folder = Path(f"runs/{name}-{number}")
     chosen = [folder]
     if ranks.world > 1:                                        # what the first process chose
         dist.broadcast_object_list(chosen)
@@ -1352,34 +1035,31 @@ def run_directory(options, ranks):
     return chosen[0]
 
 
-class locked:
+@contextmanager
+def locked(folder, first):
     """Two runs in one folder would each overwrite the other's checkpoints."""
-
-    def __init__(self, folder, first):
-        self.file = open(folder / "lock", "a") if first else None
-
-    def __enter__(self):
+    if not first:
+        yield
+        return
+    with open(folder / "lock", "a") as file:
         try:
             import fcntl
-            if self.file:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:
             pass                                               # Windows: no such lock
         except BlockingIOError:
-            folder = Path(self.file.name).parent
             raise InputError(f"{folder}: another run is writing there now") from None
         except OSError as error:                               # as on some network file systems
-            tell(f"{self.file.name}: no locks here ({error.strerror}): nothing keeps a second run "
+            tell(f"{file.name}: no locks here ({error.strerror}): nothing keeps a second run "
                  "from this folder")
-
-    def __exit__(self, *error):
-        if self.file:
-            self.file.close()
-            path = Path(self.file.name)
-            if os.listdir(path.parent) == [path.name]:         # refused before anything was written
-                path.unlink()
+        try:
+            yield
+        finally:
+            file.close()
+            if os.listdir(folder) == ["lock"]:                 # refused before anything was written
+                (folder / "lock").unlink()
                 with suppress(OSError):
-                    path.parent.rmdir()
+                    folder.rmdir()
 
 
 class Corpus:
@@ -1431,6 +1111,12 @@ def open_corpus(options, evaluates=True, tokenizer=None):
         if known := sum((row.audio, row.start) in learned for row in dev.rows):
             tell(f"warning: {known} of {len(dev.rows)} rows of {options.dev} are learned from too: "
                  "its scores will be too good")
+    check_rows(rows, options)
+    return Corpus(rows), dev
+
+
+def check_rows(rows, options):
+    """Do they have what --restrict wants, and the letters task? InputError where none does."""
     if options.restrict:
         untimed = sum(None in map(known_times(row).get, streams_of(row, options)) for row in rows)
         told = f"{untimed} of {len(rows)} rows lack times of their words (or links to them)"
@@ -1444,7 +1130,6 @@ def open_corpus(options, evaluates=True, tokenizer=None):
     if short:
         tell(f"{short} of {len(rows)} rows have fewer frames of {1000 * frame_s:.0f} ms than "
              "letters: the letters task leaves them out")
-    return Corpus(rows), dev
 
 
 def streams_of(row, options):
@@ -1657,6 +1342,34 @@ def save_run(run, options, folder, log):
         save_model(run, options, folder / "model.pt")
 
 
+@contextmanager
+def saved_whatever_ends_it(run, options, folder, log, ranks):
+    """Around the steps: what ends a run amid one, as a bad row with --strict or too little memory,
+    does not cost it the steps before."""
+    began = run.step
+    try:
+        yield
+    except Exception as error:
+        if ranks.first and run.step > began and not isinstance(error, (NothingLearned, OSError)):
+            try:
+                save_run(run, options, folder, log)
+                tell(f"train.py: saved after step {run.step}; to go on: {resuming(folder)}")
+            except Exception as another:
+                tell(f"train.py: {another}")
+        raise
+
+
+class NothingLearned(InputError):
+    """The GIVE_UPth step in a row: the weights may be spoiled."""
+
+
+def resuming(folder):
+    """The command that goes on with a run, by as many processes."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    program = f"torchrun --nproc_per_node={here}" if here > 1 else "python"
+    return f"{program} train.py --resume {folder}"
+
+
 def saved_search(options):
     """How a model that was trained so is searched: options of a Streamer."""
     return {"blank_penalty": options.blank_penalty, "tail": TAIL}
@@ -1673,10 +1386,13 @@ def save_model(run, options, path):
 
 
 @contextmanager
-def naming(path):
-    """Around the writing of a small file: a full disk is told with its name."""
+def replacing(path):
+    """A file that takes the place of `path` once it is whole; a full disk is told with its name."""
+    new = path.with_suffix(".new")
     try:
-        yield
+        with open(new, "w", newline="") as file:
+            yield file
+        os.replace(new, path)
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}; what was saved before stays as it is",
                       str(path)) from None
@@ -1695,12 +1411,10 @@ class Log:
         self.waited = 0.0
         if self.first:
             # What a resumed run does again, it writes again.
-            new = self.path.with_suffix(".new")
-            with naming(self.path), open(new, "w", newline="") as file:
+            with replacing(self.path) as file:
                 writer = csv.DictWriter(file, self.COLUMNS, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(lines)
-            os.replace(new, self.path)                         # never half a history
         self.bar = tqdm(initial=step, unit="step", dynamic_ncols=True,
                         disable=None if self.first else True)
         self.start()
@@ -1798,14 +1512,10 @@ def announce(run, source, corpus, options, ranks, folder):
           f"{len(run.tokenizer)} tokens, on {options.device}; {told}, "
           f"{1 - seconds / padded:.1%} of it padding; run folder {folder}", flush=True)
     batch = source[Request(batches[0], 0, (0, 0), True)]
-    half = options.warm_steps // 2
-    phases = [(0, half), (half, options.warm_steps - half),
-              (options.warm_steps, options.steps - options.warm_steps)]    # first step, length
-    done, total = run.step, 0.0
-    for first, length in phases:
-        left = max(0, length - done)
-        done = max(0, done - length)
-        if left and batch["mel_frames"]:
+    borders, total = (0, options.warm_steps // 2, options.warm_steps, options.steps), 0.0
+    for first, end in pairwise(borders):                       # of the phases
+        left = end - max(first, run.step)
+        if left > 0 and batch["mel_frames"]:
             total += left * options.accumulate * trial(run, batch, first, options)
     print(f"that is about {total / 60:.0f} minutes here, beside the evaluations; Ctrl-C stops and "
           "saves", flush=True)
@@ -1829,11 +1539,13 @@ def warn_of_unseen(run, dev):
     rows = dev.rows if isinstance(dev, Unseen) else [row for row, _ in dev]
     texts = [text for row in rows for tag, text in stream.texts_of(row).items()
              if tag in run.streams]
-    unseen = sorted({c for text in texts for c in run.tokenizer.unseen(text)})
-    if unseen:
+    if unseen := {c for text in texts for c in run.tokenizer.unseen(text)}:
         tell(f"warning: {len(unseen)} characters of the development set never occur in "
-             f"training and are written as bytes: {' '.join(unseen[:40])}"
-             + " ..." * (len(unseen) > 40))
+             f"training and are written as bytes: {listed(unseen)}")
+
+
+def listed(characters):
+    return " ".join(sorted(characters)[:40]) + " ..." * (len(characters) > 40)
 
 
 # ---- Evaluation on the way -----------------------------------------------------------------------
@@ -1876,13 +1588,10 @@ def past_metrics(folder):
 
 
 def add_metrics(folder, step, streams):
-    path = folder / "metrics.json"
     # What a resumed run does again, it writes again.
     past = [entry for entry in past_metrics(folder) if entry["step"] < step]
-    new = path.with_suffix(".new")
-    with naming(path):
-        new.write_text(json.dumps(past + [{"step": step, "streams": streams}], indent=1))
-        os.replace(new, path)                                  # never half written
+    with replacing(folder / "metrics.json") as file:
+        file.write(json.dumps(past + [{"step": step, "streams": streams}], indent=1))
 
 
 def assess(run, dev, options, folder, blind, stop):
@@ -1951,6 +1660,131 @@ def live_captions(folder, options):
     print(f"\nlive captions of {example}, which says: {' / '.join(row.asr for row, _ in items)}")
     stream.main([str(folder / "model.pt"), str(example), "--realtime"])
     return example
+
+
+# ---- Processes that train together, and what stops them ------------------------------------------
+
+class Ranks:
+    """The processes that train together, one a GPU, as torchrun starts them; without it, this one
+    alone."""
+
+    def __init__(self, rank=0, world=1, device="cpu"):
+        self.rank, self.world, self.device, self.first = rank, world, device, rank == 0
+
+    @classmethod
+    def here(cls, device):
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        given = {name: os.environ.get(name, value) for name, value in alone.items()}
+        if (not all(n.isdecimal() for n in given.values())
+                or int(given["RANK"]) >= int(given["WORLD_SIZE"])):
+            told = ", ".join(f"{name} {value!r}" for name, value in given.items())
+            raise InputError(f"{told}: processes that train together are started by torchrun")
+        rank, world, local = map(int, given.values())
+        if device == "cuda":
+            there = torch.cuda.device_count()
+            if local >= there:
+                raise InputError(f"process {local} of this machine has no GPU: there are {there}; "
+                                 f"--nproc_per_node={there}")
+            device = f"cuda:{local}"
+            torch.cuda.set_device(device)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        if world > 1 and not dist.is_initialized():
+            backend = "nccl" if "cuda" in device else "gloo"
+            try:
+                meeting = dist.rendezvous("env://", timeout=timedelta(seconds=MEET_S))
+                store, rank, world = next(meeting)
+                # The others wait while the first evaluates.
+                dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                        timeout=timedelta(days=1))
+                # GPUs find each other in the first sum, for which the store waits MEET_S: now, not
+                # while one process still reads the development set.
+                dist.all_reduce(torch.zeros(1, device=device))
+            except (ValueError, RuntimeError) as error:
+                raise InputError(f"these {world} processes do not find each other: {error}"
+                                 .partition("\n")[0]) from None
+        return cls(rank, world, device)
+
+    def add(self, tensor):
+        """The sum over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def add_numbers(self, numbers):
+        """The sums of a list of plain numbers; on one process nothing waits for its device."""
+        if self.world == 1:
+            return numbers
+        return self.add(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
+
+    def add_gradients(self, model):
+        """One message for all. DistributedDataParallel would not do: it averages, where tasks are
+        divided by their counts already, and it wants a gradient for every parameter, which a phase
+        with one task does not give. A process whose batch had no sound that can be used adds 0."""
+        if self.world > 1:
+            params = list(model.parameters())
+            has = [p.grad is not None for p in params]
+            anywhere = self.add(torch.tensor(has, dtype=torch.float32, device=self.device)).tolist()
+            given = [p for p, count in zip(params, anywhere) if count]
+            for p in given:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            flat = [p.grad.flatten() for p in given]
+            total = self.add(torch.cat(flat)) if flat else torch.zeros(0)
+            for p, grad in zip(given, total.split([p.numel() for p in given])):
+                p.grad.copy_(grad.view_as(p))
+
+    def begin_alike(self, run, corpus):
+        """All processes learn from the same rows and begin with the first one's network: on other
+        processors the statistics of the features differ in their last bits."""
+        if self.world > 1:
+            ids = [row.id for row in corpus.rows(0)]
+            seen = [None] * self.world
+            dist.all_gather_object(seen, (len(ids), seed_of(*ids), run.step, run.position))
+            if len({own[:2] for own in seen}) > 1:
+                raise InputError("the processes do not have the same rows to learn from, but "
+                                 f"{', '.join(str(own[0]) for own in seen)} of them: can every "
+                                 "machine read every file?")
+            if len(set(seen)) > 1:
+                raise InputError("the processes do not go on from the same step, but from "
+                                 f"{', '.join(str(own[2]) for own in seen)}: has every machine the "
+                                 "same resume.pt?")
+            for tensor in run.model.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+    def only_first_speaks(self):
+        """Within it, what is told to the user is told once, not by every process."""
+        nowhere = io.StringIO()
+        quiet = ExitStack()
+        if not self.first:
+            quiet.enter_context(redirect_stdout(nowhere))
+            quiet.enter_context(redirect_stderr(nowhere))
+        return quiet
+
+    def agree(self, wish):
+        """True where any process says so."""
+        if self.world == 1:
+            return wish
+        return bool(self.add(torch.tensor(float(wish), device=self.device)))
+
+
+class StopSignal:
+    """Within it, Ctrl-C, SIGTERM or a terminal that closes (SIGHUP, unless nohup has it ignored)
+    let the step in progress end, then the run is saved; a second Ctrl-C ends it at once. (A second
+    SIGTERM is none: a batch system sends one to every process, and torchrun passes its own on.)"""
+
+    def __enter__(self):
+        self.wanted = False
+        self.before = {n: signal.signal(n, self.seen) for n in STOPS
+                       if n in STOPS[:2] or signal.getsignal(n) is not signal.SIG_IGN}
+        return self
+
+    def seen(self, number, frame):
+        if self.wanted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.wanted = True
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 # ---- The built-in corpus, part 1: a synchronous grammar ------------------------------------------
@@ -2195,6 +2029,10 @@ def make_speaker(name):
     return Speaker(80 * (250 / 80) ** rng.random(), rng.uniform(0.88, 1.12), rng.uniform(0.8, 1.2))
 
 
+def sounds_of(text):
+    return [sound for c in text.lower() for sound in LETTERS.get(c, c if c in SOUNDS else "_")]
+
+
 def speak(words, speaker, rng):
     """Say `words`. Returns (float32 samples at 16 kHz, word end times in s)."""
     rows, ends, blocks = [], [], 0
@@ -2206,9 +2044,8 @@ def speak(words, speaker, rng):
         blocks += n
     add("_", rng.uniform(2, 6))
     for word in words:
-        for letter in word.lower():
-            for sound in LETTERS.get(letter, letter if letter in SOUNDS else "_"):
-                add(sound, speaker.rate * rng.uniform(0.85, 1.15))
+        for sound in sounds_of(word):
+            add(sound, speaker.rate * rng.uniform(0.85, 1.15))
         ends.append(blocks * BLOCK / SAMPLE_RATE)
         add("_", rng.uniform(0.2, 1.5))
     add("_", rng.uniform(4, 8))
@@ -2300,8 +2137,7 @@ class BuiltIn:
 
     def seconds(self, row):
         """About how long the voice takes to say it."""
-        letters = row.asr.lower().replace(" ", "")
-        sounds = [sound for c in letters for sound in LETTERS.get(c, c if c in SOUNDS else "_")]
+        sounds = sounds_of(row.asr.replace(" ", ""))
         spoken = sum(SOUNDS[sound][0] for sound in sounds) * make_speaker(row.speaker).rate
         return (spoken + SOUNDS["_"][0] * (10 + 0.85 * len(row.asr.split()))) / 1000
 
@@ -2319,9 +2155,16 @@ def write_sound(path, samples):
         raise InputError(f"{path}: cannot be written: {error}") from None
 
 
-def write_corpus(folder, n, options):
-    """N built-in utterances as audio files and a manifest, with links and times."""
-    corpus, folder = BuiltIn(options.corpus, options.seed), Path(folder)
+def write_corpus(folder, size, options):
+    """So many built-in utterances as audio files and a manifest, with links and times."""
+    if not folder:
+        raise InputError("--write-corpus: the folder's name is empty")
+    if options.manifest or options.resume:
+        raise InputError(f"--write-corpus {folder} writes the built-in corpus: it does not go with "
+                         f"{options.manifest or '--resume ' + options.resume}")
+    if not size.isdecimal() or int(size) < 1:
+        raise InputError(f"--write-corpus wants a positive whole number, not {size!r}")
+    n, corpus, folder = int(size), BuiltIn(options.corpus, options.seed), Path(folder)
     if (folder / "manifest.jsonl").exists():
         raise InputError(f"--write-corpus {folder}: there is a manifest.jsonl already")
     folder.mkdir(parents=True, exist_ok=True)
@@ -2336,6 +2179,159 @@ def write_corpus(folder, n, options):
 
 
 # ---- The command ---------------------------------------------------------------------------------
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def numbers_of(text):
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between "
+                                         "them") from None
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description="\n\n".join(__doc__.split("\n\n")[:2]),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS)
+    for f in fields(Options):
+        kind, text = f.metadata["kind"], f.metadata["text"]
+        if f.default not in (None, "", ()) and kind is not bool:
+            real = f", with a manifest {REAL[f.name]}" if f.name in REAL else ""
+            text += f" (default {f.default}{real})"
+        if f.name == "manifest":
+            parser.add_argument("manifest", nargs="?", help=text)
+        elif kind is bool:
+            parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(flag(f.name), type=numbers_of if kind is tuple else kind, help=text,
+                                choices=f.metadata["choices"])
+    parser.add_argument("--write-corpus", nargs=2, metavar=("DIR", "N"),
+                        help="write N built-in utterances as a manifest, and stop")
+    return parser
+
+
+def parse_options(argv):
+    """-> Options: the defaults, those for real speech, those of the run to go on with, the command
+    line; later wins."""
+    return read_arguments(argv)[0]
+
+
+def read_arguments(argv):
+    """-> parse_options(argv), and what --write-corpus was given, [DIR, N], or None."""
+    given = vars(make_parser().parse_args(argv))
+    folder_and_size = given.pop("write_corpus", None)
+    return options_of(given), folder_and_size
+
+
+def options_of(given):
+    for name in ("manifest", "dev", "noise", "resume", "init", "out"):
+        # As of a shell's variable that is not set; a run that goes on may do without some.
+        if given.get(name) == "" and not (given.get("resume") and name in ("dev", "noise")):
+            raise InputError(f"{name if name == 'manifest' else flag(name)} is empty")
+    for name in ("manifest", "dev", "noise", "init", "resume"):
+        if given.get(name):
+            given[name] = os.path.abspath(given[name])  # a run goes on wherever one stands
+    if given.get("resume"):
+        return resumed_options(given)
+    options = replace(Options(), **(REAL if given.get("manifest") else {}))
+    if given.get("restrict") or given.get("interleave", "align") not in ("align", "time"):
+        options = replace(options, prune=0)   # a band's steep end pulls bursts before their sound
+    return check(replace(options, **given))
+
+
+def resumed_options(given):
+    folder = run_folder(given["resume"])
+    saved = load(folder / "resume.pt")[1].get("options")
+    if not isinstance(saved, dict) or not saved.keys() <= {f.name for f in fields(Options)}:
+        raise InputError(f"{folder / 'resume.pt'}: its options are not those of this train.py: "
+                         f"{saved!r:.80}")
+    if Path(given.get("out", folder)).resolve() != folder.resolve():
+        raise InputError(f"--out {given['out']}: a run goes on in its own folder, {folder}")
+    for name in FIXED:
+        if name in given and given[name] != saved.get(name):
+            raise InputError(f"{flag(name)} {given[name]}: the checkpoint in {folder} was made "
+                             f"with {saved.get(name)}, which cannot be changed on the way")
+    device = given.pop("device", "")
+    here = {"resume": str(folder), "out": str(folder), "device": device}
+    with undamaged(folder / "resume.pt"):
+        saved = saved | {"chunks": tuple(saved.get("chunks", ()))}
+        for f in fields(Options):
+            value, kind = saved.get(f.name, f.default), f.metadata["kind"]
+            if value is not f.default and type(value) not in (kind, int if kind is float else kind):
+                raise ValueError(f"its option {f.name} is {value!r:.60}")
+        return check(Options(**(saved | given | here)))
+
+
+@contextmanager
+def undamaged(path):
+    """Around what a checkpoint may hold and none of ours does."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: a damaged checkpoint, or one of another version of train.py: "
+                         f"{error}") from None
+
+
+def run_folder(path):
+    """The folder of a run, given it or one of its files."""
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "resume.pt").is_file():
+        raise InputError(f"{path}: nothing to go on with, {folder / 'resume.pt'} is not there")
+    return folder
+
+
+def check(options):
+    """The same options, complete, or an InputError that names the flag and its value."""
+    for f in fields(Options):
+        value, low, high = getattr(options, f.name), f.metadata["low"], f.metadata["high"]
+        if value is None or low is None:
+            continue
+        most = 2 ** 31 - 1 if high is None else high
+        if not low <= value <= most:
+            allowed = f"{low} or more" if high is None and value < low else f"from {low} to {most}"
+            raise InputError(f"{flag(f.name)} is {value}, not {allowed}")
+    if options.warm_steps >= options.steps:
+        raise InputError(f"--warm-steps is {options.warm_steps} of --steps {options.steps}: the "
+                         "transducer would never start")
+    try:
+        check_mode(options.interleave)
+    except TextError as error:
+        raise InputError(f"--interleave: {error}") from None
+    longest = round(stream.LONGEST_CHUNK_S / PRESETS[options.preset].frame_s)
+    if too_long := [chunk for chunk in options.chunks if chunk > longest]:
+        raise InputError(f"--chunks has {too_long[0]}, but stream.py takes chunks of at most "
+                         f"{longest} frames, a minute (0: the whole utterance)")
+    if options.prune == 1:
+        raise InputError("--prune is 1, not 0 or at least 2: a band of one row never rises")
+    if options.restrict and options.prune:
+        raise InputError(f"--restrict is {options.restrict}, but --prune {options.prune} chooses "
+                         "the lattice already: give --prune 0 too")
+    if options.dev and not options.manifest:
+        raise InputError(f"--dev {options.dev}: without a manifest the built-in corpus is learned, "
+                         "which has unseen utterances of its own")
+    if not options.manifest:
+        BuiltIn(options.corpus, options.seed)
+    elif options.corpus != Options.corpus:
+        raise InputError(f"--corpus {options.corpus} beside the manifest {options.manifest}: one "
+                         "of the two is learned")
+    if options.noise:
+        noise_files(options.noise)
+        if not options.augment:
+            raise InputError(f"--noise {options.noise} is never heard with --augment 0")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"--device is {options.device!r}, not cpu or cuda (of several GPUs, "
+                         "CUDA_VISIBLE_DEVICES picks one)")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device is {device}, but torch {torch.__version__} sees no GPU here")
+    return replace(options, device=device)
+
 
 def main(argv=None):
     for name in ("stdout", "stderr"):
@@ -2355,13 +2351,7 @@ def command(argv):
     try:
         options, folder_and_size = read_arguments(argv)
         if folder_and_size:
-            folder, size = folder_and_size
-            if not folder:
-                raise InputError("--write-corpus: the folder's name is empty")
-            if options.manifest or options.resume:
-                raise InputError(f"--write-corpus {folder} writes the built-in corpus: it does not "
-                                 f"go with {options.manifest or '--resume ' + options.resume}")
-            write_corpus(folder, whole_number("--write-corpus", size), options)
+            write_corpus(*folder_and_size, options)
             return 0
         folder, stopped = train(options)
         if int(os.environ.get("RANK", 0)):                     # the first process tells the rest

@@ -634,6 +634,14 @@ def test_checkpoint_round_trip(tmp_path, config):
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
 
 
+def test_a_block_drops_behind_each_of_its_three_parts():
+    block, used = m.Block(32, 2, 64, 0.25, 3).train(), []
+    block.dropout.register_forward_hook(lambda *_: used.append("block"))
+    block.convolution.dropout.register_forward_hook(lambda *_: used.append("convolution"))
+    block(torch.randn(1, 6, 32), torch.zeros(1, 2, 6, 6), 6)
+    assert used == ["block", "convolution", "block"]           # attention, ..., feed-forward
+
+
 def test_features_do_not_depend_on_autocast(tmp_path):
     """bfloat16 has three digits: errors of 0.03 in the logarithm."""
     samples = torch.randn(8000, generator=torch.Generator().manual_seed(0)) * 0.1

@@ -574,6 +574,8 @@ def test_the_default_device_is_nobodys_business():
     want = joint_rnnt_loss(*inputs, *rest, blank=0)
     with torch.device("meta"):
         assert torch.equal(joint_rnnt_loss(*inputs, *rest, blank=0), want)
+        each = joint_rnnt_loss(*inputs, *rest, blank=0, reduction="none")
+    assert torch.allclose(each.mean(), want)
 
 
 @pytest.mark.parametrize("number", [np.float32(0.5), torch.tensor(0.5), np.int64(1)])
@@ -603,6 +605,47 @@ def test_other_floats_are_refused_by_name():
     logits, *rest = batch()
     with pytest.raises(ValueError, match="not torch.float8_e4m3fn"):
         rnnt_loss(logits.to(torch.float8_e4m3fn), *rest, blank=0)
+
+
+def test_half_precision_adds_up_in_float32():
+    """A thousand blanks of probability 1/2 are -0.5 each for the label's row; a sum in bfloat16
+    stays at -128, where half a step is lost."""
+    half = dict(dtype=torch.bfloat16)
+    encoder_out, label_out = torch.zeros(1, 1000, 1, **half), torch.zeros(1, 1, 1, **half)
+    label_out.requires_grad_()
+    cost = joint_rnnt_loss(encoder_out, label_out, torch.tensor([[1.0], [0.0]], **half),
+                           torch.zeros(2, **half), torch.zeros(1, 0, dtype=torch.long), [1000], [0],
+                           blank=0, reduction="sum")
+    assert torch.autograd.grad(cost, label_out)[0].item() == -500     # tanh' = 1
+
+
+def rows_of(keep):
+    """The first row that each frame keeps."""
+    return keep[0].int().argmax(1).tolist()
+
+
+def test_a_band_lies_around_its_path():
+    """Windows that hold as much are not one as good as the other."""
+    posteriors = torch.zeros(1, 5, 11)
+    posteriors[0, range(5), [0, 3, 5, 8, 10]] = 1
+    assert rows_of(prune_band(posteriors, [5], [10], 5)) == [0, 1, 3, 6, 6]
+
+
+def test_the_band_of_the_comments():
+    """The window that begins lower wins, so labels move to later frames."""
+    posteriors = torch.zeros(1, 6, 6)
+    for t, first in enumerate((2, 1, 3, 4, 3, 3)):
+        posteriors[0, t, first:first + 2] = 0.5
+    assert rows_of(prune_band(posteriors, [6], [5], 2)) == [0, 1, 2, 3, 3, 4]
+
+
+def test_logits_that_are_all_negative():
+    """log(1 + e^-1 + e^-199): the largest of them is found among negative numbers too."""
+    x = torch.tensor([[[[-1.0, -200.0, -2.0]]]], requires_grad=True)
+    cost = rnnt_loss(x, torch.zeros(1, 0, dtype=torch.long), [1], [0], blank=0)
+    assert cost.item() == pytest.approx(0.3132617, abs=1e-6)
+    grad = torch.autograd.grad(cost, x)[0].flatten().tolist()
+    assert grad == pytest.approx([-0.2689414, 0.0, 0.2689414], abs=1e-6)
 
 
 def test_joined_sentences_in_blocks_are_the_sentences():
@@ -1073,8 +1116,8 @@ print("simulator agrees")
 
 
 def test_cuda_kernels_under_the_simulator():
-    """Blocks of 2, 3 and 4 threads stand for U above 1024; as many threads as labels are the usual
-    case."""
+    """Blocks of 2, 3 and 4 threads stand for U above LATTICE_THREADS; as many threads as labels are
+    the usual case."""
     run = subprocess.run(
         [sys.executable, "-c", SIMULATED, str(ROOT)],
         capture_output=True,

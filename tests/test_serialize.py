@@ -1163,6 +1163,9 @@ def test_numbers_may_be_ids(tmp_path):
     path = manifest(tmp_path, {"audio": "a.wav", "asr": "a", "id": 17, "speaker": 1034})
     row, = read_manifest(path, strict=True)
     assert (row.id, row.speaker) == ("17", "1034")
+    path = manifest(tmp_path, *[{"audio": "a.wav", "asr": "a", "id": 0}] * 2)
+    with pytest.raises(InputError, match="id '0' stands at .*m.jsonl:1 already"):
+        read_manifest(path, strict=True)
 
 
 def test_a_line_of_granary_has_both_texts(tmp_path):
@@ -1221,16 +1224,22 @@ def test_what_is_spoken_stands_in_the_folders_name(tmp_path, pair, source, targe
     row, = module.import_mustc(folder / "dev.yaml")
     assert (row.lang, row.asr, row.st) == (source, "said", {target: "translated"})
     assert Path(row.audio).name == "it's.wav" and row.id == "it's_1"
+    (folder.parent / "wav").mkdir()
+    (folder.parent / "wav" / "it's.flac").touch()      # in mTEDx the YAML says .wav all the same
+    row, = module.import_mustc(folder / "dev.yaml")
+    assert Path(row.audio) == folder.parent / "wav" / "it's.flac"
     (folder / "dev.gz").write_text("no\ntranslation\nof it\n")
     with pytest.raises(InputError, match="has 1 lines, but dev.gz 3; is it a text in 'gz'"):
         module.import_mustc(folder / "dev.yaml")
 
 
 def test_the_last_pair_of_languages_in_a_name_counts(tmp_path):
-    path = tsv(tmp_path / "cv.clean_set.fr_en.train.tsv", ["path", "sentence", "translation"],
-               ["a.mp3", "oui", "yes"])
-    row, = module.import_covost(path)
-    assert (row.lang, row.st) == ("fr", {"en": "yes"})
+    for name, source, target in [("cv.clean_set.fr_en.train.tsv", "fr", "en"),
+                                 ("covost_v2.fr_en.train_small.tsv", "fr", "en"),
+                                 ("covost_v2.en_sv-SE.dev.tsv", "en", "sv-SE")]:
+        path = tsv(tmp_path / name, ["path", "sentence", "translation"], ["a.mp3", "oui", "yes"])
+        row, = module.import_covost(path)
+        assert (row.lang, row.st) == (source, {target: "yes"})
 
 
 def test_lines_that_a_backslash_joins_are_named(tmp_path):

@@ -762,9 +762,25 @@ def test_a_full_disk_ends_the_subtitles_and_not_the_captions(folder, capsys, mon
     monkeypatch.setattr(stream.Subtitles, "add", full)
     code, out, err = captions(folder, capsys, monkeypatch, str(folder / "2.wav"), "--json",
                               "--srt", str(tmp_path / "x.srt"))
-    assert code == 2 and "x.asr.srt" in err and "No space left" in err
+    assert code == 2 and "x.asr.srt" in err and err.count("No space left") == 2     # two tracks
     texts = [[json.loads(line).get("text") for line in said.splitlines()] for said in (whole, out)]
     assert texts[0] == texts[1] and len(calls) == 2            # one of each stream
+
+
+def test_a_screen_that_takes_no_more_costs_no_subtitles(folder, capsys, monkeypatch, tmp_path):
+    def full(events):
+        if events:
+            raise OSError(28, "No space left on device")
+    _, whole, _ = captions(folder, capsys, monkeypatch, str(folder / "2.wav"), "--srt",
+                           str(tmp_path / "x.srt"))
+    tracks = {path: path.read_text() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(stream, "show_lines", full)
+    monkeypatch.setattr(stream, "discard", lambda file: None)
+    code, _, err = captions(folder, capsys, monkeypatch, str(folder / "2.wav"), "--srt",
+                            str(tmp_path / "x.srt"))
+    assert whole and code == 2 and "standard output: No space left on device; the sub" in err
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == tracks and len(tracks) == 2
+    assert captions(folder, capsys, monkeypatch, str(folder / "2.wav"))[0] == 2
 
 
 @pytest.mark.parametrize("error, code", [(MemoryError(), 2), (RuntimeError(
@@ -936,7 +952,7 @@ def test_one_babbling_utterance_does_not_end_the_evaluation(monkeypatch):
     """Broken off, it counts; the others are heard. Where all babble, sixteen are enough."""
     heard = []
 
-    def group_of(model, tokenizer, group, babble, how):
+    def group_of(model, tokenizer, group, how):
         heard.append(group[0])
         return [{"id": group[0]}], 5000 * (group[0] in loud), 10.0
     monkeypatch.setattr(stream, "stream_group", group_of)
@@ -949,7 +965,7 @@ def test_one_babbling_utterance_does_not_end_the_evaluation(monkeypatch):
 
 def test_rows_that_the_model_does_not_write_are_left_out_and_told(folder, tmp_path, capsys,
                                                                   monkeypatch):
-    monkeypatch.setitem(stream.evaluate.__kwdefaults__, "babble", 1e9)
+    monkeypatch.setattr(stream, "BABBLE", 1e9)
     rows = [{"id": "a", "audio": str(folder / "0.wav"), "asr": "la"},
             {"id": "b", "audio": str(folder / "1.wav"), "st": {"it": "la"}}]
     manifest = tmp_path / "m.jsonl"
@@ -966,7 +982,7 @@ def test_rows_that_the_model_does_not_write_are_left_out_and_told(folder, tmp_pa
 
 def test_eval(folder, capsys, monkeypatch):
     """Figures on the screen, logs in the folder, bad rows skipped and named."""
-    monkeypatch.setitem(stream.evaluate.__kwdefaults__, "babble", 1000.0)  # random weights do
+    monkeypatch.setattr(stream, "BABBLE", 1000.0)  # random weights do
     command = [
         str(folder / "model.pt"),
         "--eval",
@@ -1153,13 +1169,23 @@ def test_an_evaluation_that_is_stopped_tells_what_it_has(folder, capsys, tmp_pat
             signal.raise_signal(signal.SIGINT)
         return real(*args)
     monkeypatch.setattr(stream, "stream_group", interrupted)
-    code = stream.main([str(folder / "model.pt"), "--eval", str(folder / "set.jsonl"), "--log",
-                        str(tmp_path)])
-    out, err = capsys.readouterr()
-    assert code == 130 and "stopped: the figures are those of the first 2 utterances" in err
-    assert "wer" in out and json.loads((tmp_path / "metrics.json").read_text())[
-        "<asr>"]["utterances"] == 2
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    command = [str(folder / "model.pt"), "--eval", str(folder / "set.jsonl"), "--log",
+               str(tmp_path)]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's & ignores it
+    try:
+        code = stream.main(command)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        out, err = capsys.readouterr()
+        assert code == 130 and "stopping after this utterance" in err
+        assert "stopped: the figures are those of the first 2 utterances" in err and "wer" in out
+        metrics = (tmp_path / "metrics.json").read_text()
+        assert json.loads(metrics)["<asr>"]["utterances"] == 2
+        done = iter(range(1, 9))
+        assert stream.main(command) == 130                     # what is there already stays
+        assert "its logs stay as they are" in capsys.readouterr().err
+        assert (tmp_path / "metrics.json").read_text() == metrics
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_logs_have_the_words_that_are_scored(tmp_path):
@@ -1179,10 +1205,11 @@ def test_where_logs_cannot_go_is_told_before_the_evaluation(folder, capsys, monk
     assert "0.wav" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_an_empty_text_is_no_reference(folder):
+def test_an_empty_text_is_no_reference(folder, monkeypatch):
+    monkeypatch.setattr(stream, "BABBLE", 1e9)
     row = Row(id="x", audio="x", asr="", st={"en": "la"})
     model, tokenizer, _ = stream.load_run(folder / "model.pt")
-    metrics, records = stream.evaluate(model, tokenizer, [(row, noise(16000))], babble=1e9)
+    metrics, records = stream.evaluate(model, tokenizer, [(row, noise(16000))])
     assert list(records[0]["references"]) == ["<st:en>"] == list(metrics)
 
 
@@ -1272,7 +1299,7 @@ def test_malformed_output_is_counted_by_stream():
     assert +speller.invalid == {"<st:en>": 1} and +speller.cut == {"<asr>": 1}
 
 
-def test_who_babbles_is_broken_off():
+def test_who_babbles_is_broken_off(monkeypatch):
     """It writes its limit of 20 in each of the 48 frames of two seconds, 500 being free."""
     model = lively(seed=3)
     bias, keep = model.joint.output.bias, model.joint.output.bias[0].item()
@@ -1280,7 +1307,9 @@ def test_who_babbles_is_broken_off():
     with torch.no_grad():
         bias[0] = -1000.0
     try:
-        figures, _ = evaluate(model, TOKENIZER, [(row, noise(64000))], babble=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(stream, "BABBLE", 1)
+            figures, _ = evaluate(model, TOKENIZER, [(row, noise(64000))])
     finally:
         with torch.no_grad():
             bias[0] = keep

@@ -2758,3 +2758,102 @@ def test_a_manifest_in_the_root_has_a_folder_for_its_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = replace(train.parse_options(SHORT), manifest="/train.jsonl")
     assert train.run_directory(options, train.Ranks()) == Path("runs/run")
+
+
+# ---- What no other test would see ----------------------------------------------------------------
+
+def test_a_row_is_disturbed_in_another_way_in_every_epoch(small):
+    options = train.parse_options(["--device", "cpu", "--join", "1"])
+    corpus = train.BuiltIn("de-en", 0)
+    source = train.Source(options, train.new_run(options, corpus))
+    s = train.Stream(corpus.rows(0)[:1], [0.0], [], 1.0, 3.0)
+    sounds = [source.sound_of(row) for row in s.rows]
+    a, again, b = (source.example(s, sounds, train.Request([s], epoch, (0, 1), False), [])
+                   for epoch in (0, 0, 1))
+    assert torch.equal(a["mel"], again["mel"]) and torch.equal(a["chance"], again["chance"])
+    assert not torch.equal(a["mel"], b["mel"]) and not torch.equal(a["chance"], b["chance"])
+
+
+def test_the_simple_task_is_the_loss_of_the_summed_logits(batch_of_eight):
+    """And teaches the label encoder, whose scores are scaled by the root of its width, 144."""
+    options, made, batch = batch_of_eight
+    model, step = made.model.eval(), options.warm_steps + 10 * train.FORGET_STEPS
+    batch = SimpleNamespace(**vars(batch) | {"chance": torch.full_like(batch.chance, 0.5)})
+    weight = model.label_encoder.embedding.weight
+    ours = train.losses(model, batch, ["simple"], step, options, 16)["simple"]
+    frames, _ = model.encoder(batch.mel, batch.mel_lengths, chunk=16)
+    am = model.joint.output(torch.tanh(model.joint.encoder_proj(frames)))
+    lm = model.label_encoder(batch.targets)[0] @ weight[:-1].T / 12
+    logits = (am[:, :, None] + lm[:, None])[..., batch.classes]
+    cost = rnnt_loss(logits, torch.searchsorted(batch.classes, batch.targets),
+                     batch.mel_lengths // 4, batch.targets_lengths, blank=0, reduction="sum")
+    assert ours.item() == pytest.approx(cost.item(), rel=1e-5)
+    a, b = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (ours, cost))
+    assert (a - b).abs().max() < 1e-3 * b.abs().max()
+
+
+def test_a_checkpoint_every_ten_minutes_and_not_at_every_step_after(small, tmp_path, monkeypatch):
+    """At 250 s a step; the last step saves before its evaluation and after it."""
+    steps, saved, step, save_run = [], [], train.train_step, train.save_run
+    monkeypatch.setattr(train, "time", SimpleNamespace(
+        monotonic=lambda: 250.0 * len(steps), perf_counter=train.time.perf_counter))
+    monkeypatch.setattr(train, "train_step", lambda *args: steps.append(1) or step(*args))
+    monkeypatch.setattr(train, "save_run",
+                        lambda run, *rest: saved.append(run.step) or save_run(run, *rest))
+    run(tmp_path / "run", "--steps", "8")
+    assert saved == [3, 6, 8, 8]
+
+
+def test_a_task_counts_its_own_symbols(batch_of_eight):
+    _, _, batch = batch_of_eight
+    rows = train.BuiltIn("de-en", 0).rows(0, 8)
+    labels, words = (int(n.sum()) for n in (batch.targets_lengths, batch.words_lengths))
+    assert batch.symbols == {"transducer": labels, "simple": labels, "next_label": labels,
+                             "words": words, "letters": sum(len(row.asr) for row in rows)}
+    assert 0 < words < labels
+
+
+def test_the_built_in_voice_keeps_its_speed():
+    options = train.parse_options(["--device", "cpu"])
+    rows = train.BuiltIn("de-en", 0).rows(0, 8)
+    drawn = [train.draw_stream(rows[:3], 3.0, rows, np.random.default_rng(seed), options)
+             for seed in range(100)]
+    assert {s.speed for s in drawn} == {1.0}
+    recorded = [replace(row, audio="a.wav") for row in rows]               # the control
+    assert {train.draw_stream(recorded[:3], 3.0, rows, np.random.default_rng(seed), options).speed
+            for seed in range(100)} == set(train.SPEEDS)
+
+
+def test_stretches_of_a_short_utterance_are_an_eighth_of_it_at_most():
+    mel = torch.randn(80, 80) + torch.arange(80) / 8
+    gone = [int((train.without_stretches(mel, np.random.default_rng(seed)) != mel)[:, 0].sum())
+            for seed in range(60)]
+    assert 15 < max(gone) <= 20                                # two of ten frames
+
+
+def test_noise_lies_7_to_30_db_below_the_speech(monkeypatch):
+    for name in ("low_pass", "mu_law"):
+        monkeypatch.setattr(train, name, lambda samples, *_: samples)
+    x = np.sin(np.arange(16000) / 5).astype(np.float32) * 0.1
+    noise, ratios = np.random.default_rng(1).normal(0, 1, 16000), []
+    for seed in range(400):
+        y = train.disturb(x, noise, np.random.default_rng(seed)).astype(float)
+        own = (x @ y) / (x @ x) * x
+        ratios.append(10 * np.log10(np.sum(own ** 2) / np.sum((y - own) ** 2)))
+    assert 6.8 < min(ratios) < 7.7 and 29.3 < max(ratios) < 30.4
+    assert np.mean(ratios) == pytest.approx(18.5, abs=1.2)     # of 400: 0.33 off, as a rule
+
+
+def test_a_codec_cuts_anywhere_from_band_30_to_69():
+    mel = torch.full((1, 80), -10.0)
+    mel[:, 0] = 0                        # all others are weaker by more than 6 nats
+    coded = [train.through_codec(mel, np.random.default_rng(seed), -11.5) for seed in range(400)]
+    cuts = [int((x != mel)[0].int().argmax()) for x in coded if not torch.equal(x, mel)]
+    assert 70 < len(cuts) < 130 and 30 <= min(cuts) < 33 and 66 < max(cuts) <= 69
+
+
+def test_another_seed_is_another_network(small):
+    def weights(seed):
+        options = train.parse_options(["--device", "cpu", "--seed", seed])
+        return train.new_run(options, train.BuiltIn("de-en", 0)).model.encoder.project.weight
+    assert torch.equal(weights("0"), weights("0")) and not torch.equal(weights("0"), weights("1"))
