@@ -785,6 +785,8 @@ def files_under(folder):
         else:
             seen.add(real)
             files += [Path(at, name) for name in names]
+            # A folder's own name before that of a link to it, on every disk.
+            folders.sort(key=lambda name: (os.path.islink(os.path.join(at, name)), name))
     return sorted(files)
 
 

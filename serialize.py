@@ -1013,9 +1013,9 @@ def import_mustc(*paths, strict=False, on_bad=None):
                 with intake.line(path, number):
                     record = _mustc_record(decode(line), number)
                     flac = os.path.splitext(record["audio"])[0] + ".flac"    # as mTEDx's sound is
-                    if not (path.parent / record["audio"]).exists():
-                        if (path.parent / flac).exists():
-                            record["audio"] = flac
+                    if (os.path.exists(path.parent / flac)
+                            and not os.path.exists(path.parent / record["audio"])):
+                        record["audio"] = flac
                     if record["id"] in intake.ids:  # as in another pair's folder
                         record["id"] = None
                     said = {lang: _decode_line(lines[number - 1], path.with_suffix(f".{lang}"))

@@ -41,7 +41,7 @@ from collections import Counter
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import chain, islice, takewhile
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1448,7 +1448,8 @@ def uninterrupted(message=""):
             raise KeyboardInterrupt
         seen.append(number)
         if message:
-            say(message)
+            with suppress(RuntimeError):   # amid a line that is being written
+                say(message)
     for number in caught:
         signal.signal(number, note)
     try:
@@ -1461,7 +1462,8 @@ def uninterrupted(message=""):
 
 
 def caption(model, tokenizer, options, search, tags):
-    """Stream one recording, or whatever comes in, and show its words as they are ready."""
+    """Stream one recording, or whatever comes in, and show its words as they are ready -> the exit
+    code."""
     if options.audio == "mic" and not search["chunk"]:
         raise InputError("this model hears everything at once, at the end, and mic has none: give "
                          "--chunk")
@@ -1478,7 +1480,7 @@ def caption(model, tokenizer, options, search, tags):
         first = next((packet for packet in incoming if len(packet)), np.zeros(0, np.float32))
     except KeyboardInterrupt:
         if live:
-            return
+            return 0
         raise
     interrupted = unshown = False
     with opened_tracks(planned, options.pause) as tracks:
@@ -1492,7 +1494,7 @@ def caption(model, tokenizer, options, search, tags):
                 discard(sys.stdout)
                 if not tracks:
                     raise
-                if not isinstance(error, BrokenPipeError):
+                if not isinstance(error, BrokenPipeError) and not unshown:
                     say(f"standard output: {error.strerror}; the subtitles go on")
                     unshown = True
         try:
@@ -1509,9 +1511,11 @@ def caption(model, tokenizer, options, search, tags):
         say(f"frames cut off at {LIMITS[0]} symbols (last: {LIMITS[1]}): {streamer.search.capped}")
     if fault:
         raise fault
+    if unshown or any(track.fault for track in tracks):        # which was told
+        return 2
     if interrupted:
         raise KeyboardInterrupt
-    return 2 if unshown or any(track.fault for track in tracks) else 0    # they were told before
+    return 0
 
 
 # ---- Evaluation: stream a set, then compare words and delays with the references -----------------
@@ -1865,10 +1869,17 @@ def evaluation(model, tokenizer, options, search, tags):
     items = readable(written, chunk=search["chunk"])
     older = options.log and Path(options.log, "metrics.json").exists()
     with uninterrupted("stopping after this utterance; a second time: at once") as stopped:
-        until_stopped = takewhile(lambda _: not stopped, items)
-        metrics, records = evaluate(model, tokenizer, until_stopped, tags=tags, batch_size=1,
+        cut = []                       # the first one that was not heard any more
+
+        def until_stopped():
+            for item in items:
+                if stopped:
+                    cut.append(item)
+                    return
+                yield item
+        metrics, records = evaluate(model, tokenizer, until_stopped(), tags=tags, batch_size=1,
                                     progress=len(written), bootstrap=1000, **search)
-        if stopped:
+        if cut:
             say(f"stopped: the figures are those of the first {len(records)} utterances")
         try:
             for tag, figures in metrics.items():
@@ -1877,7 +1888,7 @@ def evaluation(model, tokenizer, options, search, tags):
                     if not isinstance(value, list):
                         print(figure_line(name, value, figures.get(f"{name}_95")))
         finally:  # also where whoever reads the figures has seen enough
-            if stopped and older:
+            if cut and older:
                 say(f"{options.log}: its logs stay as they are")
             elif options.log and records:
                 write_logs(options.log, records, metrics)
@@ -2025,7 +2036,10 @@ def told(options):
 def discard(file):
     """Nothing more can be written there; nor will Python try again as it ends."""
     with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        number = file.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
 
 
 class Outlived:

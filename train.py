@@ -96,7 +96,8 @@ TASKS = ("transducer", "simple", "letters", "words", "next_label")
 # ---- Options: a line each, from which the flags and --help are made ------------------------------
 
 def option(default, text, *, kind=None, low=None, high=None, choices=None):
-    """A field of Options; `low` and `high` bound the values allowed, None where nothing does."""
+    """A field of Options; `low` and `high` bound the values allowed, None where nothing does (no
+    high without a low)."""
     metadata = dict(text=text, kind=kind or type(default), low=low, high=high, choices=choices)
     return field(default=default, metadata=metadata)
 
@@ -186,8 +187,8 @@ def train(options):
     options = replace(options, device=ranks.device)
     for name, read in {"dev": ranks.first, "init": not options.resume}.items():
         path = getattr(options, name)
-        if read and path and not os.path.exists(path):         # told before hours of reading
-            raise InputError(f"{flag(name)} {path}: no such file")
+        if ranks.agree(bool(read and path and not os.path.exists(path))):
+            raise InputError(f"{flag(name)} {path}: no such file")         # before hours of reading
     # What the loss needs on a GPU, it says now.
     runs_on_gpu(torch.device(options.device), torch.float32)
     folder = run_directory(options, ranks)
@@ -201,8 +202,8 @@ def train(options):
             run = run or new_run(options, corpus)
             run.streams = learned_streams(corpus, options)
             if unknown := set().union(*(row.asr or "" for row in corpus.rows(0))) - {*run.letters}:
-                tell("warning: the letters task leaves out what it had not learned with: "
-                     f"{listed(unknown)}")
+                tell(f"warning: the letters task leaves out {len(unknown)} characters that it had "
+                     f"not learned with: {listed(unknown)}")
             ranks.begin_alike(run, corpus)
             warn_of_unseen(run, dev)
         learn(run, corpus, dev, options, ranks, folder)
@@ -280,11 +281,11 @@ def train_step(run, batches, options, ranks):
     # A wait for the GPU; others are in the band of --prune. A step that overflows is dropped,
     # and so is one that heard nothing.
     learned = bool(torch.isfinite(norm) & (norm > 0))
-    run.step, run.position = run.step + 1, batches[-1]["after"]
     for optimizer in run.optimizers:
         if learned:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    run.step, run.position = run.step + 1, batches[-1]["after"]
     sums = dict(zip(weights, ranks.add(sums)))
     return {task: total / max(1, counts[task]) for task, total in sums.items()} | {
         "gradient_norm": norm, "learned": learned}
@@ -542,6 +543,7 @@ def epoch_streams(corpus, epoch, options):
     come."""
     rows, rng = corpus.rows(epoch), generator(options.seed, epoch, "streams")
     following = neighbours(rows)
+    # (A dict would look for its last key through all that were deleted.)
     unused = OrderedDict.fromkeys(rng.permutation(len(rows)).tolist())
     while unused:
         wanted = 1 if rng.random() < ALONE else rng.integers(1, options.join + 1)
@@ -1355,7 +1357,7 @@ def saved_whatever_ends_it(run, options, folder, log, ranks):
                 save_run(run, options, folder, log)
                 tell(f"train.py: saved after step {run.step}; to go on: {resuming(folder)}")
             except Exception as another:
-                tell(f"train.py: {another}")
+                tell(f"train.py: step {run.step} is not saved: {another or type(another).__name__}")
         raise
 
 

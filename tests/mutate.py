@@ -154,8 +154,8 @@ MUTATIONS = [
      "test_stream.py", "how_sure"),
     ("stream.py", "sum(t.log_prob for t in tokens) / len(tokens)",
      "sum(t.log_prob for t in tokens)", "test_stream.py", "how_sure"),
-    ("stream.py", "until_stopped, tags=tags, batch_size=1,",
-     "until_stopped, tags=tags, batch_size=16,",
+    ("stream.py", "until_stopped(), tags=tags, batch_size=1,",
+     "until_stopped(), tags=tags, batch_size=16,",
      "test_stream.py", "as_it_is_told"),
     ("align.py", "            yield from batch_times(model, tokenizer, serialize, ready, tail)\n"
      "            ready", "            ready", "test_align.py", "by_a_checkpoint"),

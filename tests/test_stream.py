@@ -1180,6 +1180,10 @@ def test_an_evaluation_that_is_stopped_tells_what_it_has(folder, capsys, tmp_pat
         assert "stopped: the figures are those of the first 2 utterances" in err and "wer" in out
         metrics = (tmp_path / "metrics.json").read_text()
         assert json.loads(metrics)["<asr>"]["utterances"] == 2
+        done = iter(range(0, 9))       # amid the last utterance: nothing is missing
+        assert stream.main(command) == 130 and "the figures are" not in capsys.readouterr().err
+        metrics = (tmp_path / "metrics.json").read_text()
+        assert json.loads(metrics)["<asr>"]["utterances"] == 3
         done = iter(range(1, 9))
         assert stream.main(command) == 130                     # what is there already stays
         assert "its logs stay as they are" in capsys.readouterr().err
