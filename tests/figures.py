@@ -154,6 +154,19 @@ def draw_streams(axes, row, tags):
 
 # ---- lattice: frames x tokens, where the paths go ------------------------------------------------
 
+def corpus_of(checkpoint):
+    """The built-in corpus that a run learned from, as resume.pt beside its model says; else the
+    default one."""
+    import train
+    from model import load
+    path = Path(checkpoint).parent / "resume.pt"
+    options = load(path)[1].get("options", {}) if path.exists() else {}
+    if options.get("manifest"):
+        sys.exit(f"figures.py: {checkpoint} has learned {options['manifest']}: the picture is of a "
+                 "sentence of the built-in corpus")
+    return train.BuiltIn(options.get("corpus", "de-en"), options.get("seed", 0))
+
+
 def lattice(options):
     """The posterior of every node for one unseen built-in utterance, the best path, and the band
     that these posteriors would keep (in training, those of the simple transducer choose it)."""
@@ -164,12 +177,14 @@ def lattice(options):
     from stream import load_run
     pyplot = plotting(options.output)
     model, tokenizer, beside = load_run(options.checkpoint)
-    samples, row = train.speak_row(train.builtin_row(options.utterance, test=True))
+    corpus = corpus_of(options.checkpoint)
+    row, = corpus.rows(options.utterance, 1, test=True)
+    samples, row = train.speak_row(row, corpus.seed)
     pairs = [pair for pair in interleave(row, mode_of(row, beside.get("mode", "align")))
              if pair[0] in tokenizer.tag_id]
     if not pairs:
         sys.exit(f"figures.py: {options.checkpoint} writes {' '.join(tokenizer.tags)}: the picture "
-                 "is of a German sentence, in English too")
+                 f"is of a sentence in {row.lang}, with {' '.join(row.st)}")
     ids = serialize(pairs, tokenizer)
     mel = train.mel_of(samples, model.config)[None]
     with torch.no_grad():
@@ -373,20 +388,26 @@ def replay(options):
     """One self-contained page: the sound inside, no network and no library."""
     from serialize import join
     from stream import load_run
-    versions = []
+    if Path(options.output).suffix.lower() not in (".html", ".htm"):
+        sys.exit(f"figures.py: {options.output}: the name of a page ends in .html")
+    versions, tags = [], []
     for chunk in options.chunks or load_run(options.checkpoint)[0].config.chunks:
-        samples, words, tags, chunk_s = heard(options.checkpoint, options.file, chunk=chunk)
+        samples, words, more, chunk_s = heard(options.checkpoint, options.file, chunk=chunk)
+        tags += [tag for tag in more if tag not in tags]       # a stray one may come in one size
         before, shown = {}, []
         for word in words:
             # A space where captions have one: not between two characters of Han or kana.
             last = before.get(word.stream)
             space = last is not None and join([last, word.text]) != last + word.text
             before[word.stream] = word.text
-            shown.append({"stream": list(tags).index(word.stream), "text": word.text,
+            shown.append({"stream": tags.index(word.stream), "text": word.text,
                           "space": space, "start": round(word.start_s, 3),
                           "written": round(word.end_s, 3),
                           "shown": round(word.delay_ms / 1000, 3)})
         versions.append({"chunk_ms": round(1000 * chunk_s), "words": shown})
+    if not any(version["words"] for version in versions):
+        print(f"{options.checkpoint} writes no word for {options.file}: the page has none",
+              file=sys.stderr)
     data = {"title": Path(options.file).name, "seconds": len(samples) / 16000,
             "streams": [tag.strip("<>") for tag in tags], "colours": COLOURS,
             "versions": versions}

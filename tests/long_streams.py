@@ -45,7 +45,7 @@ def compare(model, tokenizer, items, seconds, **how):
     metrics, records = evaluate(model, tokenizer, items, bootstrap=1000, **how)
     whole = [(group[0][0], np.concatenate([samples for _, samples in group])) for group in groups]
     _, long = evaluate(model, tokenizer, whole, **how)
-    if len(records) < len(items) or len(long) < len(groups):
+    if len(records) < len(items) or any(record["broken_off"] for record in long):
         raise InputError("the model babbles: the evaluation broke off, there is nothing to compare")
     if not metrics:
         raise InputError("no row has a text of a stream that the model writes")

@@ -89,7 +89,8 @@ def train_in(name, options):
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "options.json"
     begun = (folder / "resume.pt").exists()        # else a command that was refused wrote the note
-    if begun and note.exists() and json.loads(note.read_text()) != options:
+    known = begun or (folder / "done.json").exists()
+    if known and note.exists() and json.loads(note.read_text()) != options:
         sys.exit(f"{folder} was made with other options: move it away, or run it as it was, "
                  f"{' '.join(json.loads(note.read_text()))}")
     write_whole(note, json.dumps(options))
@@ -105,6 +106,8 @@ def train_in(name, options):
         given = ["--resume", str(folder), *options[2:]]
     if left_to_do(folder, options):
         print("+", " ".join(["python train.py", *given]), flush=True)
+        with open(folder / "commits.txt", "a") as file:        # of the code that trained it
+            file.write(f"{commit()}\n")
         with subprocess.Popen([sys.executable, str(ROOT / "train.py"), *given]) as training:
             try:
                 code = training.wait()
@@ -116,7 +119,10 @@ def train_in(name, options):
             sys.exit(f"{folder}: stopped; the same command goes on")
     beside = load(folder / "resume.pt")[1]
     seconds = None if given[0] == "--resume" else round(time.perf_counter() - began)
-    done = {"steps": beside["step"], "seconds": seconds, "trained_at": commit()}
+    commits = folder / "commits.txt"
+    trained_at = commits.read_text().split() if commits.exists() else [commit()]
+    done = {"steps": beside["step"], "seconds": seconds,
+            "trained_at": ", ".join(dict.fromkeys(trained_at))}
     write_whole(folder / "done.json", json.dumps(done))
     return folder
 
@@ -165,16 +171,21 @@ def write_whole(path, text):
 def commit():
     """The commit that is checked out, with a + where files differ from it."""
     git = ["git", "-C", str(ROOT)]
-    head, changed = (subprocess.run([*git, *command], capture_output=True, text=True).stdout.strip()
-                     for command in (["rev-parse", "--short", "HEAD"],
-                                     ["status", "--porcelain", "--untracked-files=no", "*.py"]))
-    return head + "+" * bool(changed)
+    try:
+        head, changed = (
+            subprocess.run([*git, *command], capture_output=True, text=True).stdout.strip()
+            for command in (["rev-parse", "--short", "HEAD"],
+                            ["status", "--porcelain", "--untracked-files=no", "*.py"]))
+    except OSError:                    # no git here
+        head = changed = ""
+    return (head or "unknown") + "+" * bool(changed)
 
 
 def machine():
     import torch
     kind = torch.backends.cpu.get_cpu_capability()
-    return f"{os.cpu_count()} cores, {kind}, {platform.machine()}, torch {torch.__version__}"
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{gpu}{os.cpu_count()} cores, {kind}, {platform.machine()}, torch {torch.__version__}"
 
 
 def evaluated(run, items, **how):
@@ -244,8 +255,9 @@ def further(data):
 
 def named(kind, options):
     """The name of a result file: of the built-in de -> en, the kind alone."""
-    other = Path(options.manifest).parent.name if options.manifest else options.corpus
-    return kind if other == "de-en" else f"{kind}-{other}"
+    if options.manifest:
+        return f"{kind}-{Path(options.manifest).parent.name}"
+    return kind if options.corpus == "de-en" else f"{kind}-built-in-{options.corpus}"
 
 
 def latency(path):
@@ -522,19 +534,24 @@ def score(corpus, made, seeds):
 def moved_by_time(rows):
     """The share of translated words that TIME writes after another number of transcribed words than
     ALIGN does."""
-    from serialize import ASR, interleave
+    from serialize import ASR, InputError, interleave
     moved = []
     for row in rows:
         places = []
         for mode in ("align", "time"):
+            try:
+                pairs = interleave(row, mode)
+            except InputError:         # without links or times: training leaves it out, or a text
+                break
             before, own = 0, []
-            for tag, _ in interleave(row, mode):
+            for tag, _ in pairs:
                 if tag == ASR:
                     before += 1
                 else:
                     own.append((tag, before))
             places.append(sorted(own, key=lambda place: place[0]))    # stable: a stream's order
-        moved += [a != b for a, b in zip(*places)]
+        if len(places) == 2:
+            moved += [a != b for a, b in zip(*places)]
     return float(np.mean(moved))
 
 
@@ -658,7 +675,8 @@ def orders(data):
     from serialize import read_manifest
     from stream import load_run, readable
     data = Path(data).resolve()
-    work = ROOT / "runs" / "reproduce" / f"orders-{data.name}"
+    # Another folder of the same name is other data.
+    work = ROOT / "runs" / "reproduce" / f"orders-{data.name}-{zlib.crc32(str(data).encode()):08x}"
     linked, dev = work / "linked.jsonl", data / "dev.jsonl"
     work.mkdir(parents=True, exist_ok=True)
     if outdated(linked, data / "train.jsonl"):
@@ -689,7 +707,8 @@ def orders(data):
         del rows[name]["clean"]
         rows[name]["minus_align"] = found.get(name, {}).get("clean", {})
     moved = moved_by_time(read_manifest(timed(linked, work, 0, runs), allow_outside=True))
-    write_result(work.name, {"utterances": len(heard), "words_moved_by_time": moved, "rows": rows})
+    write_result(f"orders-{data.name}", {"utterances": len(heard), "words_moved_by_time": moved,
+                                         "rows": rows})
 
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -700,7 +719,7 @@ def papers_table(result):
     lines = [
         f"{result['training_rows']:,} utterances to learn from, one by one and undisturbed; "
         f"{result['test_rows']} unseen ones to score, clean and at {result['noise_db']} dB of "
-        "white noise, the mildest at which both streams of the first ALIGN had 5 % wrong or more "
+        "white noise, the mildest at which all streams of the first ALIGN had 5 % wrong or more "
         "on 100 others; minutes of training, some "
         f"beside other work; {'one seed' if seeds == 1 else f'means of {seeds} seeds'}. "
         f"{about(result)}",
@@ -723,6 +742,9 @@ def papers_table(result):
                 if name.startswith(("ASR", "ST"))}
     parameters = sum(row["parameters"] for row in separate.values())
     more = f"The separate models together have {parameters / 1e6:.2f} M parameters."
+    if "," in result["corpus"].partition("-")[2]:
+        more += (" Each translator has its own two languages, and so a vocabulary of its own: of "
+                 "the recogniser that all start from it keeps all but what knows the tokens.")
     return lines + ["", f"{more} {moved_words(result)}"]
 
 

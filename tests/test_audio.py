@@ -894,3 +894,25 @@ def test_a_disk_that_fails_is_told_by_its_own_words(tmp_path, monkeypatch, capfd
     with pytest.raises(stream.AudioError, match="a.wav: Input/output error"):
         stream.read_audio(tmp_path / "a.wav")
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_clipping_of_16_bits_ends_at_32767(tmp_path):
+    """Which is read as 0.99997. 2286 of 16000 samples."""
+    x = np.where(np.arange(SECOND) % 7 == 0, 32767, 3000 * noise(SECOND)).astype(np.int16)
+    soundfile.write(tmp_path / "x.wav", x, 16000)
+    refused(tmp_path / "x.wav", "clipped, 14% of the samples", ffmpeg=False)
+
+
+def test_an_mp3_of_44_khz_is_known_by_its_frames(folder, capsys, monkeypatch):
+    """128000 1152 / 44100 / 8 = 417 bytes each."""
+    sound = (b"\xff\xfb\x90\x00" + bytes(413)) * 4
+    assert stream.frame_of(sound) == ("MP3", 417)
+    assert stream.frame_of(b"\xff\xfb\x92\x00\0\0") == ("MP3", 418)          # padded
+    code, out, err = captions(folder, capsys, monkeypatch, "-", data=sound)
+    assert code == 2 and not out and "standard input: MP3, not 16-bit PCM" in err
+
+
+@pytest.mark.parametrize("rate", [4000, 88200, 96000, 192000])
+def test_files_of_any_usual_rate_are_read(tmp_path, rate):
+    soundfile.write(tmp_path / "x.wav", noise(2 * rate) * 0.5, rate)
+    assert len(read_audio(tmp_path / "x.wav")) == 2 * SECOND

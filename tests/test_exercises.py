@@ -131,3 +131,46 @@ def test_an_answer_that_is_no_file_of_python(tmp_path):
 
 def test_numbers_are_equal_to_a_millionth():
     assert exercises.same(1000.0005, 1000) and not exercises.same(1000.009, 1000)
+
+
+def test_a_word_that_comes_again_is_another_word():
+    """Needs kept by the word itself, and not by its place, are wrong."""
+    from serialize import needs
+
+    def by_word(source, target, links):
+        need = {}
+        for word, last in zip(target, needs(len(source), target, links)):
+            need[word] = max(last, need.get(word, last))
+        return exercises.in_order(source, target, [need[word] for word in target])
+    assert not exercises.check(exercises.EXERCISES[2], by_word)[0]
+
+
+def test_a_search_that_never_moves_on_is_told_so():
+    def stuck(toy, limit):
+        labels, t = [], 0
+        while t < toy.T:
+            if (k := int(toy.logits(t, labels).argmax())) == toy.blank:
+                continue
+            labels.append(k)
+            t += 1
+        return labels
+    right, told = exercises.check(exercises.EXERCISES[4], stuck)
+    assert not right and "at a blank the next one's turn comes" in told
+
+
+def test_answers_of_other_kinds_are_right_too(tmp_path):
+    import torch
+    assert exercises.check(exercises.EXERCISES[4], lambda toy, limit: torch.tensor(
+        exercises.greedy_right(toy, limit)))[0]
+
+    def generated(toy, limit):
+        yield from exercises.greedy_right(toy, limit)
+    assert exercises.check(exercises.EXERCISES[4], generated)[0]
+    learned = torch.ones(2, requires_grad=True)
+    assert exercises.same(learned, [1.0, 1.0]) and not exercises.same([learned, 1], [2.0, 1])
+    (tmp_path / "helper.py").write_text("ONE = 1\n")
+    (tmp_path / "my.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "from helper import ONE\n@dataclass\nclass A:\n    x: int = ONE\n"
+        "def laal(delays, source_ms, n_reference):\n    return A().x\n")
+    assert exercises.load_answer(str(tmp_path / "my.py"), "laal")([], 1, 1) == 1

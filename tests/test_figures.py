@@ -83,7 +83,8 @@ def test_mask_links_and_curves_are_drawn(tmp_path):
                                (["links", "--lines", "1000"], "--lines 1000: there are 1000"),
                                (["replay", tmp_path / "none.pt", "a.wav"], "none.pt: no such file"),
                                (["replay", tmp_path / "none.pt", "a.wav"], "figures.py: ")):
-        missing = draw(*arguments, "-o", tmp_path / "b.png")
+        page = arguments[0] == "replay"
+        missing = draw(*arguments, "-o", tmp_path / ("b.html" if page else "b.png"))
         assert missing.returncode == 2 and message in missing.stderr, arguments
     (run / "log.csv").write_text("no log\n1\n")
     (tmp_path / "bad.pairs").write_text("ein Haus a house\n")
@@ -147,6 +148,33 @@ def page(tmp_path_factory):
     return path
 
 
+def test_a_page_takes_the_place_of_no_recording(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"sound")
+    refused = draw("replay", "model.pt", tmp_path / "a.wav", "-o", tmp_path / "a.wav")
+    assert refused.returncode == 2 and "the name of a page ends in .html" in refused.stderr
+    assert (tmp_path / "a.wav").read_bytes() == b"sound"
+
+
+def test_a_stream_that_only_one_chunk_size_has(tmp_path, monkeypatch, capsys):
+    """A stray word before any tag; and where there is none at all, that is said."""
+    def found(checkpoint, path, start=0.0, duration=None, chunk=None):
+        sound, words, _, chunk_s = heard(checkpoint, path, chunk=chunk)
+        tags = ("<st:en>", "<asr>") if chunk == 4 else ("<st:en>",)
+        return sound, [word for word in words if word.stream in tags], tags, chunk_s
+    options = SimpleNamespace(checkpoint="", file="a.wav", chunks=[4, 16],
+                              output=tmp_path / "page.html")
+    monkeypatch.setattr(figures, "heard", found)
+    figures.replay(options)
+    data = data_of(options.output)
+    assert data["streams"] == ["st:en", "asr"]
+    assert [{word["stream"] for word in version["words"]} for version in data["versions"]] == [
+        {0, 1}, {0}]
+    assert "no word" not in capsys.readouterr().err
+    monkeypatch.setattr(figures, "heard", lambda *how, **more: (bench.tones(0, 1), [], (), 0.64))
+    figures.replay(options)
+    assert "writes no word for a.wav" in capsys.readouterr().err
+
+
 def data_of(page):
     text = re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8")).group(1)
     return json.loads(text)
@@ -199,6 +227,14 @@ def test_the_page_shows_what_was_out_by_then(page, at, version):
         words = re.findall(r'<span class="word[^"]*">(.*?)</span>', caption, re.S)
         assert [html.unescape(word) for word in words] == wanted.get(stream, [])
     assert at == 0 or wanted                                   # else nothing was compared
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium here")
+@pytest.mark.parametrize("fragment", ["t=3&chunk=9", "t=3&chunk=x"])
+def test_a_chunk_size_that_is_none_is_the_first(page, fragment):
+    dom, console = in_chromium(page, fragment)
+    assert not console, console
+    assert in_chromium(page, "t=3&chunk=0")[0].count('class="word') == dom.count('class="word') > 2
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium here")

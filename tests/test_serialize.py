@@ -1159,6 +1159,14 @@ def test_nemo_texts_are_what_they_say(tmp_path):
     assert "n.json:3: skipped: target_lang 'en' without source_lang" in told[1]
 
 
+def test_align_needs_the_links_of_every_text():
+    row = Row("1", "a", asr="a b", st={"fr": "x y", "de": "z w"}, links={"fr": [(0, 0), (1, 1)]})
+    with pytest.raises(InputError, match="no links"):
+        interleave(row, "align")
+    row.links["de"] = [(1, 0), (1, 1)]
+    assert "".join(word for _, word in interleave(row, "align")) == "axbyzw"
+
+
 def test_numbers_may_be_ids(tmp_path):
     path = manifest(tmp_path, {"audio": "a.wav", "asr": "a", "id": 17, "speaker": 1034})
     row, = read_manifest(path, strict=True)

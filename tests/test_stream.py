@@ -494,6 +494,8 @@ def test_caps_are_counted():
             search, path = tokens_of(model, noise(16000), limits=(4, 7), beam=None if beam == 1 else
                                      stream.Beam(model, beam, (4, 7)))
             assert len(path) == 24 * 4 + 7 and search.capped == 25
+        search, path = tokens_of(model, noise(16000))          # the command's own limits
+        assert len(path) == 24 * 20 + 500 and search.capped == 25
     finally:
         with torch.no_grad():
             bias[0] = keep
@@ -1419,6 +1421,7 @@ def test_webvtt_as_its_players_want_it(tmp_path):
     ([("a", 0, 0.2), None, ("b", 1.0, 1.2)], ["00,000 --> 00:00:01,000",
                                               "01,000 --> 00:00:02,000"]),
     ([("a", 0, 0.2), None, ("b", 0.4, 0.6)], ["00,000 --> 00:00:01,000"]),
+    ([("a", 0, 0.2), None, ("b", 0.4, 0.6), ("c", 1.2, 1.4)], ["00,000 --> 00:00:01,400"]),
     ([("a", 0, 0.2), ("b", 1.3, 1.5)], ["00,000 --> 00:00:01,000", "01,300 --> 00:00:02,300"]),
     ([("a", 0, 0.2), ("b", 1.1, 1.5)], ["00,000 --> 00:00:01,500"]),
     ([("w", k, k + 1) for k in range(8)], ["00,000 --> 00:00:07,000", "07,000 --> 00:00:08,000"]),
@@ -1625,3 +1628,91 @@ def test_joined_streams_are_cut_back():
 def test_the_script_of_characters_with_marks(text, name):
     """A variation selector or a sound mark belongs to its character: one unit."""
     assert stream.script([units(text)]) == name
+
+
+# ---- What no other test would see ----------------------------------------------------------------
+
+def test_a_word_has_its_own_tokens_and_not_those_before():
+    speller, found = stream.Speller(TOKENIZER), []
+    for piece, frame in zip((b"l", b"a", b" ", b"l", b"o", b" "), (3, 5, 7, 20, 21, 22)):
+        token = stream.Written(TOKENIZER.pieces.index(piece), frame, -0.1)
+        found += [(text, [one.frame for one in own]) for _, text, own in speller.feed(token)]
+    assert found == [("la", [3, 5, 7]), ("lo", [20, 21, 22])]
+
+
+def test_a_terminal_gets_lines_that_grow_and_json_stays_json(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    code, out, _ = captions(folder, capsys, monkeypatch, str(folder / "2.wav"))
+    assert code == 0 and "\x1b[2K\x1b[2m<asr>" in out
+    code, out, _ = captions(folder, capsys, monkeypatch, str(folder / "2.wav"), "--json")
+    assert code == 0 and "\x1b" not in out and all(map(json.loads, out.splitlines()))
+
+
+def test_a_pause_follows_whole_words_too():
+    streamer = Streamer(lively(), TOKENIZER, pause=0.1)
+    streamer.push(np.zeros(16000))
+    word, = streamer.events([stream.Written(TOKENIZER.pieces.index(piece), frame, -0.1)
+                             for piece, frame in ((b"l", 3), (b"a", 4), (b" ", 5))], False)
+    streamer.search.quiet = 100
+    pause, = streamer.events([], False)
+    assert word.text == "la" and isinstance(pause, stream.Pause)
+
+
+def test_a_greedy_token_has_its_own_probability():
+    search = stream.Greedy(lively())
+    assert search.follow([(5, -0.2, -1.8)], 1, False) == 5
+    assert search.tokens == [stream.Written(5, 0, -0.2)] and search.score == -0.2
+
+
+def test_a_token_of_a_beam_has_its_own_probability():
+    search = stream.Beam(lively(), 2)
+    first = replace(search.hyps[0], score=-2.0)
+    active, left = search.prune([first], torch.tensor([[0.2, 0.5, 0.3]]).log(), {})
+    assert not left and [(hyp.tokens, round(hyp.written[0].log_prob, 4), round(hyp.score, 4))
+                         for hyp in active] == [((1,), -0.6931, -2.6931), ((2,), -1.204, -3.204)]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_where_two_paths_meet_the_likelier_tells_the_time(turned):
+    """Their probabilities add up: -1.5 + log(1 + e^-2)."""
+    first, left = stream.Beam(lively(), 2).hyps[0], {}
+    pair = [replace(first, tokens=(5,), written=(stream.Written(5, frame, -0.1),), score=score)
+            for frame, score in ((2, -1.0), (7, -3.0))]
+    for hyp in reversed(pair) if turned else pair:
+        stream.take_blank(hyp, -0.5, left)
+    met, = left.values()
+    assert met.written[0].frame == 2 and met.score == pytest.approx(-1.373072, abs=1e-6)
+
+
+def test_bleu_sees_capitals():
+    """Precisions 2/4, 1/3 and, smoothed, 1/4 and 1/4: the fourth root of 50 33.3 25 25."""
+    record = {"references": {"<asr>": "Das Haus ist rot".split()}, "duration_ms": 1.0,
+              "seconds": 0.1, "words": [Word("<asr>", text, 1.0, 0.0, 0.1, 1.0)
+                                        for text in "das haus ist rot".split()]}
+    figures = stream.summarise([record], ["<asr>"])["<asr>"]
+    assert "case:mixed" in figures["bleu_signature"]
+    assert figures["bleu"] == pytest.approx(31.947, abs=1e-3)
+
+
+def test_logs_of_a_stream_have_the_rows_with_its_text(tmp_path):
+    records = [{"references": {tag: [text]}, "audio": "x", "duration_ms": 1.0, "words": []}
+               for tag, text in (("<asr>", "a"), ("<st:en>", "b"))]
+    stream.write_logs(tmp_path, records, {"<asr>": {}, "<st:en>": {}})
+    for name, text in (("asr", "a"), ("st-en", "b")):
+        line, = map(json.loads, open(tmp_path / name / "instances.log"))
+        assert (line["index"], line["reference"]) == (0, text)
+
+
+def test_a_record_has_what_was_malformed():
+    streamer = Streamer(lively(), TOKENIZER)
+    streamer.speller.invalid["<asr>"], streamer.speller.cut["<st:en>"] = 2, 1
+    record = stream.record_of(Row("x", "x", asr="la"), np.zeros(1600), streamer, [], 0.5)
+    assert (record["invalid"], record["cut"]) == ({"<asr>": 2}, {"<st:en>": 1})
+    assert (record["duration_ms"], record["seconds"], record["broken_off"]) == (100.0, 0.5, True)
+
+
+def test_a_letter_that_the_screen_lacks_is_a_question_mark(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    monkeypatch.setattr(stream, "run", lambda options: print("été") or 0)
+    assert stream.main(["m.pt", "a.wav"]) == 0 and written.getvalue() == b"?t?\n"
