@@ -1534,7 +1534,7 @@ def evaluate(model, tokenizer, items, *, tags=None, batch_size=16, progress=0, b
     """
     if progress:
         from tqdm import tqdm
-        items = tqdm(items, "evaluating", progress, leave=False)
+        items = tqdm(items, "evaluating", progress, leave=False, disable=None)
     training, records, source = model.training, [], iter(items)
     tokens, seconds, babbles = 0, 0.0, False
     model.eval()

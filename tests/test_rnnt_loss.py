@@ -608,14 +608,14 @@ def test_other_floats_are_refused_by_name():
 
 
 def test_half_precision_adds_up_in_float32():
-    """A thousand blanks of probability 1/2 are -0.5 each for the label's row; a sum in bfloat16
-    stays at -128, where half a step is lost."""
+    """A thousand blanks of probability 1/2, a tile each, are -0.5 each for the label's row; a sum
+    in bfloat16 stays at -128, where half a step is lost."""
     half = dict(dtype=torch.bfloat16)
     encoder_out, label_out = torch.zeros(1, 1000, 1, **half), torch.zeros(1, 1, 1, **half)
     label_out.requires_grad_()
     cost = joint_rnnt_loss(encoder_out, label_out, torch.tensor([[1.0], [0.0]], **half),
                            torch.zeros(2, **half), torch.zeros(1, 0, dtype=torch.long), [1000], [0],
-                           blank=0, reduction="sum")
+                           blank=0, reduction="sum", tile_bytes=1)
     assert torch.autograd.grad(cost, label_out)[0].item() == -500     # tanh' = 1
 
 

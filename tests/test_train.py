@@ -1413,6 +1413,8 @@ def test_muon_makes_its_updates_orthogonal_as_torch_does():
         )
         # of a random matrix they spread from near 0 to above 4
         assert values.min() > 0.3 and values.max() < 1.3
+        if not hasattr(torch.optim, "Muon"):                   # before torch 2.9
+            continue
         start, ours = p.detach().clone(), train.Muon([p], lr=0.02)
         twin = torch.nn.Parameter(start.clone())
         theirs = torch.optim.Muon([twin], lr=0.02, weight_decay=0.01)
