@@ -201,11 +201,8 @@ def train(options):
             corpus, dev = open_corpus(options, ranks.first, run and run.tokenizer)
             run = run or new_run(options, corpus)
             run.streams = learned_streams(corpus, options)
-            if unknown := set().union(*(row.asr or "" for row in corpus.rows(0))) - {*run.letters}:
-                tell(f"warning: the letters task leaves out {len(unknown)} characters that it had "
-                     f"not learned with: {listed(unknown)}")
             ranks.begin_alike(run, corpus)
-            warn_of_unseen(run, dev)
+            warn_of_unseen(run, corpus, dev)
         learn(run, corpus, dev, options, ranks, folder)
     if ranks.world > 1:
         dist.destroy_process_group()
@@ -1537,7 +1534,10 @@ def trial(run, batch, step, options):
     return 1.2 * (time.perf_counter() - began)                 # the optimisers take a fifth of it
 
 
-def warn_of_unseen(run, dev):
+def warn_of_unseen(run, corpus, dev):
+    if unknown := set().union(*(row.asr or "" for row in corpus.rows(0))) - {*run.letters}:
+        tell(f"warning: the letters task leaves out {len(unknown)} characters that it had not "
+             f"learned with: {listed(unknown)}")
     rows = dev.rows if isinstance(dev, Unseen) else [row for row, _ in dev]
     texts = [text for row in rows for tag, text in stream.texts_of(row).items()
              if tag in run.streams]
