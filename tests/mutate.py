@@ -163,7 +163,7 @@ MUTATIONS = [
     ("stream.py", 'text.replace(",", ".") if self.webvtt else text', "text",
      "test_stream.py", "webvtt"),
     ("stream.py", "max(self.words[0].start_s, self.free_s)", "self.words[0].start_s",
-     "test_stream.py", "cue"),
+     "test_stream.py", "no_cue_begins or no_cue_overlaps"),
     ("stream.py", '("cer", join)', '("cer", list)', "test_stream.py", "characters"),
     ("stream.py", "streamer.due() is not None or not streamer.closed", "False",
      "test_stream.py", "babbles"),

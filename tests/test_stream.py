@@ -1379,6 +1379,13 @@ def test_cues_do_not_fall_behind_short_pauses(tmp_path, paused):
     assert found == [(k, k + 1) for k in range(100)]
 
 
+def test_no_cue_begins_before_the_one_before_has_ended(tmp_path):
+    """Written at once, three cues of two lines each follow each other by a second."""
+    words = [("x" * 42, 2.0 + 0.01 * k, 2.01 + 0.01 * k) for k in range(5)]
+    found = times_of(cues(tmp_path / "a", words))
+    assert found == [(2, 3), (3, 4), (4, pytest.approx(4 + 42 / 17, abs=1e-3))]
+
+
 def test_a_cue_stays_as_long_as_it_takes_to_read(tmp_path):
     """17 characters a second, if the next one leaves time for it."""
     burst = [("x" * 33 + "y", 2.0, 2.04), ("z" * 33 + "!", 2.04, 2.08)]      # and a line break: 69
