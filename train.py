@@ -202,7 +202,9 @@ def train(options):
             run = run or new_run(options, corpus)
             run.streams = learned_streams(corpus, options)
             ranks.begin_alike(run, corpus)
-            warn_of_unseen(run, corpus, dev)
+            if options.resume:         # a new run has its letters from these rows
+                warn_of_letters(run, corpus)
+            warn_of_unseen(run, dev)
         learn(run, corpus, dev, options, ranks, folder)
     if ranks.world > 1:
         dist.destroy_process_group()
@@ -1300,7 +1302,7 @@ def resume_run(options):
     if options.steps < step or options.steps == step and not owed:
         raise InputError(f"--steps is {options.steps}, but {path} has done {step}: to go on, give "
                          "more")
-    before = beside.get("options", {})
+    before = beside["options"]
     other = [flag(name) if name != "manifest" else name
              for name in ("manifest", "batch_seconds", "join", "max_seconds")
              if before.get(name) != getattr(options, name)]
@@ -1317,7 +1319,7 @@ def resume_run(options):
     with undamaged(path):
         for optimizer, state in zip(optimizers, beside["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        if beside["options"].get("dev", "") != options.dev:
+        if before.get("dev", "") != options.dev:
             best = Run.best
     return Run(model, tokenizer, beside["letters"], optimizers, step, (epoch, batch), best)
 
@@ -1482,8 +1484,9 @@ class Log:
                         writer.writeheader()
                     writer.writerow(line)
             except OSError as error:           # no reason to lose a run, nor to save it later
-                with suppress(OSError, TypeError):
-                    os.truncate(self.path, size)               # half a line would spoil the next
+                if size is not None:
+                    with suppress(OSError):
+                        os.truncate(self.path, size)           # half a line would spoil the next
                 tell(f"{self.path}: {error.strerror}; the line of step {run.step} is left out")
             self.bar.set_postfix_str(f"{told}  {line['audio_s_per_s']} s/s")
             if self.bar.disable and run.step % (2 * LOG_EVERY) == 0:
@@ -1534,10 +1537,13 @@ def trial(run, batch, step, options):
     return 1.2 * (time.perf_counter() - began)                 # the optimisers take a fifth of it
 
 
-def warn_of_unseen(run, corpus, dev):
+def warn_of_letters(run, corpus):
     if unknown := set().union(*(row.asr or "" for row in corpus.rows(0))) - {*run.letters}:
         tell(f"warning: the letters task leaves out {len(unknown)} characters that it had not "
              f"learned with: {listed(unknown)}")
+
+
+def warn_of_unseen(run, dev):
     rows = dev.rows if isinstance(dev, Unseen) else [row for row, _ in dev]
     texts = [text for row in rows for tag, text in stream.texts_of(row).items()
              if tag in run.streams]

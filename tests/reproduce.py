@@ -638,6 +638,7 @@ def pooled(seeds):
 def differences(rows):
     """WER of every row minus ALIGN's, with the interval that holds 95 % of 1,000 draws of the
     utterances."""
+    import stream
     found = {}
     for name, row in rows.items():
         for condition in filter(row.__contains__, ("clean", "noise")):
@@ -645,13 +646,12 @@ def differences(rows):
                 own, align = row[condition][tag], rows["ALIGN"][condition][tag]
                 if len(own["words"]) != len(align["words"]):   # a model babbled and was broken off
                     continue
-                drawn = np.random.default_rng(0).integers(
-                    len(own["words"]), size=(DRAWS, len(own["words"])))
                 delta = np.array(own["errors"]) - np.array(align["errors"])
                 total = np.array(own["words"])
-                draws = 100 * delta[drawn].sum(1) / total[drawn].sum(1)
+                drawn = [100 * delta[chosen].sum() / total[chosen].sum()
+                         for chosen in stream.draws(len(total), DRAWS)]
                 found.setdefault(name, {}).setdefault(condition, {})[tag] = [
-                    100 * delta.sum() / total.sum(), *np.quantile(draws, [0.025, 0.975])]
+                    100 * delta.sum() / total.sum(), *stream.interval(drawn)]
     return found
 
 
